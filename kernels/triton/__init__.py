@@ -1,0 +1,1 @@
+"""Triton kernels, installed as ``entropy_fast.kernels``. Only ``entropy_fast.ops`` imports this package."""
