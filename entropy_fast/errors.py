@@ -1,0 +1,110 @@
+"""Every exception this package raises on purpose.
+
+Each message names the thing, what was found, what was expected, and what to do. Each type also derives from the built-in
+exception a caller would catch without knowing this package (``ValueError`` for bad input, ``RuntimeError`` for a bad state).
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendUnavailableError",
+    "CheckpointingError",
+    "ConfigError",
+    "EntropyFastError",
+    "EntropyFastWarning",
+    "GradContextError",
+    "GradientCoverageError",
+    "GraphDetachedError",
+    "LearningRateError",
+    "MissingTokenizerError",
+    "ModelStateError",
+    "NativeLibraryError",
+    "OptimizerStateError",
+    "ParameterRegistryError",
+    "RolloutsError",
+    "RolloutsFileError",
+    "RunFolderError",
+    "SamplingError",
+]
+
+
+class EntropyFastError(Exception):
+    """Base of every error of this package.
+
+    Args:
+        problem: the thing, what was found and what was expected, in one or two sentences.
+        fix: what the reader should do about it, in the imperative.
+    """
+
+    def __init__(self, problem: str, *, fix: str) -> None:
+        super().__init__(f"{problem}\n  What to do: {fix}")
+        self.problem = problem
+        self.fix = fix
+
+
+class ConfigError(EntropyFastError, ValueError):
+    """A probe option has a value that cannot be used."""
+
+
+class RolloutsError(EntropyFastError, ValueError):
+    """Rollouts in memory do not fit together (a field, its shape, its values)."""
+
+
+class RolloutsFileError(EntropyFastError, ValueError):
+    """A rollouts file cannot be read; the message gives the line or row and the reason."""
+
+
+class MissingTokenizerError(RolloutsFileError):
+    """A rollouts file gives tokens as texts, and no tokenizer was passed."""
+
+
+class LearningRateError(EntropyFastError, ValueError):
+    """The learning rate is zero, negative, not finite or not given."""
+
+
+class OptimizerStateError(EntropyFastError, ValueError):
+    """The optimizer (or ``optimizer.pt``) cannot give an Adam geometry for the model's trainable parameters."""
+
+
+class RunFolderError(EntropyFastError, ValueError):
+    """A run folder misses a file, or its ``run.json`` cannot be understood."""
+
+
+class SamplingError(EntropyFastError, ValueError):
+    """Sampling was asked for something it cannot do."""
+
+
+class GradContextError(EntropyFastError, RuntimeError):
+    """Gradients are switched off where the probe needs them (inference mode, ``no_grad``)."""
+
+
+class GraphDetachedError(EntropyFastError, RuntimeError):
+    """Logits or sequence log-probs carry no autograd graph, or no parameter hangs on it."""
+
+
+class GradientCoverageError(EntropyFastError, RuntimeError):
+    """No parameter, or too small a share of the gradient, would be covered by the estimate."""
+
+
+class ParameterRegistryError(EntropyFastError, RuntimeError):
+    """A trainable parameter was added, removed or replaced after the registry was built."""
+
+
+class CheckpointingError(EntropyFastError, RuntimeError):
+    """Gradient checkpointing is set in a way the requested pass cannot use."""
+
+
+class ModelStateError(EntropyFastError, RuntimeError):
+    """The model is in a state in which probing it would change it or mean nothing."""
+
+
+class BackendUnavailableError(EntropyFastError, RuntimeError):
+    """An op backend was requested by name but cannot run here; the message gives the reason."""
+
+
+class NativeLibraryError(EntropyFastError, RuntimeError):
+    """The compiled library refused a call, or does not belong to this version of the package."""
+
+
+class EntropyFastWarning(UserWarning):
+    """The result stands, but something about it should be known."""
