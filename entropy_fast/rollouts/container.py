@@ -1,0 +1,222 @@
+"""The `Rollouts` container: N sampled sequences in B prompt groups.
+
+Sequences are stored flat, one row each, so that ragged groups (a different number of responses per prompt) need no padding
+rows. Everything later stages need about grouping is derived here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_fast.errors import RolloutsError
+from entropy_fast.rollouts import validation
+
+__all__ = ["EmptyResponseReport", "Rollouts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EmptyResponseReport:
+    """What was left out because it had no response tokens.
+
+    Attributes:
+        sequences: row indices (into the original rollouts) of sequences whose loss mask is zero everywhere.
+        groups: group ids that had no sequence left and were dropped with them.
+    """
+
+    sequences: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rollouts:
+    """N sampled sequences of B prompts, with what a policy-gradient update would do with them.
+
+    Tensors created under ``inference_mode`` are cloned on the way in: autograd cannot save them for backward.
+
+    Args:
+        input_ids: [N, T] integer token ids, prompt and response together; padding on either side.
+        attention_mask: [N, T] 0/1, 1 at real tokens.
+        loss_mask: [N, T] 0/1, 1 at response tokens (the tokens the policy is scored on). Must lie inside
+            ``attention_mask``, and never on the first real token of a row, which nothing predicts. A row of zeros is
+            allowed here; the probe leaves it out, counts it and reports it.
+        group_ids: [N] integers; rows with the same id answer the same prompt. Groups may be ragged and interleaved.
+        advantages: [N] advantage of each response. Omit it to have it made from ``rewards``.
+        rewards: [N] reward of each response. Without ``advantages`` the advantage is the reward minus its group's mean
+            (not divided by the standard deviation).
+        max_lengths: generation budget L_max in tokens, one number or [B] (prompts in order of first appearance). Omitted,
+            the longest sampled response of each prompt stands in and the result says so: that choice makes the estimate
+            slightly biased because the length weight then depends on the samples.
+        temperature, top_p: how the responses were sampled; None means unknown. They are recorded, never used for scoring.
+        prompts: B prompt texts, for reports only.
+        responses: N response texts, for reports only.
+
+    Raises:
+        RolloutsError: a field has the wrong shape, dtype or values; the message names field, finding and fix.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    loss_mask: Tensor
+    group_ids: Tensor
+    advantages: Tensor | None = None
+    rewards: Tensor | None = None
+    max_lengths: Tensor | int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    prompts: Sequence[str] | None = None
+    responses: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        def put(field: str, value: object) -> None:
+            object.__setattr__(self, field, value)
+
+        put("input_ids", validation.token_matrix("input_ids", self.input_ids))
+        shape = self.input_ids.shape
+        put("attention_mask", validation.mask_matrix("attention_mask", self.attention_mask, shape))
+        put("loss_mask", validation.mask_matrix("loss_mask", self.loss_mask, shape))
+        validation.check_masks(self.attention_mask, self.loss_mask)
+        put("group_ids", validation.integer_vector("group_ids", self.group_ids, shape[0], "one id per sequence"))
+        for field in ("advantages", "rewards"):
+            if getattr(self, field) is not None:
+                put(field, validation.float_vector(field, getattr(self, field), shape[0], "one number per sequence"))
+        if self.advantages is None:
+            if self.rewards is None:
+                raise RolloutsError(
+                    "Rollouts: neither `advantages` nor `rewards` was given.",
+                    fix="pass advantages [N], or rewards [N] from which group-centred advantages are made.",
+                )
+            put("advantages", self._centre_by_group(self.rewards))
+        if self.max_lengths is not None:
+            put("max_lengths", validation.max_lengths(self.max_lengths, self._longest_response(), self.group_order))
+        validation.check_sampling(self.temperature, self.top_p)
+        for field, count, unit in (("prompts", self.n_prompts, "prompt"), ("responses", shape[0], "sequence")):
+            if getattr(self, field) is not None:
+                put(field, validation.texts(field, getattr(self, field), count, unit))
+        validation.check_shared_prompts(self.input_ids, self.attention_mask, self.loss_mask, self.prompt_index)
+
+    @classmethod
+    def from_dict(cls, batch: Mapping[str, Any]) -> Rollouts:
+        """Rollouts from the padded form that probe scripts keep.
+
+        Args:
+            batch: ``sequences`` [B, G, T] token ids, ``attention_masks`` [B, G, T], ``prompt_lens`` [B] (the *column* at
+                which responses start, that is the padded prompt width, not the number of prompt tokens), ``advantages``
+                [B, G] or ``rewards`` [B, G]; optional ``max_lengths`` [B], ``temperature``, ``top_p``, ``prompts`` (B
+                texts) and ``responses`` (B·G texts, prompt by prompt).
+
+        Raises:
+            RolloutsError: a key is missing or unknown, or a field does not fit.
+        """
+        return cls(**validation.unpack_padded_batch(batch))
+
+    @property
+    def n_sequences(self) -> int:
+        """N, the number of sequences."""
+        return int(self.input_ids.shape[0])
+
+    @property
+    def n_prompts(self) -> int:
+        """B, the number of prompt groups."""
+        return len(self.group_order)
+
+    @cached_property
+    def group_order(self) -> tuple[int, ...]:
+        """Group ids in order of first appearance; position in this tuple is a prompt's index."""
+        return tuple(dict.fromkeys(self.group_ids.tolist()))
+
+    @cached_property
+    def prompt_index(self) -> Tensor:
+        """[N] int64 (on the CPU): the prompt index 0..B-1 of every sequence."""
+        position = {group: index for index, group in enumerate(self.group_order)}
+        with torch.inference_mode(False):  # cached: later passes index with it under autograd
+            return torch.tensor([position[group] for group in self.group_ids.tolist()], dtype=torch.int64)
+
+    @cached_property
+    def response_lengths(self) -> Tensor:
+        """[N] int64 (on the CPU): L_i, the number of response tokens of every sequence."""
+        with torch.inference_mode(False):  # cached: later passes multiply by it under autograd
+            return self.loss_mask.sum(-1).cpu()
+
+    @property
+    def max_lengths_given(self) -> bool:
+        """Whether L_max is data (a generation budget) rather than the longest sampled response."""
+        return self.max_lengths is not None
+
+    @property
+    def length_budgets(self) -> Tensor:
+        """[B] int64 (on the CPU): L_max of every prompt, given or the longest sampled response."""
+        if self.max_lengths is None:
+            return self._longest_response()
+        assert isinstance(self.max_lengths, Tensor)
+        return self.max_lengths.cpu()
+
+    def rows_of_prompt(self, prompt: int) -> Tensor:
+        """[G] int64: the rows that answer prompt ``prompt`` (an index 0..B-1)."""
+        return (self.prompt_index == prompt).nonzero().squeeze(-1)
+
+    def select_rows(self, rows: Tensor) -> Rollouts:
+        """The rollouts of the given rows (indices or boolean mask); advantages and a given L_max stay as they were."""
+        rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool else rows
+        index = self.prompt_index[rows.cpu()].tolist()
+        kept = list(dict.fromkeys(index))
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows.to(tensor.device)]
+
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[rows.to(self.input_ids.device)],
+            attention_mask=self.attention_mask[rows.to(self.attention_mask.device)],
+            loss_mask=self.loss_mask[rows.to(self.loss_mask.device)],
+            group_ids=self.group_ids[rows.to(self.group_ids.device)],
+            advantages=pick(self.advantages),
+            rewards=pick(self.rewards),
+            max_lengths=self.length_budgets[kept] if self.max_lengths_given else None,
+            prompts=None if self.prompts is None else [self.prompts[k] for k in kept],
+            responses=None if self.responses is None else [self.responses[r] for r in rows.tolist()],
+        )
+
+    def without_empty_responses(self) -> tuple[Rollouts, EmptyResponseReport]:
+        """Leave out sequences with no response token, as if they had never been in the batch.
+
+        Groups shrink; advantages are not re-centred.
+
+        Raises:
+            RolloutsError: nothing is left.
+        """
+        empty = self.response_lengths == 0
+        if not bool(empty.any()):
+            return self, EmptyResponseReport((), ())
+        if bool(empty.all()):
+            raise RolloutsError(
+                f"Rollouts: all {self.n_sequences} sequences have an empty response region (loss_mask is 0 everywhere, or "
+                "the responses have length 0).",
+                fix="set loss_mask to 1 at response tokens; for the padded form check that `prompt_lens` is the column "
+                "at which responses start.",
+            )
+        kept = self.select_rows((~empty).nonzero().squeeze(-1))
+        remaining = set(kept.group_order)
+        dropped = tuple(group for group in self.group_order if group not in remaining)
+        return kept, EmptyResponseReport(tuple(empty.nonzero().squeeze(-1).tolist()), dropped)
+
+    def for_autograd(self) -> Rollouts:
+        """The same rollouts with every inference-mode tensor cloned (a no-op when there is none)."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        stale: dict[str, Any] = {k: v.clone() for k, v in fields.items() if isinstance(v, Tensor) and v.is_inference()}
+        return dataclasses.replace(self, **stale) if stale else self
+
+    def _longest_response(self) -> Tensor:
+        longest = torch.zeros(self.n_prompts, dtype=torch.int64)
+        return longest.scatter_reduce(0, self.prompt_index, self.response_lengths, "amax")
+
+    def _centre_by_group(self, rewards: Tensor) -> Tensor:
+        index = self.prompt_index.to(rewards.device)
+        total = rewards.new_zeros(self.n_prompts).index_add(0, index, rewards)
+        size = rewards.new_zeros(self.n_prompts).index_add(0, index, torch.ones_like(rewards))
+        return rewards - (total / size)[index]

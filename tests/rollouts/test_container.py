@@ -1,0 +1,264 @@
+"""Rollouts in memory: what is derived from them, and that equal content gives equal rollouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from entropy_fast.rollouts.container import EmptyResponseReport, Rollouts
+
+VOCABULARY = 50
+
+
+def build(groups: list[int], lengths: list[int], **fields: Any) -> Rollouts:
+    """Rollouts with a two-token prompt made of the group id, and the given response lengths; right padding."""
+    width = 2 + max(lengths)
+    columns = torch.arange(width)
+    ends = 2 + torch.tensor(lengths)[:, None]
+    ids = (torch.tensor(groups)[:, None].abs() + columns) % VOCABULARY
+    attention_mask = (columns < ends).long()
+    loss_mask = attention_mask * (columns >= 2)
+    fields = {"advantages": torch.arange(float(len(groups)))} | fields
+    return Rollouts(ids, attention_mask, loss_mask, torch.tensor(groups), **fields)
+
+
+ragged = st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 5)), min_size=1, max_size=12)
+
+
+@settings(deadline=None)
+@given(rows=ragged)
+def test_prompts_are_numbered_by_first_appearance_however_groups_interleave(rows: list[tuple[int, int]]) -> None:
+    groups, lengths = [group for group, _ in rows], [length for _, length in rows]
+    rollouts = build(groups, lengths)
+    order: list[int] = []
+    for group in groups:
+        if group not in order:
+            order.append(group)
+    assert rollouts.group_order == tuple(order)
+    assert (rollouts.n_sequences, rollouts.n_prompts) == (len(rows), len(order))
+    assert rollouts.prompt_index.tolist() == [order.index(group) for group in groups]
+    assert rollouts.response_lengths.tolist() == lengths
+    for index, group in enumerate(order):
+        members = [row for row, other in enumerate(groups) if other == group]
+        assert rollouts.rows_of_prompt(index).tolist() == members
+        assert rollouts.length_budgets[index] == max(lengths[row] for row in members)
+    assert not rollouts.max_lengths_given
+
+
+@settings(deadline=None)
+@given(rows=ragged, rewards=st.lists(st.floats(-1e3, 1e3), min_size=12, max_size=12), double=st.booleans())
+def test_advantages_from_rewards_are_centred_within_each_group(
+    rows: list[tuple[int, int]], rewards: list[float], double: bool
+) -> None:
+    groups = [group for group, _ in rows]
+    dtype = torch.float64 if double else torch.float32
+    given_rewards = torch.tensor(rewards[: len(rows)], dtype=dtype)
+    rollouts = build(groups, [length for _, length in rows], advantages=None, rewards=given_rewards)
+    expected = []
+    for row, group in enumerate(groups):
+        members = [float(given_rewards[other]) for other, name in enumerate(groups) if name == group]
+        expected.append(float(given_rewards[row]) - sum(members) / len(members))
+    assert isinstance(rollouts.advantages, torch.Tensor)
+    assert rollouts.advantages.dtype == dtype
+    tolerance = 1e-9 if double else 1e-3
+    torch.testing.assert_close(rollouts.advantages, torch.tensor(expected, dtype=dtype), atol=tolerance, rtol=0)
+    assert torch.equal(rollouts.rewards, given_rewards)  # type: ignore[arg-type]
+
+
+def test_given_advantages_are_kept_beside_rewards() -> None:
+    rollouts = build([0, 0], [1, 2], advantages=torch.tensor([5.0, 7.0]), rewards=torch.tensor([1.0, 0.0]))
+    assert rollouts.advantages.tolist() == [5.0, 7.0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (torch.tensor([1.0, 2.0], dtype=torch.float64), torch.float64),
+        (torch.tensor([1.0, 2.0], dtype=torch.bfloat16), torch.float32),
+        (torch.tensor([1, 2]), torch.float32),
+        ([1.0, 2.0], torch.float32),
+    ],
+)
+def test_float64_advantages_stay_float64_and_the_rest_become_float32(value: Any, dtype: torch.dtype) -> None:
+    advantages = build([0, 0], [1, 1], advantages=value).advantages
+    assert isinstance(advantages, torch.Tensor)
+    assert advantages.dtype == dtype
+    assert advantages.tolist() == [1.0, 2.0]
+
+
+@settings(deadline=None)
+@given(data=st.data(), b=st.integers(1, 3), g=st.integers(1, 3), prompt=st.integers(1, 4), width=st.integers(0, 4))
+def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int, prompt: int, width: int) -> None:
+    def draw_integers(low: int, high: int, count: int) -> list[int]:
+        return data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+
+    prompt_sizes = draw_integers(1, prompt, b)  # left padding up to the column `prompt`
+    sizes = torch.tensor(draw_integers(0, width, b * g)).reshape(b, g, 1)
+    columns = torch.arange(prompt + width)
+    starts = prompt - torch.tensor(prompt_sizes)[:, None, None]
+    masks = ((columns >= starts) & (columns < prompt + sizes)).long()
+    prompts = torch.tensor(draw_integers(0, 9, b * prompt)).reshape(b, 1, prompt).expand(b, g, prompt)
+    answers = torch.tensor(draw_integers(0, 9, b * g * width), dtype=torch.int64).reshape(b, g, width)
+    sequences = torch.cat([prompts, answers], -1)
+    advantages = torch.arange(float(b * g)).reshape(b, g)
+    common: dict[str, Any] = {
+        "max_lengths": torch.full((b,), width + 1),
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "prompts": [f"p{i}" for i in range(b)],
+        "responses": [f"r{i}" for i in range(b * g)],
+    }
+    padded = Rollouts.from_dict(
+        {"sequences": sequences, "attention_masks": masks, "prompt_lens": torch.full((b,), prompt)}
+        | {"advantages": advantages, **common}
+    )
+    rows: dict[str, Any] = {
+        "input_ids": [],
+        "attention_mask": [],
+        "loss_mask": [],
+        "group_ids": [],
+        "advantages": [],
+    }
+    for i in range(b):
+        for j in range(g):
+            rows["input_ids"].append(sequences[i, j].tolist())
+            rows["attention_mask"].append(masks[i, j].tolist())
+            rows["loss_mask"].append([0] * prompt + masks[i, j].tolist()[prompt:])
+            rows["group_ids"].append(i)
+            rows["advantages"].append(float(advantages[i, j]))
+    flat = Rollouts(**rows, **common)
+    for field in (*rows, "max_lengths"):
+        assert torch.equal(getattr(padded, field), getattr(flat, field)), field
+    assert (padded.temperature, padded.top_p) == (0.7, 0.9)
+    assert (padded.prompts, padded.responses) == (flat.prompts, flat.responses)
+
+
+def test_prompt_lens_may_differ_between_prompts() -> None:
+    ones = torch.ones(2, 1, 4, dtype=torch.int64)
+    batch = {
+        "sequences": ones,
+        "attention_masks": ones,
+        "prompt_lens": torch.tensor([1, 4]),
+        "rewards": torch.zeros(2, 1),
+    }
+    assert Rollouts.from_dict(batch).loss_mask.tolist() == [[0, 1, 1, 1], [0, 0, 0, 0]]
+
+
+@settings(deadline=None)
+@given(rows=ragged, picks=st.lists(st.integers(0, 11), min_size=1, max_size=8), as_mask=st.booleans())
+def test_selected_rows_carry_everything_of_theirs(rows: list[tuple[int, int]], picks: list[int], as_mask: bool) -> None:
+    n = len(rows)
+    groups, lengths = [group for group, _ in rows], [length for _, length in rows]
+    order = list(dict.fromkeys(groups))
+    budgets = {group: 6 + index for index, group in enumerate(order)}
+    whole = build(
+        groups, lengths, rewards=torch.arange(float(n)) * 10, max_lengths=[budgets[group] for group in order],
+        prompts=[f"prompt {group}" for group in order], responses=[f"response {row}" for row in range(n)], top_p=0.5,
+    )  # fmt: skip
+    chosen = [pick % n for pick in picks]
+    index = torch.tensor(chosen)
+    if as_mask:
+        chosen = sorted(set(chosen))
+        index = torch.zeros(n, dtype=torch.bool)
+        index[chosen] = True
+    part = whole.select_rows(index)
+    kept = list(dict.fromkeys(groups[row] for row in chosen))
+    assert part.group_order == tuple(kept)
+    for field in ("input_ids", "attention_mask", "loss_mask", "group_ids", "advantages", "rewards"):
+        assert torch.equal(getattr(part, field), getattr(whole, field)[chosen]), field
+    assert part.length_budgets.tolist() == [budgets[group] for group in kept]
+    assert part.max_lengths_given
+    assert part.prompts == tuple(f"prompt {group}" for group in kept)
+    assert part.responses == tuple(f"response {row}" for row in chosen)
+    assert part.top_p == 0.5
+
+
+def test_a_budget_that_was_not_given_is_not_invented_by_selecting() -> None:
+    part = build([0, 0, 1], [5, 2, 3]).select_rows(torch.tensor([1, 2]))
+    assert not part.max_lengths_given
+    assert part.length_budgets.tolist() == [2, 3]
+
+
+@settings(deadline=None)
+@given(rows=ragged.filter(lambda rows: any(length for _, length in rows)))
+def test_empty_responses_are_left_out_and_reported(rows: list[tuple[int, int]]) -> None:
+    groups, lengths = [group for group, _ in rows], [length for _, length in rows]
+    whole = build(groups, lengths, advantages=None, rewards=torch.arange(float(len(rows))))
+    kept, report = whole.without_empty_responses()
+    full = [row for row, length in enumerate(lengths) if length]
+    assert report.sequences == tuple(row for row, length in enumerate(lengths) if not length)
+    assert set(report.groups) == set(groups) - {groups[row] for row in full}
+    assert len(set(report.groups)) == len(report.groups)
+    assert torch.equal(kept.input_ids, whole.input_ids[full])
+    assert torch.equal(kept.advantages, whole.advantages[full])  # type: ignore[index, arg-type]
+    if not report.sequences:
+        assert kept is whole
+        assert report == EmptyResponseReport((), ())
+
+
+def test_without_any_response_token_nothing_can_be_left() -> None:
+    with pytest.raises(ValueError, match=r"all 2 sequences have an empty response region.*[\s\S]*set loss_mask to 1"):
+        build([0, 1], [0, 0]).without_empty_responses()
+
+
+@pytest.mark.parametrize("given_budget", [7, torch.tensor([7, 7]), [7, 7]])
+def test_one_budget_stands_for_every_prompt(given_budget: Any) -> None:
+    rollouts = build([4, 4, 2], [1, 2, 7], max_lengths=given_budget)
+    assert rollouts.max_lengths_given
+    assert rollouts.length_budgets.tolist() == [7, 7]
+
+
+def test_budgets_follow_the_order_of_first_appearance() -> None:
+    rollouts = build([9, 1, 9], [3, 5, 4], max_lengths=torch.tensor([4, 5]))
+    assert rollouts.group_order == (9, 1)
+    assert rollouts.length_budgets.tolist() == [4, 5]
+
+
+def tensors(rollouts: Rollouts) -> dict[str, torch.Tensor]:
+    found = {name: value for name, value in vars(rollouts).items() if isinstance(value, torch.Tensor)}
+    return found | {name: getattr(rollouts, name) for name in ("prompt_index", "response_lengths", "length_budgets")}
+
+
+def test_inference_mode_tensors_are_cloned_on_the_way_in() -> None:
+    with torch.inference_mode():
+        ids = torch.tensor([[1, 2, 3]])
+        fields: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "loss_mask": torch.tensor([[0, 1, 1]])}
+        groups, rewards = torch.tensor([0]), torch.tensor([1.0])
+    rollouts = Rollouts(ids, **fields, group_ids=groups, rewards=rewards, max_lengths=torch.tensor([2]))
+    assert ids.is_inference()
+    assert [name for name, value in tensors(rollouts).items() if value.is_inference()] == []
+    assert rollouts.for_autograd() is rollouts
+
+
+def test_rollouts_built_in_inference_mode_can_be_made_fit_for_autograd() -> None:
+    with torch.inference_mode():
+        inside = build([0, 0], [1, 3], advantages=None, rewards=torch.tensor([1.0, 0.0]))
+        assert inside.input_ids.is_inference()
+    outside = inside.for_autograd()
+    assert [name for name, value in tensors(outside).items() if value.is_inference()] == []
+    assert torch.equal(outside.input_ids, inside.input_ids)
+    assert torch.equal(outside.advantages, inside.advantages)  # type: ignore[arg-type]
+
+
+def test_what_is_cached_in_inference_mode_still_works_under_autograd() -> None:
+    rollouts = build([0, 1], [1, 3])
+    with torch.inference_mode():
+        assert rollouts.response_lengths.tolist() == [1, 3]
+        fresh = build([0, 1], [1, 3]).for_autograd()
+    weights = torch.ones(2, requires_grad=True)
+    (weights * rollouts.response_lengths).sum().backward()  # type: ignore[no-untyped-call]
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [1.0, 3.0]
+    weights.sin()[fresh.prompt_index].sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_the_callers_tensors_are_not_changed_and_carry_no_graph_in() -> None:
+    rewards = torch.tensor([1.0, 0.0], requires_grad=True)
+    rollouts = build([0, 0], [1, 1], advantages=None, rewards=rewards)
+    assert rollouts.advantages.tolist() == [0.5, -0.5]  # type: ignore[union-attr]
+    assert not rollouts.advantages.requires_grad  # type: ignore[union-attr]
+    assert rewards.tolist() == [1.0, 0.0]
