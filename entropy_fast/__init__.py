@@ -1,0 +1,51 @@
+"""How much will the next RL update change a language model's policy entropy, how sure are we, and why."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import extend_path
+from typing import TYPE_CHECKING
+
+from entropy_fast._version import __version__
+
+if TYPE_CHECKING:
+    from entropy_fast.config import ProbeConfig
+    from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
+    from entropy_fast.probe.front_door import fast_delta_h1
+    from entropy_fast.probe.result import DeltaH1Result
+    from entropy_fast.probe_components import ProbeComponents
+    from entropy_fast.rollouts import Rollouts, read_rollouts, write_rollouts
+
+__all__ = [
+    "DeltaH1Result",
+    "OfflineEntropyProbe",
+    "ProbeComponents",
+    "ProbeConfig",
+    "Rollouts",
+    "__version__",
+    "fast_delta_h1",
+    "read_rollouts",
+    "write_rollouts",
+]
+
+# entropy_fast.kernels lives in kernels/triton of a source tree. Extending the path lets `python -m benchmarks.x`, which
+# imports this package from the working directory, find it in the installed copy of the package.
+__path__ = extend_path(__path__, __name__)
+
+# Resolved on first use: the command line answers --help, and the compiled library loads, without importing torch.
+_HOME = {
+    "DeltaH1Result": "entropy_fast.probe.result",
+    "OfflineEntropyProbe": "entropy_fast.offline_entropy_probe",
+    "ProbeComponents": "entropy_fast.probe_components",
+    "ProbeConfig": "entropy_fast.config",
+    "Rollouts": "entropy_fast.rollouts",
+    "fast_delta_h1": "entropy_fast.probe.front_door",
+    "read_rollouts": "entropy_fast.rollouts",
+    "write_rollouts": "entropy_fast.rollouts",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'entropy_fast' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)

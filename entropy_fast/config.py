@@ -1,0 +1,93 @@
+"""Options of a probe, checked once. They are data: nothing here touches a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, get_args
+
+import torch
+
+from entropy_fast.errors import ConfigError
+
+__all__ = ["ProbeConfig", "Weighting"]
+
+Weighting = Literal["dr_grpo", "per_token", "sequence"]
+Mode = Literal["exact", "blocks"]
+AccumulateOn = Literal["device", "cpu"]
+YPass = Literal["backward", "autograd_grad"]
+ConditionalVariance = Literal["per_prompt", "alpha"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+    """How a probe is run.
+
+    Args:
+        weighting: length weight w_i of a sequence log-prob: ``dr_grpo`` 1/L_max, ``per_token`` 1/L_i, ``sequence`` 1.
+        mode: ``exact`` takes every prompt as a unit of the U-statistic, ``blocks`` takes blocks of prompts (fewer
+            backward passes, a coarser error bar).
+        blocks: number of blocks M for ``mode="blocks"``, at least 2.
+        prompts_per_microbatch: prompts in one forward; the only knob for activation memory.
+        accumulate_on: where X_sum and Y_sum are kept; ``cpu`` costs a copy per microbatch and frees device memory.
+        y_pass: how the update gradient is taken; ``autograd_grad`` is the route some scripts use, kept to compare with.
+        conditional_variance: how the per-prompt projections of the entropy batch are obtained in the two-batch estimate:
+            one backward a prompt, or the double backward of the alpha trick.
+        strict: an untouched trainable parameter is an error instead of a count.
+        autocast_dtype: run forwards under autocast with this dtype; None leaves the caller's autocast state alone.
+        full_kernel: keep every prompt's gradients (2·B copies of the trainable parameters, on the CPU) and return the
+            whole influence kernel K [B, B], which also gives the unbiased variance of U.
+        max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
+            (v = 0, no state, not in the optimizer) before the probe refuses to answer.
+
+    Raises:
+        ConfigError: an option has a value outside what is listed.
+    """
+
+    weighting: Weighting = "dr_grpo"
+    mode: Mode = "exact"
+    blocks: int | None = None
+    prompts_per_microbatch: int = 1
+    accumulate_on: AccumulateOn = "device"
+    y_pass: YPass = "backward"
+    conditional_variance: ConditionalVariance = "per_prompt"
+    strict: bool = False
+    autocast_dtype: torch.dtype | None = None
+    full_kernel: bool = False
+    max_excluded_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        for field, choices in (
+            ("weighting", get_args(Weighting)),
+            ("mode", get_args(Mode)),
+            ("accumulate_on", get_args(AccumulateOn)),
+            ("y_pass", get_args(YPass)),
+            ("conditional_variance", get_args(ConditionalVariance)),
+        ):
+            if getattr(self, field) not in choices:
+                raise ConfigError(
+                    f"ProbeConfig: `{field}` is {getattr(self, field)!r}.", fix=f"use one of {', '.join(choices)}."
+                )
+        if self.mode == "blocks" and (self.blocks is None or self.blocks < 2):
+            raise ConfigError(
+                f"ProbeConfig: mode='blocks' with blocks={self.blocks}; the U-statistic needs at least 2 blocks.",
+                fix="pass blocks=M with 2 <= M <= number of prompts.",
+            )
+        if self.mode == "exact" and self.blocks is not None:
+            raise ConfigError(
+                f"ProbeConfig: blocks={self.blocks} has no meaning in mode='exact'.",
+                fix="pass mode='blocks', or leave it out.",
+            )
+        if self.prompts_per_microbatch < 1:
+            raise ConfigError(
+                f"ProbeConfig: `prompts_per_microbatch` is {self.prompts_per_microbatch}.", fix="use 1 or more."
+            )
+        if not 0 <= self.max_excluded_share <= 1:
+            raise ConfigError(
+                f"ProbeConfig: `max_excluded_share` is {self.max_excluded_share}; it is a share.",
+                fix="use a number in [0, 1].",
+            )
+        if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
+            raise ConfigError(
+                f"ProbeConfig: `autocast_dtype` is {self.autocast_dtype}.",
+                fix="use torch.bfloat16, torch.float16 or None.",
+            )

@@ -1,0 +1,1 @@
+"""How X, Y and the influence kernel K are obtained."""

@@ -1,0 +1,112 @@
+"""Per-sequence coefficients: what turns ∇S_i into entropy and update gradients.
+
+Legend: S_i sequence log-prob (nats), w_i length weight, c_i entropy coefficient, a_i update coefficient, A_i advantage,
+G responses of the prompt.
+
+    c_i = -(w_i S_i - mean_{j != i} w_j S_j) / G        (leave-one-out baseline within the prompt, detached)
+    a_i = A_i w_i / G
+    X_n = Σ_{i in n} c_i ∇S_i,   g_n = Σ_{i in n} a_i ∇S_i
+
+The first is the score-function (REINFORCE) gradient of the entropy with a leave-one-out baseline; docs/theory.md derives
+it and says what it estimates when w_i depends on the sample's own length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from entropy_fast.config import Weighting
+from entropy_fast.errors import RolloutsError
+from entropy_fast.rollouts import Rollouts
+
+__all__ = ["Coefficients", "SequenceTable", "check_group_sizes", "length_weights", "sequence_coefficients"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of n sequences (whole prompts), detached, fp64.
+
+    Attributes:
+        entropy: [n] c_i.
+        update: [n] a_i.
+    """
+
+    entropy: Tensor
+    update: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class SequenceTable:
+    """What one pass knows about every sequence of a batch; NaN where a pass has not been yet. All [N], fp64, CPU.
+
+    Attributes:
+        sequence_logprobs: S_i, nats.
+        entropy: c_i.
+        update: a_i.
+    """
+
+    sequence_logprobs: Tensor
+    entropy: Tensor
+    update: Tensor
+
+    @classmethod
+    def empty(cls, n: int) -> SequenceTable:
+        """A table of n sequences, all unknown."""
+        return cls(*(torch.full((n,), torch.nan, dtype=torch.float64) for _ in range(3)))
+
+    def put(self, rows: Tensor, sequence_logprobs: Tensor, coefficients: Coefficients) -> None:
+        """Write the values of the given rows."""
+        self.sequence_logprobs[rows] = sequence_logprobs.detach().to(device="cpu", dtype=torch.float64)
+        self.entropy[rows] = coefficients.entropy.cpu()
+        self.update[rows] = coefficients.update.cpu()
+
+
+def check_group_sizes(rollouts: Rollouts) -> None:
+    """Raise unless every prompt has the two responses the leave-one-out baseline needs.
+
+    Raises:
+        RolloutsError: a group has a single sequence; the message names it.
+    """
+    sizes = torch.bincount(rollouts.prompt_index, minlength=rollouts.n_prompts)
+    alone = (sizes < 2).nonzero()
+    if alone.numel():
+        group = rollouts.group_order[int(alone[0])]
+        raise RolloutsError(
+            f"Rollouts: group {group} has 1 response with tokens ({alone.numel()} such groups); the leave-one-out baseline "
+            "needs at least 2 responses per prompt.",
+            fix="sample more responses per prompt, or drop the prompt (empty responses are left out before this check).",
+        )
+
+
+def length_weights(rollouts: Rollouts, weighting: Weighting) -> Tensor:
+    """w_i of every sequence, [N] fp64: 1/L_max (``dr_grpo``), 1/L_i (``per_token``) or 1 (``sequence``)."""
+    lengths = rollouts.response_lengths.to(torch.float64)
+    if weighting == "dr_grpo":
+        return 1.0 / rollouts.length_budgets.to(torch.float64)[rollouts.prompt_index]
+    return 1.0 / lengths if weighting == "per_token" else torch.ones_like(lengths)
+
+
+def sequence_coefficients(sequence_logprobs: Tensor, rows: Tensor, rollouts: Rollouts, weights: Tensor) -> Coefficients:
+    """c_i and a_i of the given rows, which must be all the rows of their prompts.
+
+    Args:
+        sequence_logprobs: [n] S_i, nats; detached here.
+        rows: [n] their row indices.
+        rollouts: where advantages and groups are.
+        weights: [N] from `length_weights`.
+    """
+    assert rollouts.advantages is not None
+    device = sequence_logprobs.device
+    prompt = rollouts.prompt_index[rows]
+    # Prompts renumbered 0..k-1 within these rows, so that one matrix product forms all group sums, deterministically.
+    _, local = torch.unique(prompt, return_inverse=True)
+    member = torch.nn.functional.one_hot(local).to(device=device, dtype=torch.float64)
+    size = (member.sum(0) @ member.T).reshape(-1)
+    weight = weights[rows].to(device)
+    weighted = weight * sequence_logprobs.detach().to(torch.float64)
+    others = (member @ (member.T @ weighted) - weighted) / (size - 1)
+    advantages = rollouts.advantages[rows.to(rollouts.advantages.device)].to(device=device, dtype=torch.float64)
+    return Coefficients(entropy=-(weighted - others) / size, update=advantages * weight / size)

@@ -1,0 +1,58 @@
+"""Sums of parameter gradients and their inner products."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["GradientSum", "inner_product", "per_parameter_products"]
+
+
+@dataclasses.dataclass
+class GradientSum:
+    """One accumulator per registered parameter, in fp32 or the parameter's dtype, whichever is wider.
+
+    Attributes:
+        tensors: the sums, in registry order, each in its parameter's shape.
+        touched: whether a gradient ever arrived, per parameter.
+    """
+
+    tensors: list[Tensor]
+    touched: list[bool]
+
+    @classmethod
+    def zeros(cls, parameters: Sequence[Tensor], device: torch.device | None) -> GradientSum:
+        """Empty sums on ``device``, or on each parameter's own when it is None."""
+        tensors = [
+            torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=device or p.device)
+            for p in parameters
+        ]
+        return cls(tensors, [False] * len(tensors))
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one gradient per parameter; None means that none arrived."""
+        for index, (total, gradient) in enumerate(zip(self.tensors, gradients, strict=True)):
+            if gradient is not None:
+                total.add_(gradient.to(device=total.device, dtype=total.dtype))
+                self.touched[index] = True
+
+    def norm(self) -> float:
+        """Euclidean norm over all parameters, accumulated in fp64."""
+        return math.sqrt(inner_product(self.tensors, self.tensors))
+
+
+def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    """Σ_p ⟨left_p, right_p⟩, products and sums in fp64."""
+    return sum(per_parameter_products(left, right))
+
+
+def per_parameter_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
+    """⟨left_p, right_p⟩ for every parameter, in fp64, computed where the left tensor is."""
+    return [
+        float(torch.dot(a.reshape(-1).to(torch.float64), b.reshape(-1).to(device=a.device, dtype=torch.float64)))
+        for a, b in zip(left, right, strict=True)
+    ]

@@ -1,0 +1,49 @@
+"""What an engine hands to statistics: sums over the influence kernel K_nm = X_n · Y_m.
+
+Legend: B prompts, M units (prompts, or blocks of prompts), X_u and Y_u the unit's entropy gradient and preconditioned
+update gradient, X_sum and Y_sum their sums over units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+__all__ = ["CrossKernelSums", "KernelSums"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSums:
+    """One batch: sums of K [M, M] over units, all fp64 on the CPU.
+
+    Attributes:
+        x_dot_y: X_sum · Y_sum.
+        diagonal: [M] K_uu.
+        row_sums: [M] Σ_m K_um = X_u · Y_sum.
+        column_sums: [M] Σ_n K_nu = Y_u · X_sum.
+        unit_sizes: [M] prompts per unit.
+        kernel: [M, M], None when it was not kept.
+    """
+
+    x_dot_y: float
+    diagonal: Tensor
+    row_sums: Tensor
+    column_sums: Tensor
+    unit_sizes: Tensor
+    kernel: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CrossKernelSums:
+    """Two batches: K [B_E, B_U] between entropy prompts and update prompts, all fp64 on the CPU.
+
+    Attributes:
+        x_dot_y: X_sum · Y_sum.
+        row_sums: [B_E] X_n · Y_sum.
+        column_sums: [B_U] Y_m · X_sum.
+    """
+
+    x_dot_y: float
+    row_sums: Tensor
+    column_sums: Tensor

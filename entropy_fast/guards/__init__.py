@@ -1,0 +1,1 @@
+"""Rules a probe checks before, while and after it touches a model."""

@@ -1,0 +1,89 @@
+"""What a backward pass reached: counted after every X and Y pass, because an empty pass looks like a zero."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from entropy_fast.errors import EntropyFastWarning, GradientCoverageError
+
+__all__ = ["PassCoverage", "coverage_difference", "require_gradients", "warn_if_coverage_differs"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PassCoverage:
+    """What one accumulation pass (X or Y) reached.
+
+    Attributes:
+        label: ``X`` or ``Y``.
+        n_trainable: trainable parameters.
+        n_with_gradient: those that received a gradient in at least one microbatch.
+        numel_share: share of the trainable elements in them.
+        norm: Euclidean norm of the accumulated raw gradient.
+        untouched: names of parameters that received none.
+        mean_response_length: tokens, averaged over the sequences of the pass.
+    """
+
+    label: str
+    n_trainable: int
+    n_with_gradient: int
+    numel_share: float
+    norm: float
+    untouched: tuple[str, ...]
+    mean_response_length: float
+
+
+def require_gradients(coverage: PassCoverage, *, strict: bool, cause: str) -> None:
+    """Raise when a pass reached nothing (or, with ``strict``, not everything).
+
+    Args:
+        coverage: the pass.
+        strict: whether one untouched parameter is already an error.
+        cause: the likely cause, worked out by the caller from the model's settings.
+
+    Raises:
+        GradientCoverageError: no parameter received a gradient, or strict and one did not.
+    """
+    if coverage.n_with_gradient == 0:
+        raise GradientCoverageError(
+            f"{coverage.label} pass: none of the {coverage.n_trainable} trainable parameters received a gradient. "
+            f"The likely cause: {cause}",
+            fix="remove the cause; `entropy-fast doctor` checks the model step by step.",
+        )
+    if strict and coverage.untouched:
+        raise GradientCoverageError(
+            f"{coverage.label} pass (strict): {len(coverage.untouched)} of {coverage.n_trainable} trainable parameters "
+            f"received no gradient, the first being '{coverage.untouched[0]}'.",
+            fix="freeze what is not in the forward (requires_grad_(False)), or run with strict=False to have it counted.",
+        )
+
+
+def coverage_difference(x: PassCoverage, y: PassCoverage) -> str | None:
+    """A sentence when the X and Y passes reached different parameters, None when they agree."""
+    if x.n_with_gradient == y.n_with_gradient and x.untouched == y.untouched:
+        return None
+    return (
+        f"the X pass reached {x.n_with_gradient} and the Y pass {y.n_with_gradient} of {x.n_trainable} trainable "
+        "parameters; parameters reached by one alone contribute nothing to the inner product."
+    )
+
+
+def warn_if_coverage_differs(x: PassCoverage, y: PassCoverage) -> None:
+    """Warn when the X and Y passes reached different parameters."""
+    message = coverage_difference(x, y)
+    if message is not None:
+        warnings.warn(message, EntropyFastWarning, stacklevel=3)
+
+
+def untouched_names(names: Sequence[str], touched: Sequence[bool]) -> tuple[str, ...]:
+    """Names whose flag is False."""
+    return tuple(name for name, hit in zip(names, touched, strict=True) if not hit)
+
+
+def numel_share(tensors: Sequence[Tensor], touched: Sequence[bool]) -> float:
+    """Share of all elements that belong to touched tensors."""
+    total = sum(t.numel() for t in tensors)
+    return sum(t.numel() for t, hit in zip(tensors, touched, strict=True) if hit) / total

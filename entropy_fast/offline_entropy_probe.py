@@ -1,0 +1,116 @@
+"""`OfflineEntropyProbe`: from rollouts to a `DeltaH1Result` by the two-pass engine."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from torch import nn
+
+from entropy_fast.config import ProbeConfig
+from entropy_fast.engines.coefficients import check_group_sizes
+from entropy_fast.errors import EntropyFastWarning, RolloutsError
+from entropy_fast.geometry import AdamState, adam_state_from_file
+from entropy_fast.guards.grad_context import assert_grad_context
+from entropy_fast.probe import assembly
+from entropy_fast.probe.fit import check_rollouts_fit_model
+from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.probe_components import ProbeComponents, ProgressCallback
+from entropy_fast.rollouts import EmptyResponseReport, Rollouts
+
+__all__ = ["OfflineEntropyProbe"]
+
+
+class OfflineEntropyProbe:
+    """Probes one model with one optimizer state; build it again when either changes.
+
+    Args:
+        model: a causal language model, possibly wrapped.
+        optimizer: live Adam/AdamW, path of an ``optimizer.pt``, or `AdamState`.
+        config: options; None takes the defaults.
+        learning_rate: overrides the optimizer's, rescaling all groups alike.
+        on_progress: called with stage, prompts done and prompts in all.
+
+    Raises:
+        OptimizerStateError, LearningRateError, ModelStateError: the three do not fit together.
+    """
+
+    engine = "two_pass"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str],
+        *,
+        config: ProbeConfig | None = None,
+        learning_rate: float | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        state = _adam_state(optimizer, model)
+        self.components = ProbeComponents(model, state, config, learning_rate, on_progress)
+
+    @property
+    def config(self) -> ProbeConfig:
+        """The options in force."""
+        return self.components.config
+
+    def compute_delta_h1(self, rollouts: Rollouts) -> DeltaH1Result:
+        """Same-batch estimate: δH₁ = lr · U.
+
+        Raises:
+            GradContextError: called under ``inference_mode`` or ``no_grad``.
+            RolloutsError: fewer than two prompts, a prompt with one response, or nothing left.
+        """
+        assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
+        batch, empty = self._prepare(rollouts)
+        if batch.n_prompts < 2:
+            raise RolloutsError(
+                f"the same-batch estimate needs at least 2 prompts with responses, found {batch.n_prompts}.",
+                fix="probe more prompts, or pass entropy_rollouts for the two-batch estimate.",
+            )
+        blocks = self.config.mode == "blocks"
+        components = self.components
+        sums = components._compute_delta_h1_blocks(batch) if blocks else components._compute_delta_h1_exact(batch)
+        return assembly.same_batch_result(components, self.engine, batch, empty, sums)
+
+    def run_mixed_probe(self, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
+        """Two-batch estimate: δH₁ = lr · X̄_E · Ȳ_U, its error conditional on the update batch.
+
+        Args:
+            entropy_rollouts: E, where the entropy gradient is estimated.
+            update_rollouts: U, what the update is made from; independent of E.
+
+        Raises:
+            GradContextError: called under ``inference_mode`` or ``no_grad``.
+            RolloutsError: the two are the same batch, or one of them cannot be used.
+        """
+        assert_grad_context("OfflineEntropyProbe.run_mixed_probe")
+        if entropy_rollouts is update_rollouts:
+            raise RolloutsError(
+                "run_mixed_probe: the entropy batch and the update batch are the same object; X̄·Ȳ of one batch is biased "
+                "by the diagonal K_nn.",
+                fix="pass independently sampled batches, or use compute_delta_h1 for one batch.",
+            )
+        entropy, empty_entropy = self._prepare(entropy_rollouts)
+        update, empty_update = self._prepare(update_rollouts)
+        sums = self.components.compute_cross_sums(entropy, update)
+        return assembly.two_batch_result(
+            self.components, self.engine, entropy, update, {"entropy": empty_entropy, "update": empty_update}, sums
+        )
+
+    def _prepare(self, rollouts: Rollouts) -> tuple[Rollouts, EmptyResponseReport]:
+        batch, empty = rollouts.for_autograd().without_empty_responses()
+        if empty.sequences:
+            warnings.warn(assembly.empty_response_message(empty), EntropyFastWarning, stacklevel=3)
+        check_group_sizes(batch)
+        check_rollouts_fit_model(batch, self.components.registry.module)
+        return batch, empty
+
+
+def _adam_state(optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str], model: nn.Module) -> AdamState:
+    if isinstance(optimizer, AdamState):
+        return optimizer
+    if isinstance(optimizer, (str, os.PathLike)):
+        return adam_state_from_file(optimizer, model)
+    return AdamState.from_optimizer(optimizer, model)

@@ -1,0 +1,323 @@
+"""The two-pass engine: X and Y by plain backward passes. Readable and guarded; every faster engine is checked against it.
+
+Legend (docs/theory.md): S_i sequence log-prob, c_i and a_i coefficients, X_n = Σ c_i ∇S_i, Y_n = P Σ a_i ∇S_i,
+K_nm = X_n · Y_m, E entropy batch, U update batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from entropy_fast.config import ProbeConfig
+from entropy_fast.engines import alpha_trick
+from entropy_fast.engines.coefficients import Coefficients, SequenceTable, length_weights, sequence_coefficients
+from entropy_fast.engines.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
+from entropy_fast.engines.gradient_sum import GradientSum, inner_product, per_parameter_products
+from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
+from entropy_fast.engines.units import iter_microbatches, prompt_units
+from entropy_fast.geometry.adam_state import AdamState
+from entropy_fast.geometry.preconditioner import AdamPreconditioner, ExcludedElements, check_excluded
+from entropy_fast.guards import coverage as coverage_guard
+from entropy_fast.guards.coverage import PassCoverage
+from entropy_fast.guards.grad_context import assert_attached, assert_grad_context
+from entropy_fast.guards.model_state import probe_state, reentrant_checkpointing
+from entropy_fast.guards.parameter_registry import ParameterRegistry
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.teacher_forcing import ForwardResult, PackedBatch, align_logprobs, model_logits, pack_rows
+
+__all__ = ["ProbeComponents", "ProgressCallback"]
+
+ProgressCallback = Callable[[str, int, int], None]  # stage, prompts done, prompts in all
+
+LEADING_PARAMETERS = 5  # how many per-parameter products X·Y the diagnostics show
+DETACHED_FIX = (
+    "remove no_grad/inference_mode inside the model's forward, detach() and .data on hidden states, and "
+    "disable_adapter() around the probe; for gradient checkpointing over frozen embeddings call "
+    "model.enable_input_require_grads(); unfreeze the parameters that are trained."
+)
+
+
+class ProbeComponents:
+    """Forwards, backwards and kernel sums for one model, one optimizer state and one configuration.
+
+    Args:
+        model: a causal language model, possibly wrapped in DistributedDataParallel or compiled.
+        state: the optimizer's Adam state for this model.
+        config: options; None takes the defaults.
+        learning_rate: overrides the optimizer's, rescaling all groups alike.
+        on_progress: called with stage, prompts done and prompts in all.
+
+    Raises:
+        ModelStateError, LearningRateError: see `ParameterRegistry.build` and `AdamPreconditioner`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: AdamState,
+        config: ProbeConfig | None = None,
+        learning_rate: float | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config or ProbeConfig()
+        self.registry = ParameterRegistry.build(model, state.group_of)
+        self.preconditioner = AdamPreconditioner(state, self.registry, learning_rate)
+        self.coverage: dict[str, PassCoverage] = {}
+        self.sequences: dict[str, SequenceTable] = {}
+        self.leading_products: dict[str, float] = {}
+        self.excluded: ExcludedElements | None = None
+        self._on_progress = on_progress
+
+    _assert_grad_context = staticmethod(assert_grad_context)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first trainable parameter is; inputs are sent there."""
+        return self.registry.tensors[0].device
+
+    def probe_state(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which passes run: dropout off, gradients set aside; the model is restored on the way out."""
+        return probe_state(self.model)
+
+    def _teacher_force_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Logits [n, k, V] that predict the response columns of ``batch``, checked to carry a graph."""
+        self._assert_grad_context("ProbeComponents._teacher_force_logprobs")
+        self.registry.check("ProbeComponents._teacher_force_logprobs")
+        with self._autocast():
+            logits = model_logits(self.registry.module, batch)
+        assert_attached("logits", logits, "ProbeComponents._teacher_force_logprobs", DETACHED_FIX)
+        return logits
+
+    def _compute_aligned_batch_logprobs(self, rollouts: Rollouts, rows: Tensor) -> ForwardResult:
+        """One guarded forward of the given rows: token log-probs aligned with response tokens, and S [n]."""
+        self._assert_grad_context("ProbeComponents._compute_aligned_batch_logprobs")
+        batch = pack_rows(rollouts, rows, self.device)
+        forward = align_logprobs(self._teacher_force_logprobs(batch), batch)
+        assert_attached("S", forward.sequence_logprobs, "ProbeComponents._compute_aligned_batch_logprobs", DETACHED_FIX)
+        return forward
+
+    def _coefficients(self, forward: ForwardResult, rollouts: Rollouts, rows: Tensor) -> Coefficients:
+        weights = length_weights(rollouts, self.config.weighting)
+        return sequence_coefficients(forward.sequence_logprobs, rows, rollouts, weights)
+
+    def _build_probe_loss_X_from_S(self, S: Tensor, coefficients: Coefficients) -> Tensor:  # noqa: N802 (X, S: theory)
+        """L_X = Σ_i c_i S_i, whose gradient is Σ_n X_n over the prompts of ``S`` [n].
+
+        A sum, not a mean: the last, smaller microbatch needs no correction.
+        """
+        return (coefficients.entropy.to(S.dtype) * S).sum()
+
+    def _build_probe_loss_Y_from_S(self, S: Tensor, coefficients: Coefficients) -> Tensor:  # noqa: N802 (Y, S: theory)
+        """L_Y = Σ_i a_i S_i, whose gradient is Σ_n g_n over the prompts of ``S`` [n]."""
+        return (coefficients.update.to(S.dtype) * S).sum()
+
+    def _iter_prompt_microbatches(self, rollouts: Rollouts, prompts: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Row indices of successive microbatches of whole prompts."""
+        chosen = list(range(rollouts.n_prompts)) if prompts is None else list(prompts)
+        return iter_microbatches(rollouts, chosen, self.config.prompts_per_microbatch)
+
+    def _iter_prompts_as_units(self, rollouts: Rollouts) -> Iterator[list[int]]:
+        """Prompt indices of every unit of the U-statistic (single prompts, or blocks)."""
+        return iter(prompt_units(rollouts.n_prompts, self.config.blocks))
+
+    def accumulate_sum_X(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (X as in the theory)
+        """X_sum = Σ_n X_n over all prompts, raw (not preconditioned).
+
+        Raises:
+            GradientCoverageError: no parameter received a gradient (or, strict, one did not).
+        """
+        self._assert_grad_context("ProbeComponents.accumulate_sum_X")
+        total = self._gradient_sum("X", rollouts, range(rollouts.n_prompts), table=self._new_table("X", rollouts))
+        self._record_coverage("X", total, rollouts)
+        return total
+
+    def accumulate_sum_Y(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (Y as in the theory)
+        """Y_sum = P Σ_n g_n over all prompts, preconditioned.
+
+        Raises:
+            GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
+        """
+        self._assert_grad_context("ProbeComponents.accumulate_sum_Y")
+        total = self._gradient_sum("Y", rollouts, range(rollouts.n_prompts), table=self._new_table("Y", rollouts))
+        self._record_coverage("Y", total, rollouts)
+        self.excluded = self.preconditioner.excluded(total.tensors)
+        check_excluded(self.excluded, self.config.max_excluded_share)
+        return GradientSum(self.preconditioner.apply_preconditioner(total.tensors), total.touched)
+
+    def _compute_delta_h1_exact(self, rollouts: Rollouts) -> KernelSums:
+        """Kernel sums with every prompt as a unit."""
+        return self._kernel_sums(rollouts, prompt_units(rollouts.n_prompts, None))
+
+    def _compute_delta_h1_blocks(self, rollouts: Rollouts) -> KernelSums:
+        """Kernel sums with ``config.blocks`` blocks of prompts as units."""
+        return self._kernel_sums(rollouts, list(self._iter_prompts_as_units(rollouts)))
+
+    def compute_cross_sums(self, entropy: Rollouts, update: Rollouts) -> CrossKernelSums:
+        """Kernel sums between an entropy batch and an independent update batch."""
+        self._assert_grad_context("ProbeComponents.compute_cross_sums")
+        x_sum, y_sum = self.accumulate_sum_X(entropy), self.accumulate_sum_Y(update)
+        x_dot_y = self._compare_sums(x_sum, y_sum)
+        if self.config.conditional_variance == "alpha":
+            y_mean = [y / update.n_prompts for y in y_sum.tensors]
+            rows = self.compute_conditional_variance_over_E_alpha(entropy, y_mean) * update.n_prompts
+        else:
+            rows = self._projections("X", entropy, y_sum.tensors)
+        columns = self._projections("Y", update, x_sum.tensors)
+        return CrossKernelSums(x_dot_y, rows, columns)
+
+    def compute_conditional_variance_over_E_alpha(  # noqa: N802 (E as in the theory)
+        self, entropy: Rollouts, y_mean: Sequence[Tensor]
+    ) -> Tensor:
+        """s_n = X_n · Ȳ of every prompt of the entropy batch by the alpha trick.
+
+        The conditional variance of X̄ · Ȳ given the update batch is var(s_n) / B_E (`two_batch_estimate`).
+
+        Args:
+            entropy: the entropy batch E, B_E prompts.
+            y_mean: Ȳ, one tensor per registered parameter.
+
+        Returns:
+            [B_E] s_n, fp64 on the CPU.
+
+        Raises:
+            CheckpointingError: the model checkpoints in reentrant mode.
+            GradientCoverageError: no parameter receives a gradient from L.
+            GraphDetachedError: the model cannot be differentiated twice.
+        """
+        self._assert_grad_context("ProbeComponents.compute_conditional_variance_over_E_alpha")
+        alpha_trick.refuse_reentrant_checkpointing(self.model)
+        projections = []
+        with self.probe_state(), alpha_trick.twice_differentiable_attention():
+            for rows in self._iter_prompt_microbatches(entropy):
+                forward = self._compute_aligned_batch_logprobs(entropy, rows)
+                prompt = entropy.prompt_index[rows]
+                found = alpha_trick.alpha_projections(
+                    forward,
+                    self._coefficients(forward, entropy, rows).entropy,
+                    (prompt - prompt.min()).to(self.device),
+                    self.registry.tensors,
+                    y_mean,
+                    strict=self.config.strict,
+                )
+                projections.append(found.projections)
+                self._report("alpha", int(prompt.max()) + 1, entropy.n_prompts)
+        return torch.cat(projections)
+
+    def _kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> KernelSums:
+        """Aggregate passes, then the diagonal phase: X_u by one backward and Y_u by a second on a fresh graph."""
+        x_sum, y_sum = self.accumulate_sum_X(rollouts), self.accumulate_sum_Y(rollouts)
+        x_dot_y = self._compare_sums(x_sum, y_sum)
+        dot_Xu_Yu, dot_Xu_SumY, dot_Yu_SumX = [], [], []
+        kept: list[tuple[list[Tensor], list[Tensor]]] = []
+        for unit in units:
+            x_unit = self._gradient_sum("X", rollouts, unit).tensors
+            y_unit = self.preconditioner.apply_preconditioner(self._gradient_sum("Y", rollouts, unit).tensors)
+            dot_Xu_Yu.append(inner_product(x_unit, y_unit))
+            dot_Xu_SumY.append(inner_product(x_unit, y_sum.tensors))
+            dot_Yu_SumX.append(inner_product(y_unit, x_sum.tensors))
+            if self.config.full_kernel:
+                kept.append(([x.cpu() for x in x_unit], [y.cpu() for y in y_unit]))
+            self._report("diagonal", unit[-1] + 1, rollouts.n_prompts)
+        kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
+        return KernelSums(
+            x_dot_y=x_dot_y,
+            diagonal=torch.tensor(dot_Xu_Yu, dtype=torch.float64),
+            row_sums=torch.tensor(dot_Xu_SumY, dtype=torch.float64),
+            column_sums=torch.tensor(dot_Yu_SumX, dtype=torch.float64),
+            unit_sizes=torch.tensor([len(unit) for unit in units]),
+            kernel=torch.tensor(kernel, dtype=torch.float64) if kernel else None,
+        )
+
+    def _projections(self, which: str, rollouts: Rollouts, direction: Sequence[Tensor]) -> Tensor:
+        """[B] inner products of every prompt's X_n (or Y_n) with a direction, one backward a prompt."""
+        products = []
+        for prompt in range(rollouts.n_prompts):
+            gradient = self._gradient_sum(which, rollouts, [prompt]).tensors
+            if which == "Y":
+                gradient = self.preconditioner.apply_preconditioner(gradient)
+            products.append(inner_product(gradient, direction))
+            self._report(f"{which} per prompt", prompt + 1, rollouts.n_prompts)
+        return torch.tensor(products, dtype=torch.float64)
+
+    def _gradient_sum(
+        self, which: str, rollouts: Rollouts, prompts: Sequence[int], table: SequenceTable | None = None
+    ) -> GradientSum:
+        """Σ X_n or Σ g_n (raw) over the given prompts: a fresh forward and one backward per microbatch.
+
+        With a ``table`` (the pass over the whole batch) every sequence's S_i, c_i and a_i are written into it.
+        """
+        total = GradientSum.zeros(
+            self.registry.tensors, torch.device("cpu") if self.config.accumulate_on == "cpu" else None
+        )
+        done = 0
+        with self.probe_state():
+            for rows in self._iter_prompt_microbatches(rollouts, prompts):
+                forward = self._compute_aligned_batch_logprobs(rollouts, rows)
+                coefficients = self._coefficients(forward, rollouts, rows)
+                if which == "X":
+                    loss = self._build_probe_loss_X_from_S(forward.sequence_logprobs, coefficients)
+                    total.add(gradients_by_backward(loss, self.registry))
+                else:
+                    loss = self._build_probe_loss_Y_from_S(forward.sequence_logprobs, coefficients)
+                    total.add(self._y_gradients(loss, forward))
+                if table is not None:
+                    table.put(rows, forward.sequence_logprobs, coefficients)
+                    done += len(torch.unique(rollouts.prompt_index[rows]))
+                    self._report(which, done, rollouts.n_prompts)
+        return total
+
+    def _new_table(self, label: str, rollouts: Rollouts) -> SequenceTable:
+        self.sequences[label] = SequenceTable.empty(rollouts.n_sequences)
+        return self.sequences[label]
+
+    def _compare_sums(self, x_sum: GradientSum, y_sum: GradientSum) -> float:
+        """X_sum · Y_sum, with the products of the first few parameters kept for the diagnostics."""
+        coverage_guard.warn_if_coverage_differs(self.coverage["X"], self.coverage["Y"])
+        products = per_parameter_products(x_sum.tensors, y_sum.tensors)
+        self.leading_products = dict(zip(self.registry.names[:LEADING_PARAMETERS], products, strict=False))
+        return sum(products)
+
+    def _y_gradients(self, loss: Tensor, forward: ForwardResult) -> list[Tensor | None]:
+        if self.config.y_pass == "backward":
+            return gradients_by_backward(loss, self.registry)
+        x = self.coverage.get("X")
+        x_touched = None if x is None else [name not in x.untouched for name in self.registry.names]
+        return gradients_by_autograd_grad(
+            loss, forward.sequence_logprobs, self.registry, strict=self.config.strict, x_touched=x_touched
+        )
+
+    def _record_coverage(self, label: str, total: GradientSum, rollouts: Rollouts) -> None:
+        found = PassCoverage(
+            label=label,
+            n_trainable=len(total.touched),
+            n_with_gradient=sum(total.touched),
+            numel_share=coverage_guard.numel_share(total.tensors, total.touched),
+            norm=total.norm(),
+            untouched=coverage_guard.untouched_names(self.registry.names, total.touched),
+            mean_response_length=float(rollouts.response_lengths.to(torch.float64).mean()),
+        )
+        self.coverage[label] = found
+        coverage_guard.require_gradients(found, strict=self.config.strict, cause=self._likely_cause())
+
+    def _likely_cause(self) -> str:
+        name = reentrant_checkpointing(self.model)
+        if name is not None:
+            return (
+                f"'{name}' uses reentrant gradient checkpointing and its input does not require grad "
+                "(call model.enable_input_require_grads())."
+            )
+        return "the trainable parameters are not used by this forward (an inactive or disabled adapter?)."
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.config.autocast_dtype)
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(stage, done, total)
