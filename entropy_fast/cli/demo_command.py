@@ -1,0 +1,55 @@
+"""``entropy-fast demo``: the whole story on a small pretrained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from entropy_fast.cli.console import output, progress, quiet_libraries
+from entropy_fast.errors import ConfigError
+
+__all__ = ["demo"]
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo leaves.")] = Path("runs/demo"),
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts in every batch.")] = 8,
+    responses: Annotated[int, typer.Option(min=2, help="Responses to each prompt.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generation budget.")] = 48,
+    steps: Annotated[int, typer.Option(min=2, help="GRPO steps before the probe.")] = 3,
+    learning_rate: Annotated[float, typer.Option(min=1e-12, help="AdamW's.")] = 1e-4,
+    seed: Annotated[int, typer.Option(help="Of prompts, sampling and LoRA initialisation.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Another model than the embedded one.", show_default=False)] = None,
+) -> None:
+    """Train a LoRA for a few real GRPO steps, then forecast what the next one does to the entropy."""
+    quiet_libraries()
+    try:
+        from entropy_fast.demo import DemoSettings, run_demo
+        from entropy_fast.demo.story import DEFAULT_MODEL
+    except ImportError as error:
+        raise ConfigError(
+            f"the demo needs a package that is not installed: {error.name}.", fix="pip install 'entropy-fast[demo]'."
+        ) from error
+    from entropy_fast.report.picture import write_picture
+    from entropy_fast.report.terminal import print_result
+    from entropy_fast.run_folder.result_files import write_result
+
+    console = output()
+    settings = DemoSettings(
+        prompts=prompts,
+        responses_per_prompt=responses,
+        max_new_tokens=max_new_tokens,
+        optimizer_steps=steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        model=model or DEFAULT_MODEL,
+    )
+    with progress() as report:
+        result = run_demo(settings, out, lambda sentence: console.print(Text(sentence)), report)
+    print_result(result, console)
+    paths = [*write_result(result, out), write_picture(result, out / "contributions.png")]
+    console.print(Text("written: " + ", ".join(map(str, paths))))
+    console.print(Text(f"repeat the probe from these files: entropy-fast probe {out} --out DIR"))

@@ -1,0 +1,76 @@
+"""``entropy-fast doctor``: the checklist, on the machine and on the user's own model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from entropy_fast.cli.console import output, quiet_libraries
+from entropy_fast.cli.model_options import (
+    CheckpointingOption,
+    DeviceOption,
+    DtypeOption,
+    FourBitOption,
+    ModelOption,
+    model_source,
+)
+from entropy_fast.errors import ConfigError
+
+__all__ = ["doctor"]
+
+MARKS = {True: Text("ok", style="green"), False: Text("FAIL", style="bold red"), None: Text("info")}
+
+
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="Run folder with run.json.", show_default=False)] = None,
+    model: ModelOption = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder.", show_default=False)] = None,
+    optimizer: Annotated[Path | None, typer.Option(help="optimizer.pt.", show_default=False)] = None,
+    rollouts: Annotated[
+        Path | None, typer.Option(help="Rollouts; random tokens stand in without them.", show_default=False)
+    ] = None,
+    dtype: DtypeOption = None,
+    load_in_4bit: FourBitOption = None,
+    gradient_checkpointing: CheckpointingOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Check the installation and, with a model, every step of a probe on it."""
+    from entropy_fast.cli.inputs import Inputs, load_policy, resolve
+    from entropy_fast.geometry import adam_state_from_file
+    from entropy_fast.report.doctor import check_environment, check_model, synthetic_rollouts
+
+    quiet_libraries()
+    checks = check_environment()
+    model_options = {
+        "name": model,
+        "dtype": dtype,
+        "load_in_4bit": load_in_4bit,
+        "gradient_checkpointing": gradient_checkpointing,
+        "device": device,
+    }
+    if run is not None:
+        inputs: Inputs = resolve(run, model_options, adapter, optimizer, rollouts, None)
+        policy, state = inputs.load()
+        checks += check_model(policy, state, inputs.read_rollouts()[0])
+    elif (source := model_source(None, **model_options)) is not None:
+        policy = load_policy(source, adapter)
+        known = None if optimizer is None else adam_state_from_file(optimizer, policy)
+        if rollouts is None:
+            batch = synthetic_rollouts(policy.config.get_text_config().vocab_size)
+        else:
+            batch = Inputs.read_batch(rollouts, source)
+        checks += check_model(policy, known, batch)
+    elif any(value is not None for value in (*model_options.values(), adapter, optimizer, rollouts)):
+        raise ConfigError("doctor: files or model options were given without a model.", fix="pass RUN or --model.")
+    table = Table(title="entropy-fast doctor", title_justify="left")
+    for column in ("check", "", "found"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        table.add_row(Text(check.name), MARKS[check.passed], Text(check.detail))
+    output().print(table)
+    if any(check.passed is False for check in checks):
+        raise typer.Exit(code=1)

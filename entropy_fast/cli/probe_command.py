@@ -1,0 +1,106 @@
+"""``entropy-fast probe``: forecast from files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from entropy_fast.cli.console import output, progress, quiet_libraries
+from entropy_fast.cli.model_options import (
+    CheckpointingOption,
+    DeviceOption,
+    DtypeOption,
+    FourBitOption,
+    ModelOption,
+)
+from entropy_fast.errors import ConfigError
+
+__all__ = ["probe"]
+
+
+def probe(
+    run: Annotated[Path | None, typer.Argument(help="Run folder with run.json.", show_default=False)] = None,
+    model: ModelOption = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder (safetensors).", show_default=False)] = None,
+    optimizer: Annotated[Path | None, typer.Option(help="optimizer.pt of Adam or AdamW.", show_default=False)] = None,
+    rollouts: Annotated[Path | None, typer.Option(help="Update batch, .jsonl or .parquet.", show_default=False)] = None,
+    entropy_rollouts: Annotated[
+        Path | None, typer.Option(help="Independent entropy batch for the two-batch estimate.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results; the run folder by default.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="auto or two_pass.")] = "auto",
+    weighting: Annotated[
+        str | None,
+        typer.Option(help="dr_grpo, per_token or sequence; the run folder's, or dr_grpo.", show_default=False),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Instead of the optimizer's.", show_default=False)] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Blocks of prompts as units (fewer backwards).", show_default=False)
+    ] = None,
+    prompts_per_microbatch: Annotated[
+        int | None, typer.Option(help="Prompts in one forward.", show_default=False)
+    ] = None,
+    full_kernel: Annotated[bool, typer.Option("--full-kernel", help="Keep the whole influence kernel K.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Forwards under bfloat16 autocast.")] = False,
+    dtype: DtypeOption = None,
+    load_in_4bit: FourBitOption = None,
+    gradient_checkpointing: CheckpointingOption = None,
+    device: DeviceOption = None,
+    picture: Annotated[bool, typer.Option(help="Draw contributions.png (needs matplotlib).")] = True,
+) -> None:
+    """Forecast the entropy change of the next update from a run folder, or from single files."""
+    from entropy_fast.cli.inputs import resolve
+    from entropy_fast.probe.front_door import fast_delta_h1
+    from entropy_fast.report.picture import write_picture
+    from entropy_fast.report.terminal import print_result
+    from entropy_fast.run_folder.result_files import write_result
+
+    quiet_libraries()
+    target = out or run
+    if target is None:
+        raise ConfigError("probe: no run folder and no --out, so there is nowhere to write.", fix="pass --out DIR.")
+    model_options = {
+        "name": model,
+        "dtype": dtype,
+        "load_in_4bit": load_in_4bit,
+        "gradient_checkpointing": gradient_checkpointing,
+        "device": device,
+    }
+    inputs = resolve(run, model_options, adapter, optimizer, rollouts, entropy_rollouts)
+    changes: dict[str, Any] = {
+        "weighting": weighting,
+        "mode": None if blocks is None else "blocks",
+        "blocks": blocks,
+        "prompts_per_microbatch": prompts_per_microbatch,
+        "learning_rate": learning_rate,
+        "full_kernel": full_kernel or None,
+        "autocast_bfloat16": bf16 or None,
+    }
+    given = {key: value for key, value in changes.items() if value is not None}
+    inputs = dataclasses.replace(inputs, settings=dataclasses.replace(inputs.settings, **given))
+    config = inputs.config()
+    update, entropy = inputs.read_rollouts()
+    console = output()
+    policy, state = inputs.load()
+    with progress() as report:
+        result = fast_delta_h1(
+            policy,
+            state,
+            update,
+            entropy,
+            engine=engine,  # type: ignore[arg-type]  # checked there, with a message that lists the engines
+            learning_rate=inputs.settings.learning_rate,
+            config=config,
+            on_progress=report,
+        )
+    print_result(result, console)
+    paths = write_result(result, target)
+    if picture:
+        paths.append(write_picture(result, target / "contributions.png"))
+    console.print(Text("written: " + ", ".join(map(str, paths))))

@@ -1,0 +1,59 @@
+"""``entropy-fast sample``: prompts to rewarded rollouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from entropy_fast.cli.console import output, progress, quiet_libraries
+from entropy_fast.cli.model_options import DeviceOption, DtypeOption, FourBitOption, model_source
+from entropy_fast.errors import SamplingError
+
+__all__ = ["sample"]
+
+
+def sample(
+    prompts: Annotated[Path, typer.Argument(help="JSONL of objects with `prompt` and, for rewards, `answer`.")],
+    model: Annotated[str, typer.Option(help="Model folder, hub id, FILE.gguf, or package:NAME/FILE.gguf.")],
+    out: Annotated[Path, typer.Option(help="Rollouts file to write, .jsonl or .parquet.")],
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder (safetensors).", show_default=False)] = None,
+    responses: Annotated[int, typer.Option(help="Responses to each prompt, G.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Generation budget, recorded as L_max.")] = 256,
+    temperature: Annotated[float, typer.Option(help="Anything but 1 biases a probe.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Anything but 1 biases a probe.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="String that ends a response; may be repeated.")] = None,
+    verifier: Annotated[str, typer.Option(help="last-number or exact-text.")] = "last-number",
+    seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    prompts_per_batch: Annotated[int, typer.Option(help="Prompts generated together.")] = 8,
+    dtype: DtypeOption = None,
+    load_in_4bit: FourBitOption = None,
+    device: DeviceOption = None,
+) -> None:
+    """Sample responses, reward them, and write rollouts a probe can read."""
+    from entropy_fast.cli.inputs import load_policy
+    from entropy_fast.rollouts import check_rollouts_path, write_rollouts
+    from entropy_fast.run_folder.model_source import load_tokenizer
+    from entropy_fast.sampling import VERIFIERS, SamplingSettings, read_tasks, sample_rollouts
+
+    quiet_libraries()
+    if verifier not in VERIFIERS:
+        raise SamplingError(f"sampling: verifier is {verifier!r}.", fix=f"use one of {', '.join(VERIFIERS)}.")
+    settings = SamplingSettings(
+        responses, max_new_tokens, temperature, top_p, tuple(stop or ()), seed, prompts_per_batch
+    )
+    tasks = read_tasks(prompts)
+    check_rollouts_path(out)
+    source = model_source(None, name=model, dtype=dtype, load_in_4bit=load_in_4bit, device=device)
+    assert source is not None
+    policy = load_policy(source, adapter)
+    with progress() as report:
+        rollouts = sample_rollouts(policy, load_tokenizer(source), tasks, VERIFIERS[verifier], settings, report)
+    write_rollouts(rollouts, out)
+    assert rollouts.rewards is not None
+    mean = float(rollouts.rewards.mean())
+    output().print(
+        Text(f"{rollouts.n_sequences} responses to {rollouts.n_prompts} prompts, mean reward {mean:.3f}: {out}")
+    )

