@@ -45,6 +45,9 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def quiet_libraries() -> None:
     """Turn off the libraries' bars and info lines, and our own warnings, which the result repeats."""
+    # Said while it is imported, about an optional kernel for another use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

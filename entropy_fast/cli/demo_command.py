@@ -51,5 +51,5 @@ def demo(
         result = run_demo(settings, out, lambda sentence: console.print(Text(sentence)), report)
     print_result(result, console)
     paths = [*write_result(result, out), write_picture(result, out / "contributions.png")]
-    console.print(Text("written: " + ", ".join(map(str, paths))))
-    console.print(Text(f"repeat the probe from these files: entropy-fast probe {out} --out DIR"))
+    console.print(Text("written: " + ", ".join(map(str, paths))), soft_wrap=True)
+    console.print(Text(f"repeat the probe from these files: entropy-fast probe {out} --out DIR"), soft_wrap=True)

@@ -103,4 +103,4 @@ def probe(
     paths = write_result(result, target)
     if picture:
         paths.append(write_picture(result, target / "contributions.png"))
-    console.print(Text("written: " + ", ".join(map(str, paths))))
+    console.print(Text("written: " + ", ".join(map(str, paths))), soft_wrap=True)

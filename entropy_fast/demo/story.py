@@ -108,7 +108,7 @@ def _save(
     folder: Path, source: ModelSource, model: PeftModel, optimizer: torch.optim.Optimizer, rollouts: Rollouts
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder / "adapter"), safe_serialization=True)
+    model.save_pretrained(str(folder / "adapter"), safe_serialization=True, save_embedding_layers=False)
     with atomic_path(folder / "optimizer.pt") as temporary:
         torch.save(optimizer.state_dict(), temporary)
     write_rollouts(rollouts, folder / "rollouts.jsonl")

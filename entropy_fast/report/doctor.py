@@ -128,7 +128,7 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
     difference = _distance(first.sequence_logprobs, again.sequence_logprobs)
     checks.append(Check("dropout off", difference == 0, f"two forwards differ by {difference:.3g} nats"))
     separate = torch.cat([f.sequence_logprobs for f in alone])
-    relative = _distance(first.sequence_logprobs, separate) / float(separate.abs().max().clamp_min(1e-30))
+    relative = _distance(first.sequence_logprobs, separate) / float(separate.detach().abs().max().clamp_min(1e-30))
     checks.append(
         Check(
             "sequences do not interact",

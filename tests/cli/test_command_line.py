@@ -1,0 +1,241 @@
+"""The console script on a tiny saved model: what users type, what they get, and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from small_policy import saved_model, saved_run
+
+from entropy_fast import fast_delta_h1, read_rollouts
+from entropy_fast.cli.app import run
+from entropy_fast.run_folder.model_source import ModelSource, attach_adapter, load_model
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory) -> Path:
+    return saved_run(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def folder(stored, tmp_path) -> Path:
+    return Path(shutil.copytree(stored, tmp_path / "run"))
+
+
+def direct(folder):
+    model = attach_adapter(load_model(ModelSource(str(folder / "base"))), folder / "adapter")
+    return fast_delta_h1(model, folder / "optimizer.pt", read_rollouts(folder / "rollouts.jsonl"))
+
+
+def test_probe_writes_what_the_library_returns(folder, capsys):
+    out = folder / "out"
+    assert run(["probe", str(folder), "--out", str(out)]) == 0
+    expected = direct(folder)
+    document = json.loads((out / "result.json").read_text())
+    assert document["schema"] == "entropy_fast.result/1"
+    assert document["delta_h1"] == expected.delta_h1
+    assert document["std_error"] == expected.std_error
+    assert document["row_sums"] == expected.row_sums.tolist()
+    assert document["sequences"]["X"]["entropy"] == expected.sequences["X"].entropy.tolist()
+    table = pq.read_table(out / "per_prompt.parquet").to_pylist()
+    assert [row["delta_h1"] for row in table] == [p.delta_h1 for p in expected.per_prompt]
+    assert sum(row["delta_h1"] for row in table) == pytest.approx(expected.delta_h1, rel=1e-5)
+    assert (out / "contributions.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert f"{expected.delta_h1:.17g}" in shown
+    said = "sign is not established" in shown
+    assert said == (abs(expected.delta_h1) < 2 * expected.std_error)
+
+
+def test_probe_from_single_files_equals_the_run_folder(folder):
+    options = ["--model", str(folder / "base"), "--adapter", str(folder / "adapter")]
+    options += ["--optimizer", str(folder / "optimizer.pt"), "--rollouts", str(folder / "rollouts.jsonl")]
+    assert run(["probe", *options, "--out", str(folder / "a"), "--no-picture"]) == 0
+    assert run(["probe", str(folder), "--out", str(folder / "b"), "--no-picture"]) == 0
+    first, second = (json.loads((folder / name / "result.json").read_text()) for name in "ab")
+    assert first == second
+    assert not (folder / "a" / "contributions.png").exists()
+
+
+def test_options_go_over_the_run_folder(folder):
+    command = ["probe", str(folder), "--no-picture", "--out", str(folder / "o")]
+    assert run([*command, "--weighting", "sequence", "--learning-rate", "0.5", "--full-kernel", "--blocks", "2"]) == 0
+    document = json.loads((folder / "o" / "result.json").read_text())
+    assert document["config"]["weighting"] == "sequence"
+    assert document["learning_rate"] == 0.5
+    assert len(document["kernel"]) == 2
+    assert run([*command, "--dtype", "bfloat16"]) == 0
+    changed = json.loads((folder / "o" / "result.json").read_text())
+    assert changed["delta_h1"] != direct(folder).delta_h1
+
+
+def test_two_batches(folder):
+    rollouts = str(folder / "rollouts.jsonl")
+    shutil.copy(rollouts, folder / "entropy.jsonl")
+    command = ["probe", str(folder), "--entropy-rollouts", str(folder / "entropy.jsonl"), "--out", str(folder / "o")]
+    assert run([*command, "--no-picture"]) == 0
+    document = json.loads((folder / "o" / "result.json").read_text())
+    assert document["estimate"] == "two_batch"
+    assert {p["role"] for p in document["per_prompt"]} == {"entropy", "update"}
+
+
+def test_doctor_ticks_off_a_healthy_model(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["doctor", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    for name in (
+        "grad context",
+        "X gradients",
+        "Y gradients",
+        "alpha trick",
+        "optimizer",
+        "ops backend native",
+        "dropout off",
+    ):
+        assert name in shown
+    assert "FAIL" not in shown
+
+
+def test_doctor_fails_on_what_would_spoil_a_probe(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps({**row, "temperature": 0.7}) + "\n" for row in rows))
+    assert run(["doctor", str(folder)]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_doctor_without_a_model_reports_backends(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("reference", "native", "triton", "cuda"):
+        assert f"ops backend {name}" in shown
+
+
+def test_doctor_with_a_model_alone_uses_random_tokens(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["doctor", "--model", str(folder / "base"), "--adapter", str(folder / "adapter")]
+    assert run(command) == 0
+    assert "not given: coverage" in capsys.readouterr().out
+
+
+def test_sample_then_probe(folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n} plus 1 is", "answer": str(n + 1)}) + "\n" for n in range(3)))
+    out = tmp_path / "sampled.parquet"
+    command = [
+        "sample",
+        str(prompts),
+        "--model",
+        str(folder / "base"),
+        "--adapter",
+        str(folder / "adapter"),
+        "--out",
+        str(out),
+    ]
+    assert run([*command, "--responses", "16", "--max-new-tokens", "5", "--seed", "3"]) == 0
+    rollouts = read_rollouts(out)
+    assert (rollouts.n_prompts, rollouts.n_sequences) == (3, 48)
+    assert (rollouts.temperature, rollouts.top_p) == (1.0, 1.0)
+    assert set(rollouts.rewards.tolist()) <= {0.0, 1.0}
+    assert run(["probe", str(folder), "--rollouts", str(out), "--out", str(tmp_path / "o"), "--no-picture"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["probe"], "nowhere to write"),
+        (["probe", "--out", "o", "--model", "m"], "--optimizer, --rollouts is missing"),
+        (["probe", "RUN", "--engine", "warp"], "engine is 'warp'"),
+        (["probe", "RUN", "--weighting", "none"], "`weighting` is 'none'"),
+        (["probe", "RUN", "--learning-rate", "0"], "learning rate"),
+        (["probe", "RUN", "--blocks", "99"], "blocks=99"),
+        (["probe", "RUN", "--rollouts", "missing.jsonl"], "missing.jsonl"),
+        (["probe", "RUN", "--optimizer", "missing.pt"], "does not exist"),
+        (["probe", "RUN", "--adapter", "missing"], "adapter_config.json"),
+        (["probe", "RUN", "--model", "/missing/model"], "cannot be loaded"),
+        (["probe", "RUN", "--dtype", "int4"], "dtype"),
+        (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl"], "cannot be read"),
+        (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl", "--verifier", "oracle"], "verifier is 'oracle'"),
+        (["doctor", "--device", "cpu"], "without a model"),
+    ],
+)
+def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setenv("COLUMNS", "500")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert run([str(folder) if a == "RUN" else a for a in arguments]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "what to do:" in shown.err
+    assert "Traceback" not in shown.err
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_a_truncated_rollouts_line_is_named(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    path = folder / "rollouts.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], lines[2][:30]]) + "\n")
+    assert run(["probe", str(folder)]) == 2
+    assert "line 3" in capsys.readouterr().err
+    assert not (folder / "result.json").exists()
+
+
+def test_text_rows_load_the_tokenizer(folder):
+    rows = []
+    for group in range(3):
+        for response, reward in (("3 plus 4 <eos>", 1.0), ("stop", 0.0)):
+            rows.append({"group_id": group, "prompt": f"{group} is", "response": response, "reward": reward})
+    (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "probe",
+        str(folder),
+        "--rollouts",
+        str(folder / "text.jsonl"),
+        "--out",
+        str(folder / "o"),
+        "--no-picture",
+    ]
+    assert run(command) == 0
+
+
+def test_markup_and_escapes_in_prompts_are_shown_as_text(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    marked = "".join(json.dumps({**row, "prompt": "[red]$x$ \x1b[31m" + row["prompt"]}) + "\n" for row in rows)
+    (folder / "rollouts.jsonl").write_text(marked)
+    assert run(["probe", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "[red]$x$ [31m" in shown
+    assert "\x1b[31m" not in shown
+
+
+def test_usage_errors_and_version(capsys):
+    assert run(["probe", "--no-such-option"]) == 2
+    assert "No such option" in capsys.readouterr().err
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.strip().count(".") == 2
+
+
+def test_a_full_model_without_an_adapter(tmp_path):
+    base = saved_model(tmp_path / "base")
+    model = load_model(ModelSource(str(base)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    ids = torch.arange(model.config.vocab_size).repeat(2, 1)
+    model(input_ids=ids, labels=ids.flip(0)).loss.backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    rows = [
+        {"group_id": n, "prompt_token_ids": [3 + n], "response_token_ids": [4 + i, 5], "reward": float(i)}
+        for n in range(3)
+        for i in range(2)
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["probe", "--model", str(base), "--optimizer", str(tmp_path / "optimizer.pt"), "--no-picture"]
+    assert run([*command, "--rollouts", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "o")]) == 0

