@@ -1,0 +1,1 @@
+"""Tiny models, batches and oracles for tests that run the probe itself."""

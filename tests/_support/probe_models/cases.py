@@ -1,0 +1,43 @@
+"""A model, its optimizer and a batch, ready to be probed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from entropy_fast import OfflineEntropyProbe, ProbeConfig, Rollouts
+from probe_models.architectures import add_lora, build_model, stepped_adamw
+from probe_models.batches import Sample, make_samples, pack
+
+
+@dataclasses.dataclass
+class Case:
+    """What a user has in hand when calling the probe."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    samples: list[Sample]
+    rollouts: Rollouts
+
+    def probe(self, **options: Any) -> OfflineEntropyProbe:
+        return OfflineEntropyProbe(self.model, self.optimizer, config=ProbeConfig(**options))
+
+
+def case_of(model: nn.Module, group_sizes: Sequence[int] = (2, 3, 2)) -> Case:
+    samples = make_samples(group_sizes)
+    return Case(model, stepped_adamw(model), samples, pack(samples))
+
+
+def lora_case(family: str = "qwen2", group_sizes: Sequence[int] = (2, 3, 2), *, dropout: float = 0.0) -> Case:
+    return case_of(add_lora(build_model(family, dropout=dropout), dropout=dropout), group_sizes)
+
+
+def mute_adapters(model: nn.Module) -> None:
+    """Adapters out of the forward while their parameters go on requiring grad (``disable_adapter()`` freezes them too)."""
+    for module in model.modules():
+        if hasattr(module, "_disable_adapters"):
+            module._disable_adapters = True

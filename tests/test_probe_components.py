@@ -1,0 +1,160 @@
+"""Graphs that are cut, temperatures that do not matter, microbatches that change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from probe_models.architectures import add_lora, build_model
+from probe_models.batches import make_rollouts
+from probe_models.cases import Case, case_of, lora_case
+from torch import Tensor
+
+from entropy_fast import ProbeComponents, probe_components
+from entropy_fast.errors import EntropyFastWarning, GraphDetachedError
+from entropy_fast.geometry import AdamState
+from entropy_fast.teacher_forcing import ForwardResult, PackedBatch, align_logprobs, model_logits
+
+
+def both_estimates(case: Case) -> list[Callable[[], object]]:
+    probe = case.probe()
+    other = make_rollouts((2, 2), seed=9)
+    return [
+        lambda: probe.compute_delta_h1(case.rollouts),
+        lambda: probe.run_mixed_probe(other, case.rollouts),
+        lambda: probe.components.compute_conditional_variance_over_E_alpha(other, [torch.zeros(())]),
+    ]
+
+
+def test_a_forward_under_no_grad_is_found_out() -> None:
+    case = lora_case()
+    base = case.model.get_base_model()
+    base.model.forward = torch.no_grad()(base.model.forward)
+    for estimate in both_estimates(case):
+        with pytest.raises(GraphDetachedError, match="logits") as caught:
+            estimate()
+        assert "_teacher_force_logprobs" in str(caught.value)
+        assert "requires_grad=False" in str(caught.value)
+        for cause in ("no_grad", "inference_mode", "detach()", "disable_adapter()", "enable_input_require_grads()"):
+            assert cause in caught.value.fix
+
+
+def test_detached_logits_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = lora_case()
+    monkeypatch.setattr(probe_components, "model_logits", lambda *arguments: model_logits(*arguments).detach())
+    for estimate in both_estimates(case):
+        with pytest.raises(GraphDetachedError, match=r"_teacher_force_logprobs: logits .*float32 on cpu"):
+            estimate()
+
+
+def test_logits_that_are_leaves_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """requires_grad alone proves nothing: a detached tensor on which it was set again has no graph."""
+    case = lora_case()
+    monkeypatch.setattr(
+        probe_components, "model_logits", lambda *arguments: model_logits(*arguments).detach().requires_grad_(True)
+    )
+    with pytest.raises(GraphDetachedError, match="grad_fn=None"):
+        case.probe().compute_delta_h1(case.rollouts)
+
+
+def test_log_probs_detached_from_the_logits_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = lora_case()
+
+    def cut(logits: Tensor, batch: PackedBatch) -> ForwardResult:
+        whole = align_logprobs(logits, batch)
+        return dataclasses.replace(whole, sequence_logprobs=whole.sequence_logprobs.detach())
+
+    monkeypatch.setattr(probe_components, "align_logprobs", cut)
+    for estimate in both_estimates(case):
+        with pytest.raises(GraphDetachedError, match="_compute_aligned_batch_logprobs: S "):
+            estimate()
+
+
+def test_reentrant_checkpointing_over_frozen_embeddings_says_what_to_call() -> None:
+    case = lora_case()
+    case.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    case.model.get_base_model().disable_input_require_grads()  # switched on for us by recent transformers
+    with pytest.raises(GraphDetachedError, match=r"enable_input_require_grads\(\)"):
+        case.probe().compute_delta_h1(case.rollouts)
+
+
+def test_nan_log_probs_are_refused() -> None:
+    case = lora_case()
+    with torch.no_grad():
+        next(p for n, p in case.model.named_parameters() if "lora_B" in n).fill_(torch.nan)
+    with pytest.raises(GraphDetachedError, match="NaN"):
+        case.probe().compute_delta_h1(case.rollouts)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p"), [(0.3, 1.0), (1.7, 1.0), (1.0, 0.5), (0.6, 0.95), (None, None), (1.0, None)]
+)
+def test_the_sampling_temperature_is_reported_and_never_used(temperature: float | None, top_p: float | None) -> None:
+    case = lora_case()
+    probe = case.probe()
+    expected = probe.compute_delta_h1(make_rollouts())
+    scored = {label: table.sequence_logprobs for label, table in probe.components.sequences.items()}
+    assert not any("temperature" in note for note in expected.diagnostics.warnings)
+    odd = make_rollouts(temperature=temperature, top_p=top_p)
+    with pytest.warns(EntropyFastWarning, match="temperature"):
+        found = probe.compute_delta_h1(odd)
+    for label, values in scored.items():
+        assert torch.equal(probe.components.sequences[label].sequence_logprobs, values)
+        assert torch.equal(found.sequences[label].sequence_logprobs, values)
+    assert found.delta_h1 == expected.delta_h1
+    assert found.std_error == expected.std_error
+    (note,) = [note for note in found.diagnostics.warnings if "temperature" in note]
+    assert ("unknown" in note) == (temperature is None or top_p is None)
+    assert found.diagnostics.sampling == {"rollouts": (temperature, top_p)}
+
+
+def test_two_batches_report_the_sampling_of_each() -> None:
+    case = lora_case()
+    hot = make_rollouts((2, 2), seed=9, temperature=1.5)
+    with pytest.warns(EntropyFastWarning, match="entropy: sampled at temperature 1.5"):
+        found = case.probe().run_mixed_probe(hot, case.rollouts)
+    assert found.diagnostics.sampling == {"entropy": (1.5, 1.0), "update": (1.0, 1.0)}
+    assert sum("temperature" in note for note in found.diagnostics.warnings) == 1
+    cool = case.probe().run_mixed_probe(make_rollouts((2, 2), seed=9), case.rollouts)
+    assert (found.delta_h1, found.std_error) == (cool.delta_h1, cool.std_error)
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+def test_microbatches_of_any_size_give_the_same_sums(lora: bool) -> None:
+    sizes = (2, 3, 2, 4, 2)
+    model = build_model("gpt2")
+    case = case_of(add_lora(model) if lora else model, sizes)
+    one = case.probe(prompts_per_microbatch=1).compute_delta_h1(case.rollouts)
+    scale = float(one.row_sums.abs().max())
+    for size in (2, 3, 5, 100):
+        several = case.probe(prompts_per_microbatch=size).compute_delta_h1(case.rollouts)
+        for field in ("row_sums", "column_sums", "diagonal"):
+            torch.testing.assert_close(getattr(several, field), getattr(one, field), rtol=1e-5, atol=1e-5 * scale)
+        assert several.x_dot_y == pytest.approx(one.x_dot_y, abs=1e-5 * scale)
+        for field in ("sequence_logprobs", "entropy", "update"):
+            left, right = getattr(several.sequences["X"], field), getattr(one.sequences["X"], field)
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+
+
+def test_sums_kept_on_the_cpu_are_the_same_bits() -> None:
+    case = lora_case()
+    on_device = case.probe().compute_delta_h1(case.rollouts)
+    on_cpu = case.probe(accumulate_on="cpu").compute_delta_h1(case.rollouts)
+    assert on_cpu.delta_h1 == on_device.delta_h1
+    assert torch.equal(on_cpu.row_sums, on_device.row_sums)
+
+
+def test_progress_covers_every_pass_and_every_prompt() -> None:
+    case = lora_case()
+    seen: list[tuple[str, int, int]] = []
+    components = ProbeComponents(
+        case.model,
+        AdamState.from_optimizer(case.optimizer, case.model),
+        on_progress=lambda stage, done, total: seen.append((stage, done, total)),
+    )
+    components._compute_delta_h1_exact(case.rollouts)
+    n = case.rollouts.n_prompts
+    for stage in ("X", "Y", "diagonal"):
+        assert [(done, total) for name, done, total in seen if name == stage] == [(k + 1, n) for k in range(n)]
