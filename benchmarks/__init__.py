@@ -1,0 +1,1 @@
+"""Side-by-side measurements. Each checks the result before it prints a speed."""
