@@ -16,7 +16,8 @@ __all__ = ["demo"]
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo leaves.")] = Path("runs/demo"),
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts in every batch.")] = 8,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts in the batch that is probed.")] = 8,
+    training_prompts: Annotated[int, typer.Option(min=1, help="Prompts in each GRPO step before it.")] = 4,
     responses: Annotated[int, typer.Option(min=2, help="Responses to each prompt.")] = 4,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generation budget.")] = 48,
     steps: Annotated[int, typer.Option(min=2, help="GRPO steps before the probe.")] = 3,
@@ -40,6 +41,7 @@ def demo(
     console = output()
     settings = DemoSettings(
         prompts=prompts,
+        training_prompts=training_prompts,
         responses_per_prompt=responses,
         max_new_tokens=max_new_tokens,
         optimizer_steps=steps,

@@ -31,9 +31,22 @@ Announce = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class DemoSettings:
-    """Sizes of the demonstration. The defaults take about two minutes on two CPU cores."""
+    """Sizes of the demonstration; the defaults are meant for two CPU cores and a few minutes.
+
+    Attributes:
+        prompts: prompts in the batch that is probed.
+        training_prompts: prompts in each of the steps before it, which only have to make the optimizer state a real one.
+        responses_per_prompt: G, in all batches.
+        max_new_tokens: generation budget.
+        optimizer_steps: GRPO steps before the probe.
+        learning_rate: AdamW's.
+        lora_rank: rank of the adapter on every linear layer.
+        seed: of tasks, sampling and LoRA initialisation.
+        model: see `ModelSource`.
+    """
 
     prompts: int = 8
+    training_prompts: int = 4
     responses_per_prompt: int = 4
     max_new_tokens: int = 48
     optimizer_steps: int = 3
@@ -74,10 +87,12 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     announce(
         f"{sum(p.numel() for p in base.parameters()):,} parameters, {sum(p.numel() for p in trainable):,} of them LoRA"
     )
-    tasks = arithmetic_tasks(settings.prompts * (settings.optimizer_steps + 1), settings.seed)
+    n_training = settings.training_prompts * settings.optimizer_steps
+    tasks = arithmetic_tasks(n_training + settings.prompts, settings.seed)
 
     def sample(step: int) -> Rollouts:
-        part = tasks[step * settings.prompts : (step + 1) * settings.prompts]
+        start = step * settings.training_prompts
+        part = tasks[start : start + settings.training_prompts] if step < settings.optimizer_steps else tasks[start:]
         sampling = SamplingSettings(
             responses_per_prompt=settings.responses_per_prompt,
             max_new_tokens=settings.max_new_tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -77,13 +77,7 @@ class ParameterRegistry:
                 f"{sum(1 for _ in module.parameters())}).",
                 fix="load the adapter with is_trainable=True, or set requires_grad on what the optimizer trains.",
             )
-        for name, parameter in named:
-            if getattr(parameter, "_post_accumulate_grad_hooks", None):
-                raise ModelStateError(
-                    f"parameter '{name}' has a post-accumulate-grad hook (an optimizer step fused into backward?); the "
-                    "probe's backward would trigger it and change the model.",
-                    fix="remove the hook while probing.",
-                )
+        _refuse_gradient_hooks(named)
         return cls(module, tuple(RegisteredParameter(name, p, group_of.get(name)) for name, p in named))
 
     @property
@@ -106,7 +100,9 @@ class ParameterRegistry:
 
         Raises:
             ParameterRegistryError: one was replaced, added, removed or frozen since; the message names it.
+            ModelStateError: one has got a hook that would act on its gradient.
         """
+        _refuse_gradient_hooks([(p.name, p.tensor) for p in self.parameters])
         now = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         problem = None
         for registered in self.parameters:
@@ -125,4 +121,14 @@ class ParameterRegistry:
                 "with belongs to the old ones.",
                 fix="build the probe again after setting adapters, wrapping or freezing; do not change the model in "
                 "between, and do not probe inside disable_adapter(), which freezes the adapter.",
+            )
+
+
+def _refuse_gradient_hooks(named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in named:
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ModelStateError(
+                f"parameter '{name}' has a post-accumulate-grad hook (an optimizer step fused into backward?); the probe's "
+                "backward would trigger it and change the model.",
+                fix="remove the hook while probing.",
             )

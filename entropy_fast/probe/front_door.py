@@ -37,6 +37,9 @@ def fast_delta_h1(
 ) -> DeltaH1Result:
     """Forecast how much the next update will change the policy's entropy, before it is taken.
 
+    Call it before the training step's forward: a DistributedDataParallel forward that still waits for its backward would
+    have its gradient synchronisation used up by the probe's.
+
     The model, its gradients, train/eval flags, random states and the optimizer are given back as they were, also when
     the probe raises.
 

@@ -142,6 +142,16 @@ def test_post_accumulate_grad_hooks_are_refused() -> None:
     assert not steps
 
 
+def test_post_accumulate_grad_hooks_added_after_building_are_refused_too() -> None:
+    case = lora_case()
+    probe = case.probe()
+    steps = []
+    case.model.get_parameter(QUERY_A).register_post_accumulate_grad_hook(steps.append)
+    with pytest.raises(ModelStateError, match="post-accumulate-grad hook"):
+        probe.compute_delta_h1(case.rollouts)
+    assert not steps
+
+
 class Compiled(nn.Module):
     """What torch.compile returns, as far as unwrapping goes."""
 
