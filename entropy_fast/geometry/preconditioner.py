@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from entropy_fast.errors import GradientCoverageError, LearningRateError
+from entropy_fast.errors import GradientCoverageError, LearningRateError, OptimizerStateError
 from entropy_fast.geometry.adam_state import AdamState
 from entropy_fast.guards.parameter_registry import ParameterRegistry
 
@@ -58,6 +58,7 @@ class AdamPreconditioner:
     def __init__(self, state: AdamState, registry: ParameterRegistry, learning_rate: float | None = None) -> None:
         self._state = state
         self._registry = registry
+        self._versions = self._current_versions()
         first = state.groups[0].learning_rate
         self.learning_rate = _check_rate(first if learning_rate is None else learning_rate, learning_rate is None)
         rates = [group.learning_rate for group in state.groups]
@@ -80,7 +81,15 @@ class AdamPreconditioner:
 
         Returns:
             New tensors of the same dtypes and devices; zero where P is not defined.
+
+        Raises:
+            OptimizerStateError: the optimizer has stepped since this preconditioner was made.
         """
+        if self._current_versions() != self._versions:
+            raise OptimizerStateError(
+                "the optimizer has stepped since the probe read its second moments and step counts.",
+                fix="build the probe again after every optimizer step (fast_delta_h1 does).",
+            )
         preconditioned = []
         for gradient, scale in zip(gradients, self._scales, strict=True):
             if scale is None:
@@ -125,6 +134,10 @@ class AdamPreconditioner:
             scale = self._ratios[parameter.group] / (root + group.eps)
             scales.append(torch.where(root > 0, scale, torch.zeros_like(scale)))
         return scales
+
+    def _current_versions(self) -> dict[str, int]:
+        """How often each second moment has been written to; torch counts in-place changes."""
+        return {name: moments.second_moment._version for name, moments in self._state.moments.items()}
 
     def _root(self, name: str) -> Tensor | None:
         """sqrt(v̂), in fp32 or wider."""
