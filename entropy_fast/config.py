@@ -9,7 +9,7 @@ import torch
 
 from entropy_fast.errors import ConfigError
 
-__all__ = ["ProbeConfig", "Weighting"]
+__all__ = ["AccumulateOn", "ConditionalVariance", "Mode", "ProbeConfig", "Weighting", "YPass"]
 
 Weighting = Literal["dr_grpo", "per_token", "sequence"]
 Mode = Literal["exact", "blocks"]

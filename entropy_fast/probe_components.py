@@ -70,6 +70,7 @@ class ProbeComponents:
         self.coverage: dict[str, PassCoverage] = {}
         self.sequences: dict[str, SequenceTable] = {}
         self.leading_products: dict[str, float] = {}
+        self.n_reached_by_alpha: int | None = None
         self.excluded: ExcludedElements | None = None
         self._on_progress = on_progress
 
@@ -205,6 +206,7 @@ class ProbeComponents:
                     strict=self.config.strict,
                 )
                 projections.append(found.projections)
+                self.n_reached_by_alpha = found.n_with_gradient
                 self._report("alpha", int(prompt.max()) + 1, entropy.n_prompts)
         return torch.cat(projections)
 

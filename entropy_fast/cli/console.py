@@ -44,8 +44,10 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def quiet_libraries() -> None:
-    """Turn off the libraries' bars and info lines, and our own warnings, which the result repeats."""
-    # Said while it is imported, about an optional kernel for another use.
+    """Turn off the libraries' bars and info lines, and our own warnings, which the result repeats.
+
+    To be called before anything heavy is imported: some of it is said during the import.
+    """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from transformers.utils import logging as transformers_logging

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from entropy_fast.cli.console import output, quiet_libraries
+from entropy_fast.cli.console import errors, output, quiet_libraries
 from entropy_fast.cli.model_options import (
     CheckpointingOption,
     DeviceOption,
@@ -39,11 +39,11 @@ def doctor(
     device: DeviceOption = None,
 ) -> None:
     """Check the installation and, with a model, every step of a probe on it."""
+    quiet_libraries()
     from entropy_fast.cli.inputs import Inputs, load_policy, resolve
     from entropy_fast.geometry import adam_state_from_file
     from entropy_fast.report.doctor import check_environment, check_model, synthetic_rollouts
 
-    quiet_libraries()
     checks = check_environment()
     model_options = {
         "name": model,
@@ -54,16 +54,20 @@ def doctor(
     }
     if run is not None:
         inputs: Inputs = resolve(run, model_options, adapter, optimizer, rollouts, None)
-        policy, state = inputs.load()
-        checks += check_model(policy, state, inputs.read_rollouts()[0])
+        batch = inputs.read_rollouts()[0]
+        with errors().status(Text(f"Checking {inputs.model.name}")):
+            policy, state = inputs.load()
+            checks += check_model(policy, state, batch)
     elif (source := model_source(None, **model_options)) is not None:
-        policy = load_policy(source, adapter)
+        with errors().status(Text(f"Loading {source.name}")):
+            policy = load_policy(source, adapter)
         known = None if optimizer is None else adam_state_from_file(optimizer, policy)
         if rollouts is None:
             batch = synthetic_rollouts(policy.config.get_text_config().vocab_size)
         else:
             batch = Inputs.read_batch(rollouts, source)
-        checks += check_model(policy, known, batch)
+        with errors().status(Text(f"Checking {source.name}")):
+            checks += check_model(policy, known, batch)
     elif any(value is not None for value in (*model_options.values(), adapter, optimizer, rollouts)):
         raise ConfigError("doctor: files or model options were given without a model.", fix="pass RUN or --model.")
     table = Table(title="entropy-fast doctor", title_justify="left")

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from entropy_fast.cli.model_options import model_source
-from entropy_fast.config import ProbeConfig, Weighting
+from entropy_fast.config import AccumulateOn, ConditionalVariance, Mode, ProbeConfig, Weighting
 from entropy_fast.errors import MissingTokenizerError, RunFolderError
 from entropy_fast.geometry import AdamState, adam_state_from_file
 from entropy_fast.rollouts import Rollouts, read_rollouts
@@ -38,10 +38,14 @@ class Inputs:
         s = self.settings
         return ProbeConfig(
             weighting=cast(Weighting, s.weighting),
-            mode="blocks" if s.mode == "blocks" else "exact",
+            mode=cast(Mode, s.mode),
             blocks=s.blocks,
             prompts_per_microbatch=s.prompts_per_microbatch,
             full_kernel=s.full_kernel,
+            accumulate_on=cast(AccumulateOn, s.accumulate_on),
+            conditional_variance=cast(ConditionalVariance, s.conditional_variance),
+            strict=s.strict,
+            max_excluded_share=s.max_excluded_share,
             autocast_dtype=torch.bfloat16 if s.autocast_bfloat16 else None,
         )
 

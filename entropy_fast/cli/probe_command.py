@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from entropy_fast.cli.console import output, progress, quiet_libraries
+from entropy_fast.cli.console import errors, output, progress, quiet_libraries
 from entropy_fast.cli.model_options import (
     CheckpointingOption,
     DeviceOption,
@@ -48,6 +48,16 @@ def probe(
     ] = None,
     full_kernel: Annotated[bool, typer.Option("--full-kernel", help="Keep the whole influence kernel K.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Forwards under bfloat16 autocast.")] = False,
+    accumulate_on: Annotated[str | None, typer.Option(help="device (default) or cpu.", show_default=False)] = None,
+    conditional_variance: Annotated[
+        str | None,
+        typer.Option(help="per_prompt (default) or alpha: the double backward, for two batches.", show_default=False),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="An untouched parameter is an error.")] = False,
+    max_excluded_share: Annotated[
+        float | None,
+        typer.Option(help="Largest share of the squared gradient without second moment (0.01).", show_default=False),
+    ] = None,
     dtype: DtypeOption = None,
     load_in_4bit: FourBitOption = None,
     gradient_checkpointing: CheckpointingOption = None,
@@ -55,13 +65,13 @@ def probe(
     picture: Annotated[bool, typer.Option(help="Draw contributions.png (needs matplotlib).")] = True,
 ) -> None:
     """Forecast the entropy change of the next update from a run folder, or from single files."""
+    quiet_libraries()
     from entropy_fast.cli.inputs import resolve
     from entropy_fast.probe.front_door import fast_delta_h1
     from entropy_fast.report.picture import write_picture
     from entropy_fast.report.terminal import print_result
     from entropy_fast.run_folder.result_files import write_result
 
-    quiet_libraries()
     target = out or run
     if target is None:
         raise ConfigError("probe: no run folder and no --out, so there is nowhere to write.", fix="pass --out DIR.")
@@ -81,13 +91,18 @@ def probe(
         "learning_rate": learning_rate,
         "full_kernel": full_kernel or None,
         "autocast_bfloat16": bf16 or None,
+        "accumulate_on": accumulate_on,
+        "conditional_variance": conditional_variance,
+        "strict": strict or None,
+        "max_excluded_share": max_excluded_share,
     }
     given = {key: value for key, value in changes.items() if value is not None}
     inputs = dataclasses.replace(inputs, settings=dataclasses.replace(inputs.settings, **given))
     config = inputs.config()
     update, entropy = inputs.read_rollouts()
     console = output()
-    policy, state = inputs.load()
+    with errors().status(Text(f"Loading {inputs.model.name}")):
+        policy, state = inputs.load()
     with progress() as report:
         result = fast_delta_h1(
             policy,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from entropy_fast.cli.console import output, progress, quiet_libraries
+from entropy_fast.cli.console import errors, output, progress, quiet_libraries
 from entropy_fast.cli.model_options import DeviceOption, DtypeOption, FourBitOption, model_source
 from entropy_fast.errors import SamplingError
 
@@ -33,12 +33,12 @@ def sample(
     device: DeviceOption = None,
 ) -> None:
     """Sample responses, reward them, and write rollouts a probe can read."""
+    quiet_libraries()
     from entropy_fast.cli.inputs import load_policy
     from entropy_fast.rollouts import check_rollouts_path, write_rollouts
     from entropy_fast.run_folder.model_source import load_tokenizer
     from entropy_fast.sampling import VERIFIERS, SamplingSettings, read_tasks, sample_rollouts
 
-    quiet_libraries()
     if verifier not in VERIFIERS:
         raise SamplingError(f"sampling: verifier is {verifier!r}.", fix=f"use one of {', '.join(VERIFIERS)}.")
     settings = SamplingSettings(
@@ -48,7 +48,8 @@ def sample(
     check_rollouts_path(out)
     source = model_source(None, name=model, dtype=dtype, load_in_4bit=load_in_4bit, device=device)
     assert source is not None
-    policy = load_policy(source, adapter)
+    with errors().status(Text(f"Loading {source.name}")):
+        policy = load_policy(source, adapter)
     with progress() as report:
         rollouts = sample_rollouts(policy, load_tokenizer(source), tasks, VERIFIERS[verifier], settings, report)
     write_rollouts(rollouts, out)

@@ -76,7 +76,7 @@ def _prompts(result: DeltaH1Result) -> Table:
     return table
 
 
-def prompt_label(prompt: PromptContribution, limit: int = 80) -> str:
+def prompt_label(prompt: PromptContribution, limit: int = 60) -> str:
     """The prompt's text where there is one, its group ids otherwise; the role in front in the two-batch estimate."""
     text = f"group {', '.join(map(str, prompt.group_ids))}" if prompt.prompt is None else prompt.prompt
     role = "" if prompt.role == "both" else f"[{prompt.role}] "

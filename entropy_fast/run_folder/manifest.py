@@ -28,6 +28,10 @@ class ProbeSettings:
     prompts_per_microbatch: int = 1
     full_kernel: bool = False
     autocast_bfloat16: bool = False
+    accumulate_on: str = "device"
+    conditional_variance: str = "per_prompt"
+    strict: bool = False
+    max_excluded_share: float = 0.01
     learning_rate: float | None = None
 
 

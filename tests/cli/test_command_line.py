@@ -76,9 +76,16 @@ def test_options_go_over_the_run_folder(folder):
 def test_two_batches(folder):
     rollouts = str(folder / "rollouts.jsonl")
     shutil.copy(rollouts, folder / "entropy.jsonl")
-    command = ["probe", str(folder), "--entropy-rollouts", str(folder / "entropy.jsonl"), "--out", str(folder / "o")]
-    assert run([*command, "--no-picture"]) == 0
+    command = ["probe", str(folder), "--entropy-rollouts", str(folder / "entropy.jsonl"), "--no-picture"]
+    assert run([*command, "--out", str(folder / "o")]) == 0
+    assert (
+        run([*command, "--out", str(folder / "alpha"), "--conditional-variance", "alpha", "--accumulate-on", "cpu"])
+        == 0
+    )
     document = json.loads((folder / "o" / "result.json").read_text())
+    alpha = json.loads((folder / "alpha" / "result.json").read_text())
+    assert alpha["config"]["conditional_variance"] == "alpha"
+    assert alpha["std_error"] == pytest.approx(document["std_error"], rel=1e-4)
     assert document["estimate"] == "two_batch"
     assert {p["role"] for p in document["per_prompt"]} == {"entropy", "update"}
 
@@ -159,6 +166,8 @@ def test_sample_then_probe(folder, tmp_path):
         (["probe", "RUN", "--adapter", "missing"], "adapter_config.json"),
         (["probe", "RUN", "--model", "/missing/model"], "cannot be loaded"),
         (["probe", "RUN", "--dtype", "int4"], "dtype"),
+        (["probe", "RUN", "--accumulate-on", "disk"], "`accumulate_on` is 'disk'"),
+        (["probe", "RUN", "--max-excluded-share", "2"], "`max_excluded_share` is 2"),
         (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl"], "cannot be read"),
         (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl", "--verifier", "oracle"], "verifier is 'oracle'"),
         (["doctor", "--device", "cpu"], "without a model"),
