@@ -10,7 +10,7 @@ from torch import nn
 
 from entropy_fast.config import ProbeConfig
 from entropy_fast.engines.coefficients import check_group_sizes
-from entropy_fast.errors import EntropyFastWarning, RolloutsError
+from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.geometry import AdamState, adam_state_from_file
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.probe import assembly
@@ -84,8 +84,14 @@ class OfflineEntropyProbe:
         Raises:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
             RolloutsError: the two are the same batch, or one of them cannot be used.
+            ConfigError: ``mode="blocks"``, which has no meaning here.
         """
         assert_grad_context("OfflineEntropyProbe.run_mixed_probe")
+        if self.config.mode == "blocks":
+            raise ConfigError(
+                "run_mixed_probe: mode='blocks' groups the units of the same-batch estimate; the two-batch estimate has none.",
+                fix="use mode='exact', or leave the entropy batch out.",
+            )
         if entropy_rollouts is update_rollouts:
             raise RolloutsError(
                 "run_mixed_probe: the entropy batch and the update batch are the same object; X̄·Ȳ of one batch is biased "

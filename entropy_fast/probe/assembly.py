@@ -105,10 +105,13 @@ def two_batch_result(
         )
         for m, t in enumerate(estimate.update_projections.tolist())
     ]
+    notes = _notes(components, batches, empty)
+    if components.config.full_kernel:
+        notes.append("full_kernel was asked for; the two-batch estimate does not keep K.")
     return _result(
         components,
         engine,
-        _notes(components, batches, empty),
+        notes,
         batches,
         empty,
         shares,
@@ -187,6 +190,9 @@ def _notes(
                 f"{name}: L_max is the longest sampled response of each prompt, which depends on the samples and biases X "
                 "(about 20% at 8 responses a prompt, 4% at 32); pass max_lengths, the generation budget."
             )
+    for label, what in (("X", "entropy"), ("Y", "update")):
+        if components.coverage[label].norm == 0:
+            notes.append(f"the {what} gradient is exactly 0 (all of its coefficients are), and so is the forecast.")
     difference = coverage_difference(components.coverage["X"], components.coverage["Y"])
     if difference is not None:
         notes.append(difference)

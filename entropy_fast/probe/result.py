@@ -168,8 +168,8 @@ class DeltaH1Result:
 
     @property
     def sign_established(self) -> bool | None:
-        """Whether |δH₁| is at least two standard errors; None when there is no standard error."""
-        return None if self.std_error is None else abs(self.delta_h1) >= 2 * self.std_error
+        """Whether |δH₁| is at least two standard errors (and not 0); None when there is no standard error."""
+        return None if self.std_error is None else abs(self.delta_h1) >= 2 * self.std_error and self.delta_h1 != 0
 
     def __str__(self) -> str:
         error = "no standard error (too few prompts)" if self.std_error is None else f"± {self.std_error:.3g}"

@@ -18,6 +18,8 @@ def verdict(result: DeltaH1Result) -> str:
     """What may be concluded about the sign, in words."""
     if result.std_error is None:
         return "There are too few prompts for a standard error: nothing can be said about the sign."
+    if result.delta_h1 == 0:
+        return "The forecast is exactly 0: see the notes."
     if result.sign_established:
         direction = "lower" if result.delta_h1 < 0 else "raise"
         return f"|δH₁| is at least two standard errors: this update is expected to {direction} the entropy."
