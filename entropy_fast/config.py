@@ -67,6 +67,10 @@ class ProbeConfig:
                 raise ConfigError(
                     f"ProbeConfig: `{field}` is {getattr(self, field)!r}.", fix=f"use one of {', '.join(choices)}."
                 )
+        for field in ("prompts_per_microbatch", "blocks"):
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"ProbeConfig: `{field}` is {value!r}.", fix="use a whole number.")
         if self.mode == "blocks" and (self.blocks is None or self.blocks < 2):
             raise ConfigError(
                 f"ProbeConfig: mode='blocks' with blocks={self.blocks}; the U-statistic needs at least 2 blocks.",

@@ -92,10 +92,10 @@ class OfflineEntropyProbe:
                 "run_mixed_probe: mode='blocks' groups the units of the same-batch estimate; the two-batch estimate has none.",
                 fix="use mode='exact', or leave the entropy batch out.",
             )
-        if entropy_rollouts is update_rollouts:
+        if entropy_rollouts.shares_all_sequences_with(update_rollouts):
             raise RolloutsError(
-                "run_mixed_probe: the entropy batch and the update batch are the same object; X̄·Ȳ of one batch is biased "
-                "by the diagonal K_nn.",
+                "run_mixed_probe: every sequence of one batch stands in the other too; X̄·Ȳ of one batch with itself is "
+                "biased by the diagonal K_nn.",
                 fix="pass independently sampled batches, or use compute_delta_h1 for one batch.",
             )
         entropy, empty_entropy = self._prepare(entropy_rollouts)

@@ -14,11 +14,18 @@ from torch import Tensor, nn
 
 from entropy_fast.config import ProbeConfig
 from entropy_fast.engines import alpha_trick
-from entropy_fast.engines.coefficients import Coefficients, SequenceTable, length_weights, sequence_coefficients
+from entropy_fast.engines.coefficients import (
+    Coefficients,
+    SequenceTable,
+    length_weights,
+    power_of_two_scale,
+    sequence_coefficients,
+)
 from entropy_fast.engines.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, per_parameter_products
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.engines.units import iter_microbatches, prompt_units
+from entropy_fast.errors import ModelStateError
 from entropy_fast.geometry.adam_state import AdamState
 from entropy_fast.geometry.preconditioner import AdamPreconditioner, ExcludedElements, check_excluded
 from entropy_fast.guards import coverage as coverage_guard
@@ -34,9 +41,11 @@ __all__ = ["ProbeComponents", "ProgressCallback"]
 ProgressCallback = Callable[[str, int, int], None]  # stage, prompts done, prompts in all
 
 LEADING_PARAMETERS = 5  # how many per-parameter products X·Y the diagnostics show
+# Relative; far above what non-deterministic kernels do to a sum of log-probs, far below what dropout does.
+REPEATABILITY = 1e-2
 DETACHED_FIX = (
     "remove no_grad/inference_mode inside the model's forward, detach() and .data on hidden states, and "
-    "disable_adapter() around the probe; for gradient checkpointing over frozen embeddings call "
+    "disable_adapter() around the probe, and unmerge a merged adapter; for gradient checkpointing over frozen embeddings call "
     "model.enable_input_require_grads(); unfreeze the parameters that are trained."
 )
 
@@ -80,6 +89,12 @@ class ProbeComponents:
     def device(self) -> torch.device:
         """Where the first trainable parameter is; inputs are sent there."""
         return self.registry.tensors[0].device
+
+    @property
+    def compute_dtypes(self) -> set[torch.dtype]:
+        """Dtypes of the trainable parameters and, where it is set, of autocast."""
+        autocast = self.config.autocast_dtype
+        return {p.dtype for p in self.registry.tensors} | (set() if autocast is None else {autocast})
 
     def probe_state(self) -> contextlib.AbstractContextManager[None]:
         """Context in which passes run: dropout off, gradients set aside; the model is restored on the way out."""
@@ -213,6 +228,7 @@ class ProbeComponents:
     def _kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> KernelSums:
         """Aggregate passes, then the diagonal phase: X_u by one backward and Y_u by a second on a fresh graph."""
         x_sum, y_sum = self.accumulate_sum_X(rollouts), self.accumulate_sum_Y(rollouts)
+        self._check_repeatable()
         x_dot_y = self._compare_sums(x_sum, y_sum)
         dot_Xu_Yu, dot_Xu_SumY, dot_Yu_SumX = [], [], []
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
@@ -258,20 +274,38 @@ class ProbeComponents:
         )
         done = 0
         with self.probe_state():
+            if which == "Y":
+                # Every pass starts from the caller's random state. One draw more before Y, so that randomness nobody
+                # switched off differs from that of X and `_check_repeatable` sees it.
+                torch.rand(1, device=self.device)
             for rows in self._iter_prompt_microbatches(rollouts, prompts):
                 forward = self._compute_aligned_batch_logprobs(rollouts, rows)
                 coefficients = self._coefficients(forward, rollouts, rows)
                 if which == "X":
-                    loss = self._build_probe_loss_X_from_S(forward.sequence_logprobs, coefficients)
-                    total.add(gradients_by_backward(loss, self.registry))
+                    scale = power_of_two_scale(coefficients.entropy)
+                    loss = self._build_probe_loss_X_from_S(forward.sequence_logprobs, coefficients) * scale
+                    total.add(gradients_by_backward(loss, self.registry), scale)
                 else:
-                    loss = self._build_probe_loss_Y_from_S(forward.sequence_logprobs, coefficients)
-                    total.add(self._y_gradients(loss, forward))
+                    scale = power_of_two_scale(coefficients.update)
+                    loss = self._build_probe_loss_Y_from_S(forward.sequence_logprobs, coefficients) * scale
+                    total.add(self._y_gradients(loss, forward), scale)
                 if table is not None:
                     table.put(rows, forward.sequence_logprobs, coefficients)
                     done += len(torch.unique(rollouts.prompt_index[rows]))
                     self._report(which, done, rollouts.n_prompts)
         return total
+
+    def _check_repeatable(self) -> None:
+        """Raise when the X and Y passes, two forwards of the same sequences, gave different log-probs."""
+        first, second = (self.sequences[label].sequence_logprobs for label in ("X", "Y"))
+        difference = (first - second).abs()
+        worst = int((difference / first.abs().clamp_min(1.0)).argmax())
+        if float(difference[worst]) > REPEATABILITY * max(1.0, float(first[worst].abs())):
+            raise ModelStateError(
+                f"two forwards of sequence {worst} gave log-probs {float(first[worst]):.6g} and {float(second[worst]):.6g} "
+                "nats: something in the model is random although dropout modules are off.",
+                fix="remove dropout or noise from hooks and custom forwards (a functional dropout that ignores training).",
+            )
 
     def _new_table(self, label: str, rollouts: Rollouts) -> SequenceTable:
         self.sequences[label] = SequenceTable.empty(rollouts.n_sequences)

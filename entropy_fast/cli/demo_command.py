@@ -36,8 +36,9 @@ def demo(
         ) from error
     from entropy_fast.report.picture import write_picture
     from entropy_fast.report.terminal import print_result
-    from entropy_fast.run_folder.result_files import write_result
+    from entropy_fast.run_folder.result_files import prepare_folder, write_result
 
+    prepare_folder(out)
     console = output()
     settings = DemoSettings(
         prompts=prompts,

@@ -46,14 +46,22 @@ def probe(
     prompts_per_microbatch: Annotated[
         int | None, typer.Option(help="Prompts in one forward.", show_default=False)
     ] = None,
-    full_kernel: Annotated[bool, typer.Option("--full-kernel", help="Keep the whole influence kernel K.")] = False,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Forwards under bfloat16 autocast.")] = False,
+    full_kernel: Annotated[
+        bool | None,
+        typer.Option("--full-kernel/--no-full-kernel", help="Keep the whole influence kernel K.", show_default=False),
+    ] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--no-bf16", help="Forwards under bfloat16 autocast.", show_default=False)
+    ] = None,
     accumulate_on: Annotated[str | None, typer.Option(help="device (default) or cpu.", show_default=False)] = None,
     conditional_variance: Annotated[
         str | None,
         typer.Option(help="per_prompt (default) or alpha: the double backward, for two batches.", show_default=False),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="An untouched parameter is an error.")] = False,
+    strict: Annotated[
+        bool | None,
+        typer.Option("--strict/--no-strict", help="An untouched parameter is an error.", show_default=False),
+    ] = None,
     max_excluded_share: Annotated[
         float | None,
         typer.Option(help="Largest share of the squared gradient without second moment (0.01).", show_default=False),
@@ -70,7 +78,7 @@ def probe(
     from entropy_fast.probe.front_door import fast_delta_h1
     from entropy_fast.report.picture import write_picture
     from entropy_fast.report.terminal import print_result
-    from entropy_fast.run_folder.result_files import write_result
+    from entropy_fast.run_folder.result_files import prepare_folder, write_result
 
     target = out or run
     if target is None:
@@ -89,17 +97,18 @@ def probe(
         "blocks": blocks,
         "prompts_per_microbatch": prompts_per_microbatch,
         "learning_rate": learning_rate,
-        "full_kernel": full_kernel or None,
-        "autocast_bfloat16": bf16 or None,
+        "full_kernel": full_kernel,
+        "autocast_bfloat16": bf16,
         "accumulate_on": accumulate_on,
         "conditional_variance": conditional_variance,
-        "strict": strict or None,
+        "strict": strict,
         "max_excluded_share": max_excluded_share,
     }
     given = {key: value for key, value in changes.items() if value is not None}
     inputs = dataclasses.replace(inputs, settings=dataclasses.replace(inputs.settings, **given))
     config = inputs.config()
     update, entropy = inputs.read_rollouts()
+    prepare_folder(target)
     console = output()
     with errors().status(Text(f"Loading {inputs.model.name}")):
         policy, state = inputs.load()

@@ -54,7 +54,12 @@ def sample(
         rollouts = sample_rollouts(policy, load_tokenizer(source), tasks, VERIFIERS[verifier], settings, report)
     write_rollouts(rollouts, out)
     assert rollouts.rewards is not None
+    assert rollouts.advantages is not None
     mean = float(rollouts.rewards.mean())
+    signal = sum(bool((rollouts.advantages[rollouts.rows_of_prompt(n)] != 0).any()) for n in range(rollouts.n_prompts))
     output().print(
-        Text(f"{rollouts.n_sequences} responses to {rollouts.n_prompts} prompts, mean reward {mean:.3f}: {out}")
+        Text(
+            f"{rollouts.n_sequences} responses to {rollouts.n_prompts} prompts, mean reward {mean:.3f}, "
+            f"{signal} prompts whose rewards differ: {out}"
+        )
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from entropy_fast.engines.coefficients import power_of_two_scale
 from entropy_fast.errors import CheckpointingError, GradientCoverageError, GraphDetachedError
 from entropy_fast.guards.model_state import reentrant_checkpointing
 from entropy_fast.teacher_forcing import ForwardResult
@@ -83,7 +84,8 @@ def alpha_projections(
     logprobs = forward.sequence_logprobs
     k = int(local_prompt.max()) + 1
     alpha = torch.ones(k, dtype=logprobs.dtype, device=logprobs.device, requires_grad=True)
-    loss = (alpha[local_prompt] * entropy.to(logprobs.dtype) * logprobs).sum()
+    scale = power_of_two_scale(entropy)
+    loss = (alpha[local_prompt] * (scale * entropy).to(logprobs.dtype) * logprobs).sum()
     try:
         gradients = torch.autograd.grad(loss, list(parameters), create_graph=True, allow_unused=not strict)
     except RuntimeError as error:
@@ -126,7 +128,7 @@ def alpha_projections(
             "conditional_variance='per_prompt', which needs first derivatives only.",
         ) from error
     _check_linearity(float(h.detach()), float(projections.sum()), reached, forward.logits.dtype)
-    return AlphaProjections(projections.detach().to(device="cpu", dtype=torch.float64), len(reached))
+    return AlphaProjections(projections.detach().to(device="cpu", dtype=torch.float64) / scale, len(reached))
 
 
 def _check_linearity(h: float, total: float, reached: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:

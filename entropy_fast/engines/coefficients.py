@@ -14,6 +14,7 @@ it and says what it estimates when w_i depends on the sample's own length.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -22,7 +23,14 @@ from entropy_fast.config import Weighting
 from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["Coefficients", "SequenceTable", "check_group_sizes", "length_weights", "sequence_coefficients"]
+__all__ = [
+    "Coefficients",
+    "SequenceTable",
+    "check_group_sizes",
+    "length_weights",
+    "power_of_two_scale",
+    "sequence_coefficients",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +44,16 @@ class Coefficients:
 
     entropy: Tensor
     update: Tensor
+
+
+def power_of_two_scale(coefficients: Tensor) -> float:
+    """The power of two that brings the largest |coefficient| into [1, 2); 1 when all are 0.
+
+    Losses are multiplied by it before backward and gradients divided by it after. That changes no bit in fp32 and bf16,
+    and in fp16 it keeps small coefficients (small advantages, large L_max) from vanishing below the smallest number.
+    """
+    largest = float(coefficients.abs().max())
+    return 2.0 ** -math.floor(math.log2(largest)) if largest > 0 else 1.0
 
 
 @dataclasses.dataclass(frozen=True)

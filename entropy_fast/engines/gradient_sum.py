@@ -33,11 +33,11 @@ class GradientSum:
         ]
         return cls(tensors, [False] * len(tensors))
 
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one gradient per parameter; None means that none arrived."""
+    def add(self, gradients: Sequence[Tensor | None], scale: float = 1.0) -> None:
+        """Add one gradient per parameter, divided by ``scale`` (a power of two); None means that none arrived."""
         for index, (total, gradient) in enumerate(zip(self.tensors, gradients, strict=True)):
             if gradient is not None:
-                total.add_(gradient.to(device=total.device, dtype=total.dtype))
+                total.add_(gradient.to(device=total.device, dtype=total.dtype), alpha=1.0 / scale)
                 self.touched[index] = True
 
     def norm(self) -> float:

@@ -61,6 +61,12 @@ class AdamState:
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, torch.optim.Optimizer):
             optimizer = inner
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise OptimizerStateError(
+                f"the optimizer is a {type(optimizer).__name__}, expected torch.optim.Adam or AdamW.",
+                fix="check the order of the arguments (model, optimizer, rollouts); a state_dict has to be saved with "
+                "torch.save and passed as a path, since it is matched to the model by order and shape.",
+            )
         if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
             raise OptimizerStateError(
                 f"the optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}; the geometry is Adam's.",

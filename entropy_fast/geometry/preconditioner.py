@@ -163,12 +163,15 @@ def check_excluded(excluded: ExcludedElements, limit: float) -> None:
         f"{excluded.share:.1%} of ‖g‖² sits in elements the optimizer has no second moment for ({excluded.zero_moment} with "
         f"v = 0, {excluded.without_state} never stepped, {excluded.not_in_optimizer} not in the optimizer); the limit is "
         f"{limit:.1%}.",
-        fix="probe after the optimizer has stepped on all trainable parameters; pass the optimizer that trains them; or "
-        "raise ProbeConfig.max_excluded_share if their part of the step does not matter.",
+        fix="probe after the optimizer has stepped on all trainable parameters, with the optimizer that trains them. In full "
+        "fine-tuning the rows of tokens not seen in training yet (embedding, position) have v = 0: freeze the embedding, probe "
+        "later, or raise ProbeConfig.max_excluded_share if their part of the step does not matter.",
     )
 
 
 def _check_rate(rate: float, from_optimizer: bool) -> float:
+    if not isinstance(rate, (int, float)):
+        raise LearningRateError(f"learning rate: {rate!r} is a {type(rate).__name__}.", fix="pass a number.")
     if math.isfinite(rate) and rate > 0:
         return float(rate)
     source = "the optimizer's first group has" if from_optimizer else "the given value is"

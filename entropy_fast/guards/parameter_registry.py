@@ -71,11 +71,18 @@ class ParameterRegistry:
                     f"parameter '{name}' was created under torch.inference_mode(); autograd can never use it.",
                     fix="load or build the model (and its adapter) outside inference mode.",
                 )
+        on_meta = next((name for name, p in module.named_parameters() if p.is_meta), None)
+        if on_meta is not None:
+            raise ModelStateError(
+                f"parameter '{on_meta}' is on the meta device: it has a shape but no values.",
+                fix="load the weights (from_pretrained, or to_empty and load_state_dict) before probing.",
+            )
         if not named:
             raise ModelStateError(
                 f"{type(module).__name__} has no trainable parameter (requires_grad is False on all "
                 f"{sum(1 for _ in module.parameters())}).",
-                fix="load the adapter with is_trainable=True, or set requires_grad on what the optimizer trains.",
+                fix="load the adapter with is_trainable=True, set requires_grad on what the optimizer trains, and do not probe "
+                "inside disable_adapter(), which freezes the adapter.",
             )
         _refuse_gradient_hooks(named)
         return cls(module, tuple(RegisteredParameter(name, p, group_of.get(name)) for name, p in named))

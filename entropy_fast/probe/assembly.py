@@ -43,6 +43,8 @@ def same_batch_result(
         ),
     )
     notes = _notes(components, {"rollouts": batch}, {"rollouts": empty})
+    if components.config.conditional_variance == "alpha":
+        notes.append("conditional_variance='alpha' is for the two-batch estimate; it was not used.")
     if estimate.unbiased_variance is not None and estimate.unbiased_variance < 0:
         notes.append("the unbiased variance came out negative, as it can for few prompts; the other errors stand.")
     units = prompt_units(batch.n_prompts, components.config.blocks)
@@ -185,6 +187,9 @@ def _notes(
         if message is not None:
             notes.append(message)
             warnings.warn(message, EntropyFastWarning, stacklevel=4)
+        flat = _prompts_without_spread(batch)
+        if flat:
+            notes.append(f"{name}: {flat} of {batch.n_prompts} prompts have advantage 0 throughout and add nothing.")
         if components.config.weighting == "dr_grpo" and not batch.max_lengths_given:
             notes.append(
                 f"{name}: L_max is the longest sampled response of each prompt, which depends on the samples and biases X "
@@ -196,12 +201,24 @@ def _notes(
     difference = coverage_difference(components.coverage["X"], components.coverage["Y"])
     if difference is not None:
         notes.append(difference)
+    half = [str(t) for t in (torch.bfloat16, torch.float16) if t in components.compute_dtypes]
+    if half:
+        notes.append(
+            f"computed in {' and '.join(half)}: δH₁ and its shares carry that rounding, besides the standard error."
+        )
     excluded = components.excluded
     if excluded is not None and excluded.share > 0:
         notes.append(f"{excluded.share:.3g} of ‖g‖² has no second moment and is left out of Y.")
     if excluded is not None and excluded.below_eps:
         notes.append(f"{excluded.below_eps} elements have sqrt(v̂) below ε: their step is set by ε, not by Adam.")
     return notes
+
+
+def _prompts_without_spread(batch: Rollouts) -> int:
+    assert batch.advantages is not None
+    size = torch.zeros(batch.n_prompts, dtype=torch.float64)
+    size.index_add_(0, batch.prompt_index, batch.advantages.to(device="cpu", dtype=torch.float64).abs())
+    return int((size == 0).sum())
 
 
 def _sampling_message(name: str, batch: Rollouts) -> str | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from entropy_fast.config import ProbeConfig, Weighting
-from entropy_fast.errors import ConfigError
+from entropy_fast.errors import ConfigError, RolloutsError
 from entropy_fast.geometry.adam_state import AdamState
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
@@ -68,6 +68,14 @@ def fast_delta_h1(
     assert_grad_context("fast_delta_h1")
     if engine not in ("auto", "two_pass"):
         raise ConfigError(f"fast_delta_h1: engine is {engine!r}.", fix="use 'auto' or 'two_pass'.")
+    for name, batch in (("rollouts", rollouts), ("entropy_rollouts", entropy_rollouts)):
+        if not isinstance(batch, Rollouts) and not (name == "entropy_rollouts" and batch is None):
+            raise RolloutsError(
+                f"fast_delta_h1: `{name}` is a {type(batch).__name__}, expected Rollouts.",
+                fix="build it with Rollouts(...) or, from the padded [B, G, T] form, Rollouts.from_dict(batch).",
+            )
+    if config is not None and not isinstance(config, ProbeConfig):
+        raise ConfigError(f"fast_delta_h1: `config` is a {type(config).__name__}.", fix="pass ProbeConfig(...).")
     config = config or ProbeConfig()
     if weighting is not None:
         config = dataclasses.replace(config, weighting=weighting)

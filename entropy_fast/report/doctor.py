@@ -105,7 +105,11 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
 
     step("grad context", grad_context)
     known = state or AdamState((AdamGroup(1.0, 0.999, 1e-8, amsgrad=False),), {}, {})
-    components = ProbeComponents(model, known, ProbeConfig(max_excluded_share=1.0), None)
+    rate = known.groups[0].learning_rate
+    if state is not None:
+        found = f"{rate}" if rate > 0 else f"{rate}: a probe needs learning_rate=...; the other checks go on without it"
+        checks.append(Check("learning rate", rate > 0, found))
+    components = ProbeComponents(model, known, ProbeConfig(max_excluded_share=1.0), rate if rate > 0 else 1.0)
     registry = components.registry
     step("trainable parameters", lambda: f"{len(registry.parameters)} tensors, {registry.numel:,} elements")
     checks.append(_checkpointing(model))

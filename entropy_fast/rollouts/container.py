@@ -205,6 +205,18 @@ class Rollouts:
         dropped = tuple(group for group in self.group_order if group not in remaining)
         return kept, EmptyResponseReport(tuple(empty.nonzero().squeeze(-1).tolist()), dropped)
 
+    def shares_all_sequences_with(self, other: Rollouts) -> bool:
+        """Whether every sequence of one of the two batches (tokens and loss mask, padding aside) stands in the other."""
+        mine, theirs = self._distinct_sequences(), other._distinct_sequences()
+        return mine <= theirs or theirs <= mine
+
+    def _distinct_sequences(self) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        found = set()
+        for ids, attention, loss in zip(self.input_ids, self.attention_mask, self.loss_mask, strict=True):
+            real = attention == 1
+            found.add((tuple(ids[real].tolist()), tuple(loss[real].tolist())))
+        return found
+
     def for_autograd(self) -> Rollouts:
         """The same rollouts with every inference-mode tensor cloned (a no-op when there is none)."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

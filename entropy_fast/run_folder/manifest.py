@@ -118,8 +118,14 @@ def _build(kind: type[Any], fields: Mapping[str, Any], where: str) -> Any:
         raise RunFolderError(f"{where} has {problem}.", fix=f"the fields are {', '.join(known)}.")
     for name, value in fields.items():
         if not _fits(value, hints[name]):
-            raise RunFolderError(f"{where}: `{name}` is {value!r}, expected {hints[name]}.", fix="correct the field.")
+            raise RunFolderError(
+                f"{where}: `{name}` is {value!r}, expected {_name(hints[name])}.", fix="correct the field."
+            )
     return kind(**fields)
+
+
+def _name(hint: Any) -> str:
+    return {ModelSource: "an object", ProbeSettings: "an object"}.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _fits(value: Any, hint: Any) -> bool:

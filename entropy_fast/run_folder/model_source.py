@@ -48,6 +48,16 @@ class ModelSource:
         if self.dtype not in get_args(DtypeName):
             raise RunFolderError(f"model dtype is {self.dtype!r}.", fix=f"use one of {', '.join(get_args(DtypeName))}.")
 
+        try:
+            kind = torch.device(self.device).type
+        except RuntimeError as error:
+            raise RunFolderError(f"device is {self.device!r}.", fix="use cpu, cuda or cuda:N.") from error
+        if kind == "cuda" and not torch.cuda.is_available():
+            raise RunFolderError(
+                f"device is {self.device!r}, but this torch ({torch.__version__}) sees no CUDA device.",
+                fix="use --device cpu, or a CUDA build of torch on a machine with a GPU.",
+            )
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
@@ -127,8 +137,8 @@ def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise RunFolderError(
-            f"adapter {adapter} does not fit the model: {_first_line(error)}",
-            fix="pass the base model it was trained on.",
+            f"adapter {adapter} does not fit the model: {' '.join(str(error).split())[:300]}",
+            fix="pass the base model it was trained on, and keep adapter_config.json (r, target_modules) as it was saved.",
         ) from error
 
 
@@ -147,12 +157,15 @@ def _locate(name: str) -> tuple[str, str | None]:
             found = sorted(p.name for p in folder.glob("*.gguf"))
             raise RunFolderError(f"model '{name}': no such file; the package holds {found}.", fix="name one of them.")
         return str(folder), file
-    path = Path(name)
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+        # Asked for as a hub id it would be looked for on the network, for most of a minute.
+        raise RunFolderError(f"model '{name}' does not exist.", fix="check the path; a hub id has the form owner/name.")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RunFolderError(f"model file {name} does not exist.", fix="check the path.")
         return str(path.parent), path.name
-    return name, None
+    return str(path) if path.exists() else name, None
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,34 @@ import torch
 
 from entropy_fast._version import __version__
 from entropy_fast.atomic import atomic_path
+from entropy_fast.errors import RunFolderError
 from entropy_fast.probe.result import DeltaH1Result
 
-__all__ = ["RESULT_SCHEMA", "result_document", "write_result"]
+__all__ = ["RESULT_SCHEMA", "prepare_folder", "result_document", "write_result"]
 
 RESULT_SCHEMA = "entropy_fast.result/1"
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make the folder now, so that a wrong path is found before the work and not after it.
+
+    Raises:
+        RunFolderError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise RunFolderError(
+            f"results cannot be written to {folder}: {error.strerror or error}.", fix="pass --out with another folder."
+        ) from error
+    if not writable:
+        raise RunFolderError(f"folder {folder} is not writable.", fix="pass --out with another folder.")
+
+
 def write_result(result: DeltaH1Result, folder: Path) -> list[Path]:
-    """Write both files into the folder (made if missing); returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write both files into the folder (see `prepare_folder`); returns their paths."""
+    prepare_folder(folder)
     paths = [folder / "result.json", folder / "per_prompt.parquet"]
     text = json.dumps(result_document(result), indent=2, allow_nan=False) + "\n"
     table = pa.Table.from_pylist([_plain(dataclasses.asdict(p)) for p in result.per_prompt])

@@ -76,6 +76,11 @@ def test_options_go_over_the_run_folder(folder):
 def test_two_batches(folder):
     rollouts = str(folder / "rollouts.jsonl")
     shutil.copy(rollouts, folder / "entropy.jsonl")
+    again = ["probe", str(folder), "--entropy-rollouts", str(folder / "entropy.jsonl"), "--out", str(folder / "same")]
+    assert run([*again, "--no-picture"]) == 2  # one batch under two names
+    rows = [json.loads(line) for line in (folder / "entropy.jsonl").read_text().splitlines()]
+    other = [{**row, "input_ids": [*row["input_ids"][:-1], 5]} for row in rows]
+    (folder / "entropy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
     command = ["probe", str(folder), "--entropy-rollouts", str(folder / "entropy.jsonl"), "--no-picture"]
     assert run([*command, "--out", str(folder / "o")]) == 0
     assert (
@@ -164,7 +169,10 @@ def test_sample_then_probe(folder, tmp_path):
         (["probe", "RUN", "--rollouts", "missing.jsonl"], "missing.jsonl"),
         (["probe", "RUN", "--optimizer", "missing.pt"], "does not exist"),
         (["probe", "RUN", "--adapter", "missing"], "adapter_config.json"),
-        (["probe", "RUN", "--model", "/missing/model"], "cannot be loaded"),
+        (["probe", "RUN", "--model", "/missing/model"], "does not exist"),
+        (["probe", "RUN", "--model", "base_without_weights"], "cannot be loaded"),
+        (["probe", "RUN", "--device", "gpu"], "device is 'gpu'"),
+        (["probe", "RUN", "--out", "base_without_weights/config.json"], "results cannot be written"),
         (["probe", "RUN", "--dtype", "int4"], "dtype"),
         (["probe", "RUN", "--accumulate-on", "disk"], "`accumulate_on` is 'disk'"),
         (["probe", "RUN", "--max-excluded-share", "2"], "`max_excluded_share` is 2"),
@@ -177,6 +185,8 @@ def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch,
     monkeypatch.setenv("COLUMNS", "500")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "base_without_weights").mkdir()
+    shutil.copy(folder / "base" / "config.json", tmp_path / "base_without_weights")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     assert run([str(folder) if a == "RUN" else a for a in arguments]) == 2
     shown = capsys.readouterr()
@@ -223,6 +233,35 @@ def test_markup_and_escapes_in_prompts_are_shown_as_text(folder, capsys, monkeyp
     shown = capsys.readouterr().out
     assert "[red]$x$ [31m" in shown
     assert "\x1b[31m" not in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the message is for machines without CUDA")
+def test_a_missing_gpu_is_a_message(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    assert run(["probe", str(folder), "--device", "cuda"]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
+
+
+def test_a_run_folders_switch_can_be_switched_off(folder):
+    document = json.loads((folder / "run.json").read_text())
+    document["probe"]["full_kernel"] = True
+    (folder / "run.json").write_text(json.dumps(document))
+    assert run(["probe", str(folder), "--no-picture"]) == 0
+    assert json.loads((folder / "result.json").read_text())["kernel"] is not None
+    assert run(["probe", str(folder), "--no-picture", "--no-full-kernel"]) == 0
+    assert json.loads((folder / "result.json").read_text())["kernel"] is None
+
+
+def test_doctor_goes_on_after_a_learning_rate_of_zero(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    saved["param_groups"][0]["lr"] = 0.0
+    torch.save(saved, folder / "optimizer.pt")
+    assert run(["doctor", str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert "needs learning_rate" in shown
+    assert "Y gradients" in shown
+    assert "alpha trick" in shown
 
 
 def test_usage_errors_and_version(capsys):

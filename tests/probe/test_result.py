@@ -9,7 +9,9 @@ import torch
 from probe_models.cases import lora_case
 from scipy.stats import t as student_t
 
-from entropy_fast.errors import ConfigError
+from entropy_fast import ProbeConfig, fast_delta_h1
+from entropy_fast.errors import ConfigError, LearningRateError, ModelStateError, OptimizerStateError, RolloutsError
+from entropy_fast.guards.parameter_registry import ParameterRegistry
 from entropy_fast.report.terminal import verdict
 
 
@@ -60,3 +62,73 @@ def test_two_batches_refuse_blocks() -> None:
     probe = case.probe(mode="blocks", blocks=2)
     with pytest.raises(ConfigError, match="blocks"):
         probe.run_mixed_probe(case.rollouts, with_advantages(case.rollouts, case.rollouts.advantages))
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e-7, 1e-12])
+def test_small_advantages_do_not_underflow_in_float16(factor: float) -> None:
+    case = lora_case()
+    probe = case.probe(autocast_dtype=torch.float16)
+    whole = probe.compute_delta_h1(case.rollouts)
+    small = probe.compute_delta_h1(with_advantages(case.rollouts, factor * case.rollouts.advantages.double()))
+    assert small.delta_h1 == pytest.approx(factor * whole.delta_h1, rel=0.02)
+
+
+def test_scaling_by_a_power_of_two_changes_no_bit_in_float32() -> None:
+    case = lora_case()
+    plain = case.probe().compute_delta_h1(case.rollouts)
+    scaled = case.probe().compute_delta_h1(with_advantages(case.rollouts, 2.0**-40 * case.rollouts.advantages.double()))
+    assert scaled.delta_h1 == 2.0**-40 * plain.delta_h1
+
+
+def test_the_same_sequences_in_both_batches_are_refused_however_they_are_wrapped() -> None:
+    case = lora_case()
+    probe = case.probe()
+    copied = dataclasses.replace(case.rollouts)
+    part = case.rollouts.select_rows(case.rollouts.rows_of_prompt(0))
+    for entropy, update in ((copied, case.rollouts), (part, case.rollouts), (case.rollouts, part)):
+        with pytest.raises(RolloutsError, match="every sequence of one batch"):
+            probe.run_mixed_probe(entropy, update)
+
+
+def test_randomness_that_survives_is_an_error() -> None:
+    case = lora_case()
+    probe = case.probe()
+
+    def noise(module, inputs, output):
+        output.logits = torch.nn.functional.dropout(output.logits, 0.3, training=True)
+        return output
+
+    handle = case.model.register_forward_hook(noise)
+    with pytest.raises(ModelStateError, match="two forwards of sequence"):
+        probe.compute_delta_h1(case.rollouts)
+    handle.remove()
+    probe.compute_delta_h1(case.rollouts)
+
+
+def test_notes_on_precision_and_on_prompts_without_spread() -> None:
+    case = lora_case()
+    first = case.rollouts.prompt_index == 0
+    partly = with_advantages(case.rollouts, case.rollouts.advantages * ~first)
+    notes = " ".join(case.probe(autocast_dtype=torch.bfloat16).compute_delta_h1(partly).diagnostics.warnings)
+    assert "computed in torch.bfloat16" in notes
+    assert f"1 of {case.rollouts.n_prompts} prompts have advantage 0" in notes
+    assert "computed in" not in " ".join(case.probe().compute_delta_h1(case.rollouts).diagnostics.warnings)
+
+
+def test_arguments_of_the_wrong_kind_are_named() -> None:
+    case = lora_case()
+    call = (case.model, case.optimizer)
+    with pytest.raises(RolloutsError, match=r"`rollouts` is a dict(.|\n)*from_dict"):
+        fast_delta_h1(*call, {"sequences": []})
+    with pytest.raises(RolloutsError, match="`entropy_rollouts` is a dict"):
+        fast_delta_h1(*call, case.rollouts, {})
+    with pytest.raises(ConfigError, match="`config` is a dict"):
+        fast_delta_h1(*call, case.rollouts, config={"weighting": "sequence"})
+    with pytest.raises(LearningRateError, match="is a str"):
+        fast_delta_h1(*call, case.rollouts, learning_rate="1e-3")
+    with pytest.raises(OptimizerStateError, match="order of the arguments"):
+        fast_delta_h1(case.optimizer, case.model, case.rollouts)
+    with pytest.raises(ConfigError, match="`prompts_per_microbatch` is"):
+        ProbeConfig(prompts_per_microbatch=1.5)
+    with pytest.raises(ModelStateError, match="meta device"):
+        ParameterRegistry.build(case.model.to("meta"), {})
