@@ -100,22 +100,21 @@ class ProbeComponents:
         """Context in which passes run: dropout off, gradients set aside; the model is restored on the way out."""
         return probe_state(self.model)
 
-    def _teacher_force_logprobs(self, batch: PackedBatch) -> Tensor:
-        """Logits [n, k, V] that predict the response columns of ``batch``, checked to carry a graph."""
+    def _teacher_force_logprobs(self, batch: PackedBatch) -> ForwardResult:
+        """One forward of ``batch``: aligned token log-probs and S [n]; logits and S are checked to carry a graph."""
         self._assert_grad_context("ProbeComponents._teacher_force_logprobs")
         self.registry.check("ProbeComponents._teacher_force_logprobs")
         with self._autocast():
             logits = model_logits(self.registry.module, batch)
         assert_attached("logits", logits, "ProbeComponents._teacher_force_logprobs", DETACHED_FIX)
-        return logits
+        forward = align_logprobs(logits, batch)
+        assert_attached("S", forward.sequence_logprobs, "ProbeComponents._teacher_force_logprobs", DETACHED_FIX)
+        return forward
 
     def _compute_aligned_batch_logprobs(self, rollouts: Rollouts, rows: Tensor) -> ForwardResult:
-        """One guarded forward of the given rows: token log-probs aligned with response tokens, and S [n]."""
+        """The given rows of the rollouts, laid out without left padding and teacher-forced."""
         self._assert_grad_context("ProbeComponents._compute_aligned_batch_logprobs")
-        batch = pack_rows(rollouts, rows, self.device)
-        forward = align_logprobs(self._teacher_force_logprobs(batch), batch)
-        assert_attached("S", forward.sequence_logprobs, "ProbeComponents._compute_aligned_batch_logprobs", DETACHED_FIX)
-        return forward
+        return self._teacher_force_logprobs(pack_rows(rollouts, rows, self.device))
 
     def _coefficients(self, forward: ForwardResult, rollouts: Rollouts, rows: Tensor) -> Coefficients:
         weights = length_weights(rollouts, self.config.weighting)

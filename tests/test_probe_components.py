@@ -68,7 +68,7 @@ def test_log_probs_detached_from_the_logits_are_found_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(probe_components, "align_logprobs", cut)
     for estimate in both_estimates(case):
-        with pytest.raises(GraphDetachedError, match="_compute_aligned_batch_logprobs: S "):
+        with pytest.raises(GraphDetachedError, match="_teacher_force_logprobs: S "):
             estimate()
 
 

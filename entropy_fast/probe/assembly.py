@@ -189,7 +189,9 @@ def _notes(
             warnings.warn(message, EntropyFastWarning, stacklevel=4)
         flat = _prompts_without_spread(batch)
         if flat:
-            notes.append(f"{name}: {flat} of {batch.n_prompts} prompts have advantage 0 throughout and add nothing.")
+            notes.append(
+                f"{name}: {flat} of {batch.n_prompts} prompts have advantage 0 throughout: no update comes from them."
+            )
         if components.config.weighting == "dr_grpo" and not batch.max_lengths_given:
             notes.append(
                 f"{name}: L_max is the longest sampled response of each prompt, which depends on the samples and biases X "
