@@ -4,11 +4,16 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "build_info.h"
+#include "calls.h"
 #include "cpu/dispatch.h"
+#include "cpu/precondition_accumulate.h"
+#include "cpu/softmax_block.h"
 #include "cpu/token_logprobs.h"
 #if ENTROPY_FAST_WITH_CUDA
+#include "cuda/precondition_accumulate.h"
 #include "cuda/token_logprobs.h"
 #endif
 
@@ -16,42 +21,6 @@ namespace py = pybind11;
 
 namespace entropy_fast {
 namespace {
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-TokenLogprobsForward forward_call(std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t logprob,
-                                  std::uintptr_t lse, int64_t rows, int64_t vocabulary, int64_t row_stride,
-                                  int64_t ignore_index, ElementType element_type) {
-    return {pointer<const void>(logits),
-            pointer<const int64_t>(targets),
-            pointer<void>(logprob),
-            pointer<double>(lse),
-            rows,
-            vocabulary,
-            row_stride,
-            ignore_index,
-            element_type};
-}
-
-TokenLogprobsBackward backward_call(std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t lse,
-                                    std::uintptr_t grad_logprob, std::uintptr_t grad_lse, std::uintptr_t grad_logits,
-                                    int64_t rows, int64_t vocabulary, int64_t row_stride, int64_t ignore_index,
-                                    ElementType element_type) {
-    return {pointer<const void>(logits),
-            pointer<const int64_t>(targets),
-            pointer<const double>(lse),
-            pointer<const void>(grad_logprob),
-            pointer<const double>(grad_lse),
-            pointer<void>(grad_logits),
-            rows,
-            vocabulary,
-            row_stride,
-            ignore_index,
-            element_type};
-}
 
 py::dict build_info() {
     py::dict info;
@@ -67,35 +36,6 @@ py::dict build_info() {
     return info;
 }
 
-#if ENTROPY_FAST_WITH_CUDA
-void define_cuda(py::module_& module) {
-    module.def(
-        "token_logprobs_forward_cuda",
-        [](std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t logprob, std::uintptr_t lse, int64_t rows,
-           int64_t vocabulary, int64_t row_stride, int64_t ignore_index, ElementType element_type,
-           std::uintptr_t stream) {
-            cuda::token_logprobs_forward(
-                forward_call(logits, targets, logprob, lse, rows, vocabulary, row_stride, ignore_index, element_type),
-                pointer<void>(stream));
-        },
-        py::kw_only(), py::arg("logits"), py::arg("targets"), py::arg("logprob"), py::arg("lse"), py::arg("rows"),
-        py::arg("vocabulary"), py::arg("row_stride"), py::arg("ignore_index"), py::arg("element_type"),
-        py::arg("stream"), py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "token_logprobs_backward_cuda",
-        [](std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t lse, std::uintptr_t grad_logprob,
-           std::uintptr_t grad_lse, std::uintptr_t grad_logits, int64_t rows, int64_t vocabulary, int64_t row_stride,
-           int64_t ignore_index, ElementType element_type, std::uintptr_t stream) {
-            cuda::token_logprobs_backward(backward_call(logits, targets, lse, grad_logprob, grad_lse, grad_logits, rows,
-                                                        vocabulary, row_stride, ignore_index, element_type),
-                                          pointer<void>(stream));
-        },
-        py::kw_only(), py::arg("logits"), py::arg("targets"), py::arg("lse"), py::arg("grad_logprob"),
-        py::arg("grad_lse"), py::arg("grad_logits"), py::arg("rows"), py::arg("vocabulary"), py::arg("row_stride"),
-        py::arg("ignore_index"), py::arg("element_type"), py::arg("stream"), py::call_guard<py::gil_scoped_release>());
-}
-#endif
-
 py::tuple cuda_device_count() {
 #if ENTROPY_FAST_WITH_CUDA
     const char* reason = "";
@@ -104,6 +44,28 @@ py::tuple cuda_device_count() {
 #else
     return py::make_tuple(-1, ENTROPY_FAST_CUDA_REASON);
 #endif
+}
+
+// A number of threads stays one; a stream comes as its address.
+template <typename Where>
+using WhereArgument = std::conditional_t<std::is_pointer_v<Where>, std::uintptr_t, Where>;
+
+template <typename Where>
+Where where_to_run(WhereArgument<Where> where) {
+    if constexpr (std::is_pointer_v<Where>) {
+        return reinterpret_cast<Where>(where);
+    } else {
+        return where;
+    }
+}
+
+// Calls take one argument for each field of their struct, in the struct's order, and one more for where to run.
+template <typename Call, typename... Fields, typename Where>
+void define(py::module_& module, const char* name, Call (*make)(Fields...), void (*run)(const Call&, Where)) {
+    module.def(
+        name,
+        [make, run](Fields... fields, WhereArgument<Where> where) { run(make(fields...), where_to_run<Where>(where)); },
+        py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
@@ -122,32 +84,23 @@ PYBIND11_MODULE(_native, module) {
     module.def("selected_variant", cpu::selected_variant);
     module.def("cuda_device_count", cuda_device_count);
 
-    module.def(
-        "token_logprobs_forward_cpu",
-        [](std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t logprob, std::uintptr_t lse, int64_t rows,
-           int64_t vocabulary, int64_t row_stride, int64_t ignore_index, ElementType element_type, int threads) {
-            cpu::token_logprobs_forward(
-                forward_call(logits, targets, logprob, lse, rows, vocabulary, row_stride, ignore_index, element_type),
-                threads);
-        },
-        py::kw_only(), py::arg("logits"), py::arg("targets"), py::arg("logprob"), py::arg("lse"), py::arg("rows"),
-        py::arg("vocabulary"), py::arg("row_stride"), py::arg("ignore_index"), py::arg("element_type"),
-        py::arg("threads"), py::call_guard<py::gil_scoped_release>());
-    module.def(
-        "token_logprobs_backward_cpu",
-        [](std::uintptr_t logits, std::uintptr_t targets, std::uintptr_t lse, std::uintptr_t grad_logprob,
-           std::uintptr_t grad_lse, std::uintptr_t grad_logits, int64_t rows, int64_t vocabulary, int64_t row_stride,
-           int64_t ignore_index, ElementType element_type, int threads) {
-            cpu::token_logprobs_backward(backward_call(logits, targets, lse, grad_logprob, grad_lse, grad_logits, rows,
-                                                       vocabulary, row_stride, ignore_index, element_type),
-                                         threads);
-        },
-        py::kw_only(), py::arg("logits"), py::arg("targets"), py::arg("lse"), py::arg("grad_logprob"),
-        py::arg("grad_lse"), py::arg("grad_logits"), py::arg("rows"), py::arg("vocabulary"), py::arg("row_stride"),
-        py::arg("ignore_index"), py::arg("element_type"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+    py::enum_<AccumulateKind>(module, "AccumulateKind")
+        .value("float32", AccumulateKind::kFloat32)
+        .value("bfloat16", AccumulateKind::kBFloat16)
+        .value("float16", AccumulateKind::kFloat16)
+        .value("bfloat16_moments", AccumulateKind::kBFloat16Moments)
+        .value("float64", AccumulateKind::kFloat64);
+    module.attr("ACCUMULATE_CHUNK") = kAccumulateChunk;
 
+    define(module, "token_logprobs_forward_cpu", token_logprobs_forward_call, cpu::token_logprobs_forward);
+    define(module, "token_logprobs_backward_cpu", token_logprobs_backward_call, cpu::token_logprobs_backward);
+    define(module, "softmax_block_cpu", softmax_block_call, cpu::softmax_block);
+    define(module, "precondition_accumulate_cpu", precondition_accumulate_call, cpu::precondition_accumulate);
 #if ENTROPY_FAST_WITH_CUDA
-    define_cuda(module);
+    // The last argument of these is a stream, of those above the number of threads.
+    define(module, "token_logprobs_forward_cuda", token_logprobs_forward_call, cuda::token_logprobs_forward);
+    define(module, "token_logprobs_backward_cuda", token_logprobs_backward_call, cuda::token_logprobs_backward);
+    define(module, "precondition_accumulate_cuda", precondition_accumulate_call, cuda::precondition_accumulate);
 #endif
 }
 

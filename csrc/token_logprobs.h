@@ -3,10 +3,12 @@
 // With x = logits[row], t = targets[row]:
 //     lse     = log(sum_v exp(x_v))
 //     logprob = x_t - lse
-//     d logits_v = d_logprob ([v = t] - p_v) + d_lse p_v,   p_v = exp(x_v - lse)
+//     entropy = -sum_v p_v log p_v,   p_v = exp(x_v - lse)
+//     d logits_v = d_logprob ([v = t] - p_v) + d_lse p_v - d_entropy p_v (log p_v + entropy)
 //
-// A row whose target is `ignore_index` is not read; its logprob, lse and gradient are 0.
-// lse is always double: in float, exp(x - lse) at logits near 1e4 would carry a relative error of 5e-4.
+// A row whose target is `ignore_index` is not read; its logprob, lse, entropy and gradient are 0.
+// lse and entropy are always double: in float, exp(x - lse) at logits near 1e4 would carry a relative error of 5e-4.
+// A token with p = 0 adds 0 to the entropy, and gets 0 of its gradient.
 #pragma once
 
 #include <stdint.h>
@@ -19,8 +21,9 @@ namespace entropy_fast {
 struct TokenLogprobsForward {
     const void* logits;  // [rows, vocabulary], rows `row_stride` elements apart
     const int64_t* targets;
-    void* logprob;  // [rows] of Scalar
-    double* lse;    // [rows]
+    void* logprob;    // [rows] of Scalar
+    double* lse;      // [rows]
+    double* entropy;  // [rows], or null when it is not wanted
     int64_t rows;
     int64_t vocabulary;
     int64_t row_stride;
@@ -32,12 +35,15 @@ struct TokenLogprobsBackward {
     const void* logits;
     const int64_t* targets;
     const double* lse;
-    const void* grad_logprob;  // [rows] of Scalar
-    const double* grad_lse;    // [rows]
-    void* grad_logits;         // [rows, vocabulary], contiguous, element type of the logits
+    const double* entropy;       // [rows]; null exactly where grad_entropy is
+    const void* grad_logprob;    // [rows] of Scalar
+    const double* grad_lse;      // [rows]
+    const double* grad_entropy;  // [rows], or null for none
+    void* grad_logits;           // [rows, vocabulary], element type of the logits; may be the logits themselves
     int64_t rows;
     int64_t vocabulary;
     int64_t row_stride;
+    int64_t grad_row_stride;
     int64_t ignore_index;
     ElementType element_type;
 };

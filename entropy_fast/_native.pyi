@@ -23,61 +23,23 @@ def build_info() -> BuildInfo: ...
 def supported_variants() -> list[str]: ...
 def selected_variant() -> str: ...
 def cuda_device_count() -> tuple[int, str]: ...
-def token_logprobs_forward_cpu(
-    *,
-    logits: int,
-    targets: int,
-    logprob: int,
-    lse: int,
-    rows: int,
-    vocabulary: int,
-    row_stride: int,
-    ignore_index: int,
-    element_type: ElementType,
-    threads: int,
-) -> None: ...
-def token_logprobs_backward_cpu(
-    *,
-    logits: int,
-    targets: int,
-    lse: int,
-    grad_logprob: int,
-    grad_lse: int,
-    grad_logits: int,
-    rows: int,
-    vocabulary: int,
-    row_stride: int,
-    ignore_index: int,
-    element_type: ElementType,
-    threads: int,
-) -> None: ...
 
-# The following two exist only where build_info()["cuda"] is true.
-def token_logprobs_forward_cuda(
-    *,
-    logits: int,
-    targets: int,
-    logprob: int,
-    lse: int,
-    rows: int,
-    vocabulary: int,
-    row_stride: int,
-    ignore_index: int,
-    element_type: ElementType,
-    stream: int,
-) -> None: ...
-def token_logprobs_backward_cuda(
-    *,
-    logits: int,
-    targets: int,
-    lse: int,
-    grad_logprob: int,
-    grad_lse: int,
-    grad_logits: int,
-    rows: int,
-    vocabulary: int,
-    row_stride: int,
-    ignore_index: int,
-    element_type: ElementType,
-    stream: int,
-) -> None: ...
+class AccumulateKind:
+    float32: AccumulateKind
+    bfloat16: AccumulateKind
+    float16: AccumulateKind
+    bfloat16_moments: AccumulateKind
+    float64: AccumulateKind
+
+ACCUMULATE_CHUNK: int
+
+# One argument for each field of the struct of that name in csrc/, in its order, then the number of threads.
+def token_logprobs_forward_cpu(*fields: object) -> None: ...
+def token_logprobs_backward_cpu(*fields: object) -> None: ...
+def softmax_block_cpu(*fields: object) -> None: ...
+def precondition_accumulate_cpu(*fields: object) -> None: ...
+
+# The same, then the address of a stream. These exist only where build_info()["cuda"] is true.
+def token_logprobs_forward_cuda(*fields: object) -> None: ...
+def token_logprobs_backward_cuda(*fields: object) -> None: ...
+def precondition_accumulate_cuda(*fields: object) -> None: ...

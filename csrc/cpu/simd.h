@@ -22,6 +22,7 @@ typedef int32_t i32v __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t u32v __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t u16v __attribute__((vector_size(kVectorBytes / 2)));
 typedef double f64v __attribute__((vector_size(kVectorBytes)));
+typedef float f32half __attribute__((vector_size(kVectorBytes / 2)));
 typedef int64_t i64v __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t u64v __attribute__((vector_size(kVectorBytes)));
 
@@ -49,12 +50,40 @@ inline Vector maximum(Vector a, Vector b) {
     return a > b ? a : b;
 }
 
-// exp(x) for x <= 0, within 2 units in the last place. Below the smallest normal exponent the result is 0; NaN stays
-// NaN.
+// The lanes of a float vector as doubles, in order.
+inline void widen(f32v from, f64v* low, f64v* high) {
+    f32half halves[2];
+    __builtin_memcpy(halves, &from, sizeof(from));
+    *low = __builtin_convertvector(halves[0], f64v);
+    *high = __builtin_convertvector(halves[1], f64v);
+}
+
+inline f32v square_root(f32v x) {
+    f32v root;
+    for (unsigned lane = 0; lane < sizeof(f32v) / sizeof(float); ++lane) root[lane] = __builtin_sqrtf(x[lane]);
+    return root;
+}
+
+inline f64v square_root(f64v x) {
+    f64v root;
+    for (unsigned lane = 0; lane < sizeof(f64v) / sizeof(double); ++lane) root[lane] = __builtin_sqrt(x[lane]);
+    return root;
+}
+
+// Below this exp is less than the smallest normal number.
+constexpr float kExpFloor32 = -0x1.5d589ep6f;
+constexpr double kExpFloor64 = -0x1.6232bdd7abcd2p9;
+
+// No less than the floor; NaN stays NaN. A NaN difference, or the -inf of a token of probability 0, meets the
+// arithmetic of weighted sums as a finite number or as NaN, never as 0 * inf.
+inline f32v no_less_than_floor(f32v x) { return maximum(f32v{} + kExpFloor32, x); }
+inline f64v no_less_than_floor(f64v x) { return maximum(f64v{} + kExpFloor64, x); }
+
+// exp(x) for x between the floor and 0, within 2 units in the last place; NaN stays NaN.
 //
 // x = n ln 2 + r with |r| <= ln(2)/2. Adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits of the mantissa.
 // The coefficients are those of Cephes' expf.
-inline f32v exp_nonpositive(f32v x) {
+inline f32v exp_above_floor(f32v x) {
     const f32v round_magic = f32v{} + 0x1.8p23f;
     const f32v shifted = x * 0x1.715476p+0f + round_magic;
     const f32v n = shifted - round_magic;
@@ -68,12 +97,11 @@ inline f32v exp_nonpositive(f32v x) {
     p = p * r + 5.0000001201e-1f;
     const f32v exp_r = p * (r * r) + r + 1.0f;
     const u32v exponent = (bit_cast_vector<u32v>(shifted) << 23) + 0x3f800000u;
-    const f32v value = exp_r * bit_cast_vector<f32v>(exponent);
-    return x < -0x1.5d589ep6f ? f32v{} : value;
+    return exp_r * bit_cast_vector<f32v>(exponent);
 }
 
 // The double version: the Taylor series of degree 13, whose remainder on |r| <= ln(2)/2 is 4e-18.
-inline f64v exp_nonpositive(f64v x) {
+inline f64v exp_above_floor(f64v x) {
     const f64v round_magic = f64v{} + 0x1.8p52;
     const f64v shifted = x * 0x1.71547652b82fep+0 + round_magic;
     const f64v n = shifted - round_magic;
@@ -92,9 +120,12 @@ inline f64v exp_nonpositive(f64v x) {
     p = p * r + 0.5;
     const f64v exp_r = p * (r * r) + r + 1.0;
     const u64v exponent = (bit_cast_vector<u64v>(shifted) << 52) + 0x3ff0000000000000u;
-    const f64v value = exp_r * bit_cast_vector<f64v>(exponent);
-    return x < -0x1.6232bdd7abcd2p9 ? f64v{} : value;
+    return exp_r * bit_cast_vector<f64v>(exponent);
 }
+
+// exp(x) for x <= 0: below the floor the result is 0.
+inline f32v exp_nonpositive(f32v x) { return x < kExpFloor32 ? f32v{} : exp_above_floor(x); }
+inline f64v exp_nonpositive(f64v x) { return x < kExpFloor64 ? f64v{} : exp_above_floor(x); }
 
 // How each element type is stored, and in which type it is computed with.
 struct Float32 {
@@ -163,5 +194,49 @@ struct Float16 {
         store_unaligned(to, __builtin_convertvector(half | (sign >> 16), u16v));
     }
 };
+
+template <typename Element>
+constexpr int64_t lanes() {
+    return sizeof(typename Element::Vector) / sizeof(typename Element::Scalar);
+}
+
+// The last, partial vector of a row, filled up with `fill`.
+template <typename Element>
+typename Element::Vector load_partial(const typename Element::Storage* from, int64_t count,
+                                      typename Element::Storage fill) {
+    typename Element::Storage padded[lanes<Element>()];
+    for (int64_t i = 0; i < lanes<Element>(); ++i) padded[i] = i < count ? from[i] : fill;
+    return Element::load(padded);
+}
+
+// Filled up with -inf, which changes neither a maximum nor a sum of exponentials.
+template <typename Element>
+typename Element::Vector load_tail(const typename Element::Storage* from, int64_t count) {
+    return load_partial<Element>(from, count, Element::kNegativeInfinity);
+}
+
+template <typename Element>
+typename Element::Scalar load_one(const typename Element::Storage* from) {
+    return load_tail<Element>(from, 1)[0];
+}
+
+template <typename Element>
+void store_tail(typename Element::Storage* to, typename Element::Vector value, int64_t count) {
+    typename Element::Storage padded[lanes<Element>()] = {};
+    Element::store(padded, value);
+    for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+template <typename Element>
+void store_one(typename Element::Storage* to, typename Element::Scalar value) {
+    store_tail<Element>(to, typename Element::Vector{} + value, 1);
+}
+
+template <typename Vector>
+double sum_of_lanes(Vector vector) {
+    double sum = 0.0;
+    for (unsigned lane = 0; lane < sizeof(Vector) / sizeof(vector[0]); ++lane) sum += (double)vector[lane];
+    return sum;
+}
 
 }  // namespace

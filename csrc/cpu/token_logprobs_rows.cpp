@@ -10,27 +10,9 @@ using entropy_fast::ElementType;
 using entropy_fast::TokenLogprobsBackward;
 using entropy_fast::TokenLogprobsForward;
 
-// A chunk is read twice, for its maximum and for its sum, while it is in the first-level cache; memory is read once.
-constexpr int64_t kChunk = 1024;
+// A chunk is read twice, for its maximum and for its sums, while it is in the first-level cache; memory is read once.
+constexpr int64_t kChunk = 4096;
 constexpr int kAccumulators = 4;
-
-template <typename Element>
-constexpr int64_t lanes() {
-    return sizeof(typename Element::Vector) / sizeof(typename Element::Scalar);
-}
-
-// The last, partial vector of a row, filled up with -inf: it changes neither a maximum nor a sum of exponentials.
-template <typename Element>
-typename Element::Vector load_tail(const typename Element::Storage* from, int64_t count) {
-    typename Element::Storage padded[lanes<Element>()];
-    for (int64_t i = 0; i < lanes<Element>(); ++i) padded[i] = i < count ? from[i] : Element::kNegativeInfinity;
-    return Element::load(padded);
-}
-
-template <typename Element>
-typename Element::Scalar load_one(const typename Element::Storage* from) {
-    return load_tail<Element>(from, 1)[0];
-}
 
 template <typename Element>
 typename Element::Scalar chunk_maximum(const typename Element::Storage* x, int64_t count) {
@@ -50,21 +32,34 @@ typename Element::Scalar chunk_maximum(const typename Element::Storage* x, int64
     return result;
 }
 
-// sum exp(x - shift); every x must be <= shift, or NaN, which the sum then is too.
-template <typename Element>
-double chunk_sum(const typename Element::Storage* x, int64_t count, typename Element::Scalar shift) {
+// sum exp(x - m), and sum exp(x - m) (x - m).
+struct Sums {
+    double plain;
+    double weighted;
+};
+
+// Every x must be <= shift, or NaN, which the sums then are too. A token of probability 0 counts as the smallest normal
+// number: the largest term is 1, so that is below any rounding.
+template <bool kWeighted, typename Element>
+Sums chunk_sums(const typename Element::Storage* x, int64_t count, typename Element::Scalar shift) {
     using Vector = typename Element::Vector;
     constexpr int64_t kLanes = lanes<Element>();
     Vector sum[kAccumulators] = {};
+    Vector weighted[kAccumulators] = {};
+    const auto add = [&](int k, Vector values) {
+        const Vector difference = no_less_than_floor(values - shift);
+        const Vector term = exp_above_floor(difference);
+        sum[k] += term;
+        if (kWeighted) weighted[k] += term * difference;
+    };
     int64_t i = 0;
     for (; i + kAccumulators * kLanes <= count; i += kAccumulators * kLanes) {
-        for (int k = 0; k < kAccumulators; ++k) sum[k] += exp_nonpositive(Element::load(x + i + k * kLanes) - shift);
+        for (int k = 0; k < kAccumulators; ++k) add(k, Element::load(x + i + k * kLanes));
     }
-    for (; i + kLanes <= count; i += kLanes) sum[0] += exp_nonpositive(Element::load(x + i) - shift);
-    if (i < count) sum[1] += exp_nonpositive(load_tail<Element>(x + i, count - i) - shift);
-    const Vector all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    double result = 0.0;
-    for (int64_t lane = 0; lane < kLanes; ++lane) result += all[lane];
+    for (; i + kLanes <= count; i += kLanes) add(0, Element::load(x + i));
+    if (i < count) add(1, load_tail<Element>(x + i, count - i));
+    Sums result = {sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])), 0.0};
+    if (kWeighted) result.weighted = sum_of_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
     return result;
 }
 
@@ -77,36 +72,47 @@ bool has_nan(const typename Element::Storage* x, int64_t count) {
     return false;
 }
 
-template <typename Element>
+template <bool kEntropy, typename Element>
 void forward_row(const typename Element::Storage* x, int64_t vocabulary, int64_t target,
-                 typename Element::Scalar* logprob, double* lse) {
+                 typename Element::Scalar* logprob, double* lse, double* entropy) {
     using Scalar = typename Element::Scalar;
     const double infinity = __builtin_inf();
     const double nan = __builtin_nan("");
     Scalar highest = -(Scalar)infinity;
-    double sum = 0.0;
+    Sums total = {0.0, 0.0};
     for (int64_t begin = 0; begin < vocabulary; begin += kChunk) {
         const int64_t count = vocabulary - begin < kChunk ? vocabulary - begin : kChunk;
         const Scalar chunk_highest = chunk_maximum<Element>(x + begin, count);
         if (chunk_highest > highest) {
-            // With no finite value so far the sum is 0, or NaN, and stays what it is.
-            if (sum > 0.0) sum *= __builtin_exp((double)highest - (double)chunk_highest);
+            if (highest == -(Scalar)infinity) {
+                // Nothing finite so far: what the sums hold is rounding, or NaN.
+                total.plain = total.weighted = total.plain == total.plain ? 0.0 : nan;
+            } else {
+                const double lowered = (double)highest - (double)chunk_highest;
+                const double factor = __builtin_exp(lowered);
+                total.weighted = (total.weighted + lowered * total.plain) * factor;
+                total.plain *= factor;
+            }
             highest = chunk_highest;
         }
         if (highest == (Scalar)infinity) break;
         // While everything was -inf (or NaN), -inf - -inf would make a NaN of what is a 0.
-        sum += chunk_sum<Element>(x + begin, count, highest == -(Scalar)infinity ? (Scalar)0 : highest);
+        const Sums sums =
+            chunk_sums<kEntropy, Element>(x + begin, count, highest == -(Scalar)infinity ? (Scalar)0 : highest);
+        total.plain += sums.plain;
+        total.weighted += sums.weighted;
     }
+    *logprob = (Scalar)nan;
+    if (kEntropy) *entropy = nan;
     if (highest == (Scalar)infinity) {
         *lse = has_nan<Element>(x, vocabulary) ? nan : infinity;
-        *logprob = (Scalar)nan;
     } else if (highest == -(Scalar)infinity) {
-        *lse = sum == sum ? -infinity : nan;
-        *logprob = (Scalar)nan;
+        *lse = total.plain == total.plain ? -infinity : nan;
     } else {
-        const double log_sum = __builtin_log(sum);
+        const double log_sum = __builtin_log(total.plain);
         *lse = (double)highest + log_sum;
         *logprob = (Scalar)(((double)load_one<Element>(x + target) - (double)highest) - log_sum);
+        if (kEntropy) *entropy = log_sum - total.weighted / total.plain;
     }
 }
 
@@ -115,48 +121,62 @@ void forward_rows(const TokenLogprobsForward& call, int64_t begin, int64_t end) 
     const auto* logits = static_cast<const typename Element::Storage*>(call.logits);
     auto* logprob = static_cast<typename Element::Scalar*>(call.logprob);
     for (int64_t row = begin; row < end; ++row) {
+        const auto* x = logits + row * call.row_stride;
         const int64_t target = call.targets[row];
         if (target == call.ignore_index) {
             logprob[row] = 0;
             call.lse[row] = 0.0;
+            if (call.entropy) call.entropy[row] = 0.0;
+        } else if (call.entropy) {
+            forward_row<true, Element>(x, call.vocabulary, target, logprob + row, call.lse + row, call.entropy + row);
         } else {
-            forward_row<Element>(logits + row * call.row_stride, call.vocabulary, target, logprob + row,
-                                 call.lse + row);
+            forward_row<false, Element>(x, call.vocabulary, target, logprob + row, call.lse + row, nullptr);
         }
     }
 }
 
-template <typename Element>
-void store_tail(typename Element::Storage* to, typename Element::Vector value, int64_t count) {
-    typename Element::Storage padded[lanes<Element>()];
-    Element::store(padded, value);
-    for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
-}
+// What the gradient of one row is made of.
+struct RowGradient {
+    double of_logprob;
+    double of_lse;
+    double of_entropy;
+    double lse;
+    double entropy;
+};
 
-template <typename Element>
-void backward_row(const typename Element::Storage* x, int64_t vocabulary, int64_t target, double lse,
-                  double grad_logprob, double grad_lse, typename Element::Storage* grad) {
+template <bool kEntropy, typename Element>
+void backward_row(const typename Element::Storage* x, int64_t vocabulary, int64_t target, const RowGradient& row,
+                  typename Element::Storage* grad) {
     using Scalar = typename Element::Scalar;
     using Vector = typename Element::Vector;
     constexpr int64_t kLanes = lanes<Element>();
     // x - lse in two steps, so that a float loses nothing of a double lse. Where lse is not finite, `low` is NaN.
-    const Scalar high = (Scalar)lse;
-    const Scalar low = (Scalar)(lse - (double)high);
-    const Scalar scale = (Scalar)(grad_lse - grad_logprob);
+    const Scalar high = (Scalar)row.lse;
+    const Scalar low = (Scalar)(row.lse - (double)high);
+    const Scalar scale = (Scalar)(row.of_lse - row.of_logprob);
+    const Scalar of_entropy = (Scalar)row.of_entropy;
+    const Scalar entropy = (Scalar)row.entropy;
     // Rounding can leave x_v a little above lse (a row of one token): the exponential is asked for no more than 0.
     const Vector zero = {};
     const auto gradient = [&](Vector values) {
         const Vector difference = (values - high) - low;
-        return scale * exp_nonpositive(difference > zero ? zero : difference);
+        const Vector capped = difference > zero ? zero : difference;
+        const Vector p = exp_nonpositive(capped);
+        if (!kEntropy) return scale * p;
+        // p is 0 at the floor and below, where the difference itself may be -inf.
+        return p * (scale - of_entropy * (no_less_than_floor(capped) + entropy));
     };
+    // Read before anything is written: the gradient may take the logits' place.
+    const double logprob = ((double)load_one<Element>(x + target) - (double)high) - (double)low;
     int64_t i = 0;
     for (; i + kLanes <= vocabulary; i += kLanes) Element::store(grad + i, gradient(Element::load(x + i)));
     if (i < vocabulary)
         store_tail<Element>(grad + i, gradient(load_tail<Element>(x + i, vocabulary - i)), vocabulary - i);
     // 1 - p of a likely token would cancel.
-    const double logprob = ((double)load_one<Element>(x + target) - (double)high) - (double)low;
-    const double at_target = grad_lse * __builtin_exp(logprob) - grad_logprob * __builtin_expm1(logprob);
-    store_tail<Element>(grad + target, zero + (Scalar)at_target, 1);
+    const double p = __builtin_exp(logprob);
+    double at_target = row.of_lse * p - row.of_logprob * __builtin_expm1(logprob);
+    if (kEntropy && p > 0.0) at_target -= row.of_entropy * p * (logprob + row.entropy);
+    store_one<Element>(grad + target, (Scalar)at_target);
 }
 
 template <typename Element>
@@ -166,16 +186,27 @@ void backward_rows(const TokenLogprobsBackward& call, int64_t begin, int64_t end
     const auto* grad_logprob = static_cast<const typename Element::Scalar*>(call.grad_logprob);
     auto* grad_logits = static_cast<Storage*>(call.grad_logits);
     for (int64_t row = begin; row < end; ++row) {
-        Storage* grad = grad_logits + row * call.vocabulary;
+        const Storage* x = logits + row * call.row_stride;
+        Storage* grad = grad_logits + row * call.grad_row_stride;
         const int64_t target = call.targets[row];
         if (target == call.ignore_index) {
             __builtin_memset(grad, 0, sizeof(Storage) * call.vocabulary);
+        } else if (call.grad_entropy) {
+            const RowGradient parts = {grad_logprob[row], call.grad_lse[row], call.grad_entropy[row], call.lse[row],
+                                       call.entropy[row]};
+            backward_row<true, Element>(x, call.vocabulary, target, parts, grad);
         } else {
-            backward_row<Element>(logits + row * call.row_stride, call.vocabulary, target, call.lse[row],
-                                  grad_logprob[row], call.grad_lse[row], grad);
+            const RowGradient parts = {grad_logprob[row], call.grad_lse[row], 0.0, call.lse[row], 0.0};
+            backward_row<false, Element>(x, call.vocabulary, target, parts, grad);
         }
     }
 }
+
+}  // namespace
+
+namespace entropy_fast {
+namespace cpu {
+namespace ENTROPY_FAST_VARIANT {
 
 void token_logprobs_forward(const TokenLogprobsForward& call, int64_t begin, int64_t end) {
     switch (call.element_type) {
@@ -202,14 +233,6 @@ void token_logprobs_backward(const TokenLogprobsBackward& call, int64_t begin, i
             return backward_rows<Float16>(call, begin, end);
     }
 }
-
-}  // namespace
-
-namespace entropy_fast {
-namespace cpu {
-namespace ENTROPY_FAST_VARIANT {
-
-const Kernels kernels = {token_logprobs_forward, token_logprobs_backward};
 
 }  // namespace ENTROPY_FAST_VARIANT
 }  // namespace cpu

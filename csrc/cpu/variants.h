@@ -1,28 +1,38 @@
-// The loops that are compiled once per instruction set, and the table each such build of them fills in.
+// The loops that are compiled once per instruction set, and the table of each such build of them.
 #pragma once
 
 #include <stdint.h>
 
+#include "../precondition_accumulate.h"
+#include "../softmax_block.h"
 #include "../token_logprobs.h"
 
 namespace entropy_fast {
 namespace cpu {
 
-// Each function works on rows [begin, end). The result of a row depends on that row and on the vocabulary size alone.
+// Each function works on rows (or chunks) [begin, end), and the result of a row depends on nothing but that row.
 struct Kernels {
     void (*token_logprobs_forward)(const TokenLogprobsForward& call, int64_t begin, int64_t end);
     void (*token_logprobs_backward)(const TokenLogprobsBackward& call, int64_t begin, int64_t end);
+    void (*softmax_block)(const SoftmaxBlock& call, int64_t begin, int64_t end);
+    void (*precondition_accumulate)(const PreconditionAccumulate& call, int64_t begin, int64_t end);
 };
 
-namespace baseline {
-extern const Kernels kernels;
-}
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
+#define ENTROPY_FAST_DECLARE_VARIANT(name)                                                        \
+    namespace name {                                                                              \
+    void token_logprobs_forward(const TokenLogprobsForward& call, int64_t begin, int64_t end);    \
+    void token_logprobs_backward(const TokenLogprobsBackward& call, int64_t begin, int64_t end);  \
+    void softmax_block(const SoftmaxBlock& call, int64_t begin, int64_t end);                     \
+    void precondition_accumulate(const PreconditionAccumulate& call, int64_t begin, int64_t end); \
+    constexpr Kernels kernels = {token_logprobs_forward, token_logprobs_backward, softmax_block,  \
+                                 precondition_accumulate};                                        \
+    }
+
+ENTROPY_FAST_DECLARE_VARIANT(baseline)
+ENTROPY_FAST_DECLARE_VARIANT(avx2)
+ENTROPY_FAST_DECLARE_VARIANT(avx512)
+
+#undef ENTROPY_FAST_DECLARE_VARIANT
 
 }  // namespace cpu
 }  // namespace entropy_fast

@@ -5,6 +5,19 @@ of them is missing; :func:`backend_report` says what is missing and why.
 """
 
 from entropy_fast.ops.backends import BACKENDS, BackendRecord, backend_report
+from entropy_fast.ops.linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_with_units
+from entropy_fast.ops.precondition_accumulate import precondition_accumulate
 from entropy_fast.ops.token_logprobs import TokenLogprobs, token_logprobs
+from entropy_fast.reference import LinearTokenLogprobs
 
-__all__ = ["BACKENDS", "BackendRecord", "TokenLogprobs", "backend_report", "token_logprobs"]
+__all__ = [
+    "BACKENDS",
+    "BackendRecord",
+    "LinearTokenLogprobs",
+    "TokenLogprobs",
+    "backend_report",
+    "linear_token_logprobs",
+    "linear_token_logprobs_with_units",
+    "precondition_accumulate",
+    "token_logprobs",
+]

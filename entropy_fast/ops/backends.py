@@ -84,13 +84,14 @@ def backend_report() -> list[BackendRecord]:
     return records
 
 
-def resolve_backend(requested: str | None, device: torch.device) -> str:
+def resolve_backend(requested: str | None, device: torch.device, offered: tuple[str, ...] = BACKENDS) -> str:
     """The backend that an op on ``device`` runs on.
 
     Args:
         requested: a name, or None or ``"auto"`` for the environment variable ``ENTROPY_FAST_BACKEND`` and, where that
             is unset, the best available one.
         device: where the op's tensors are.
+        offered: the backends that have the op.
 
     Returns:
         One of :data:`BACKENDS`.
@@ -104,13 +105,13 @@ def resolve_backend(requested: str | None, device: torch.device) -> str:
         origin = _ENVIRONMENT_VARIABLE
         requested = os.environ.get(_ENVIRONMENT_VARIABLE) or AUTO
     if requested == AUTO:
-        return _best(device.type)
+        return _best(device.type, offered)
     if requested not in BACKENDS:
         raise ConfigError(
             f"{origin} is {requested!r}; expected one of {', '.join(BACKENDS)} or {AUTO}.",
             fix=f"use one of these names, or leave {origin} unset to have one chosen by device.",
         )
-    why_not = _REASONS[requested](device.type)
+    why_not = _REASONS[requested](device.type) if requested in offered else "it does not have this op"
     if why_not:
         raise BackendUnavailableError(
             f"{origin} asks for {requested!r}, which cannot run on {device}: {why_not}.",
@@ -119,10 +120,12 @@ def resolve_backend(requested: str | None, device: torch.device) -> str:
     return requested
 
 
-def _best(device_type: str) -> str:
+def _best(device_type: str, offered: tuple[str, ...]) -> str:
     preferred = _PREFERENCE.get(device_type, ("reference",))
     reasons = []
     for name in preferred:
+        if name not in offered:
+            continue
         why_not = _REASONS[name](device_type)
         if not why_not:
             break

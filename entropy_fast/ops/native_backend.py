@@ -12,11 +12,21 @@ from torch import Tensor
 
 from entropy_fast._version import __version__
 from entropy_fast.errors import NativeLibraryError
+from entropy_fast.ops.accumulation_table import AccumulationTable
 
 if TYPE_CHECKING:
     from entropy_fast import _native
 
-__all__ = ["backward", "cpu_detail", "cpu_reason", "cuda_detail", "cuda_reason", "forward"]
+__all__ = [
+    "cpu_detail",
+    "cpu_reason",
+    "cuda_detail",
+    "cuda_reason",
+    "precondition_accumulate",
+    "softmax_block",
+    "token_logprobs_backward",
+    "token_logprobs_forward",
+]
 
 
 @functools.cache
@@ -88,57 +98,99 @@ def _element_type(dtype: torch.dtype) -> _native.ElementType:
     return element_type
 
 
-def forward(logits: Tensor, targets: Tensor, logprob: Tensor, lse: Tensor, ignore_index: int) -> None:
-    """Fill ``logprob`` and ``lse``. Shapes and dtypes are the caller's business; the last dimension is contiguous."""
-    arguments = {
-        "logits": logits.data_ptr(),
-        "targets": targets.data_ptr(),
-        "logprob": logprob.data_ptr(),
-        "lse": lse.data_ptr(),
-        "rows": logits.shape[0],
-        "vocabulary": logits.shape[1],
-        "row_stride": logits.stride(0),
-        "ignore_index": ignore_index,
-        "element_type": _element_type(logits.dtype),
-    }
-    _call("token_logprobs_forward", logits.device, arguments)
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
-def backward(
+def token_logprobs_forward(
+    logits: Tensor, targets: Tensor, logprob: Tensor, lse: Tensor, entropy: Tensor | None, ignore_index: int
+) -> None:
+    """Fill ``logprob``, ``lse`` and ``entropy``. Shapes and dtypes are the caller's business; rows are contiguous."""
+    _call(
+        "token_logprobs_forward",
+        logits.device,
+        *map(_address, (logits, targets, logprob, lse, entropy)),
+        *logits.shape,
+        logits.stride(0),
+        ignore_index,
+        _element_type(logits.dtype),
+    )
+
+
+def token_logprobs_backward(
     grad_logprob: Tensor,
     grad_lse: Tensor,
+    grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
+    entropy: Tensor | None,
     grad_logits: Tensor,
     ignore_index: int,
 ) -> None:
-    """Fill ``grad_logits``, which is contiguous, like every one-dimensional argument."""
-    arguments = {
-        "logits": logits.data_ptr(),
-        "targets": targets.data_ptr(),
-        "lse": lse.data_ptr(),
-        "grad_logprob": grad_logprob.data_ptr(),
-        "grad_lse": grad_lse.data_ptr(),
-        "grad_logits": grad_logits.data_ptr(),
-        "rows": logits.shape[0],
-        "vocabulary": logits.shape[1],
-        "row_stride": logits.stride(0),
-        "ignore_index": ignore_index,
-        "element_type": _element_type(logits.dtype),
-    }
-    _call("token_logprobs_backward", logits.device, arguments)
+    """Fill ``grad_logits``, whose rows are contiguous and which may be ``logits``."""
+    _call(
+        "token_logprobs_backward",
+        logits.device,
+        *map(_address, (logits, targets, lse, entropy, grad_logprob, grad_lse, grad_entropy, grad_logits)),
+        *logits.shape,
+        logits.stride(0),
+        grad_logits.stride(0),
+        ignore_index,
+        _element_type(logits.dtype),
+    )
 
 
-def _call(function: str, device: torch.device, arguments: dict[str, object]) -> None:
+def softmax_block(
+    logits: Tensor,
+    entropy_weights: Tensor | None,
+    targets: Tensor,
+    state: Tensor,
+    *,
+    first_token: int,
+    softcap: float,
+    weights: bool,
+) -> None:
+    """One block of the vocabulary (csrc/softmax_block.h): update ``state`` and, with ``weights``, overwrite ``logits``."""
+    _call(
+        "softmax_block",
+        logits.device,
+        *map(_address, (logits, entropy_weights, targets, state)),
+        *logits.shape,
+        logits.stride(0),
+        first_token,
+        softcap,
+        weights,
+        _element_type(logits.dtype),
+    )
+
+
+def precondition_accumulate(
+    table: AccumulationTable, dots: Tensor, x_scale: float, g_scale: float, update: bool
+) -> None:
+    """Fill ``dots`` and, with ``update``, add to the sums of the table."""
+    partial_dots = torch.empty(table.n_chunks, 3, dtype=torch.float64, device=dots.device)
+    _call(
+        "precondition_accumulate",
+        dots.device,
+        *map(_address, (table.entries, table.factors, table.owners, partial_dots, dots)),
+        table.n_tensors,
+        table.n_chunks,
+        x_scale,
+        g_scale,
+        update,
+    )
+
+
+def _call(function: str, device: torch.device, *arguments: object) -> None:
+    """Call ``function`` with the fields of its struct, in order, and with the threads or the stream to run on."""
     library = _library()
     try:
         if device.type == "cuda":
             with torch.cuda.device(device):
-                stream = torch.cuda.current_stream(device).cuda_stream
-                getattr(library, f"{function}_cuda")(**arguments, stream=stream)
+                getattr(library, f"{function}_cuda")(*arguments, torch.cuda.current_stream(device).cuda_stream)
         else:
-            getattr(library, f"{function}_cpu")(**arguments, threads=torch.get_num_threads())
+            getattr(library, f"{function}_cpu")(*arguments, torch.get_num_threads())
     except (RuntimeError, ValueError) as error:
         raise NativeLibraryError(
             f"{function} was refused by the compiled library: {error}.",

@@ -11,30 +11,40 @@ from entropy_fast import reference
 from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend, triton_backend
 from entropy_fast.ops.backends import AUTO, count_call, resolve_backend
+from entropy_fast.ops.registration import accumulator, register
 
-__all__ = ["TokenLogprobs", "token_logprobs"]
+__all__ = ["TokenLogprobs", "check_targets", "overwrite_with_gradient", "token_logprobs"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OP = "entropy_fast::token_logprobs"
 _BACKWARD_OP = "entropy_fast::token_logprobs_backward"
+_BACKWARD_IN_PLACE_OP = "entropy_fast::token_logprobs_backward_"
 
 
 class TokenLogprobs(NamedTuple):
     """What :func:`token_logprobs` returns.
 
     Attributes:
-        logprob: ``[rows]``, the log-probability of each target; float32, or float64 for float64 logits.
+        logprob: ``[rows]``, the log-probability of each target, nats; float32, or float64 for float64 logits.
         lse: ``[rows]``, the log of the sum of exponentials of each row; same dtype.
+        entropy: ``[rows]``, the entropy of each row's distribution, nats; same dtype; None unless wanted.
     """
 
     logprob: Tensor
     lse: Tensor
+    entropy: Tensor | None
 
 
 def token_logprobs(
-    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, backend: str | None = None
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    want_entropy: bool = False,
+    ignore_index: int = -100,
+    overwrite_logits: bool = False,
+    backend: str | None = None,
 ) -> TokenLogprobs:
-    """Log-probability of each row's target, and the log of the sum of exponentials of each row.
+    """Log-probability of each row's target, the log of the sum of exponentials of each row, and each row's entropy.
 
     Same value and gradient as ``log_softmax(logits.float()).gather(...)``, without a ``[rows, vocabulary]`` temporary
     in the forward. Deterministic: a row's result depends on that row alone, not on the batch or the number of threads.
@@ -43,21 +53,28 @@ def token_logprobs(
         logits: ``[rows, vocabulary]``, float32, float64, bfloat16 or float16. Rows may lie any distance apart; logits
             whose last dimension is not contiguous are copied.
         targets: ``[rows]`` int64 on the same device, each in ``[0, vocabulary)`` or equal to ``ignore_index``.
+        want_entropy: whether the entropy is computed, in the same pass.
         ignore_index: rows with this target are not read; they give 0 and pass no gradient.
+        overwrite_logits: let the backward write the gradient over the logits instead of allocating it. Whoever else
+            still needs the logits then (a second backward, a softcap's tanh) gets torch's error about tensors modified in
+            place. A backward under ``create_graph`` leaves them alone.
         backend: ``reference``, ``native``, ``triton`` or ``cuda``; None for the environment variable
             ``ENTROPY_FAST_BACKEND`` and, where that is unset, the best one for the device.
 
     Returns:
         :class:`TokenLogprobs`. A NaN in a row makes that row's results NaN; a row that is -inf throughout, or holds a
-        +inf, has a NaN ``logprob`` and an infinite ``lse``.
+        +inf, has a NaN ``logprob`` and ``entropy`` and an infinite ``lse``.
 
     Raises:
-        ConfigError: shapes, dtypes, devices or targets do not fit, or there is no such backend.
+        ConfigError: shapes, dtypes, devices or targets do not fit, or there is no such backend. Targets on a GPU are not
+            checked, which would mean waiting for them: the rows of impossible ones are NaN.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
     _check_arguments(logits, targets)
-    logprob, lse = _token_logprobs(logits, targets, ignore_index, AUTO if backend is None else backend)
-    return TokenLogprobs(logprob, lse.to(logprob.dtype))
+    logprob, lse, entropy = _token_logprobs(
+        logits, targets, want_entropy, ignore_index, overwrite_logits, AUTO if backend is None else backend
+    )
+    return TokenLogprobs(logprob, lse.to(logprob.dtype), None if entropy is None else entropy.to(logprob.dtype))
 
 
 def _check_arguments(logits: Tensor, targets: Tensor) -> None:
@@ -80,100 +97,180 @@ def _check_arguments(logits: Tensor, targets: Tensor) -> None:
         )
 
 
-def _check_targets(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_targets(op: str, targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raise unless every target is a token or ``ignore_index``; looks at tensors on the CPU only.
+
+    Raises:
+        ConfigError: one is not; the message names the op, the row and the value.
+    """
+    if targets.device.type != "cpu":
+        return
     outside = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ConfigError(
-            f"token_logprobs got targets[{row}] = {int(targets[row])}; expected a token in [0, {vocabulary}) or "
+            f"{op} got targets[{row}] = {int(targets[row])}; expected a token in [0, {vocabulary}) or "
             f"ignore_index = {ignore_index}.",
             fix="check that the tokens belong to this model's vocabulary, and what marks the masked positions.",
         )
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _dense_rows(logits: Tensor) -> Tensor:
     return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()
 
 
-@torch.library.custom_op(_OP, mutates_args=())
-def _token_logprobs(
-    logits: Tensor, targets: Tensor, ignore_index: int = -100, backend: str = AUTO
-) -> tuple[Tensor, Tensor]:
+def _forward(
+    logits: Tensor,
+    targets: Tensor,
+    want_entropy: bool = False,
+    ignore_index: int = -100,
+    overwrite_logits: bool = False,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     _check_arguments(logits, targets)
-    _check_targets(targets, logits.shape[1], ignore_index)
+    check_targets("token_logprobs", targets, logits.shape[1], ignore_index)
     chosen = resolve_backend(backend, logits.device)
     count_call(chosen, _OP)
     if chosen == "reference":
-        return reference.token_logprobs(logits, targets, ignore_index=ignore_index)
-    logprob = logits.new_empty(logits.shape[0], dtype=_accumulator(logits.dtype))
-    lse = logits.new_empty(logits.shape[0], dtype=torch.float64)
-    run = triton_backend.forward if chosen == "triton" else native_backend.forward
-    run(_dense_rows(logits), targets.contiguous(), logprob, lse, ignore_index)
-    return logprob, lse
+        return reference.token_logprobs(logits, targets, want_entropy=want_entropy, ignore_index=ignore_index)
+    results = _fake_forward(logits, targets, want_entropy)
+    run = triton_backend if chosen == "triton" else native_backend
+    run.token_logprobs_forward(_dense_rows(logits), targets.contiguous(), *results, ignore_index)
+    return results
 
 
-@torch.library.custom_op(_BACKWARD_OP, mutates_args=())
-def _token_logprobs_backward(
+def _fake_forward(
+    logits: Tensor,
+    targets: Tensor,
+    want_entropy: bool = False,
+    ignore_index: int = -100,
+    overwrite_logits: bool = False,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows = logits.shape[0]
+    lse = logits.new_empty(rows, dtype=torch.float64)
+    return logits.new_empty(rows, dtype=accumulator(logits)), lse, torch.empty_like(lse) if want_entropy else None
+
+
+def _backward(
     grad_logprob: Tensor,
     grad_lse: Tensor,
+    grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
+    entropy: Tensor | None,
     ignore_index: int = -100,
     backend: str = AUTO,
 ) -> Tensor:
-    chosen = resolve_backend(backend, logits.device)
-    count_call(chosen, _BACKWARD_OP)
-    if chosen == "reference":
-        return reference.token_logprobs_backward(
-            grad_logprob, grad_lse, logits, targets, lse, ignore_index=ignore_index
-        )
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    run = triton_backend.backward if chosen == "triton" else native_backend.backward
-    run(
-        grad_logprob.contiguous(),
-        grad_lse.contiguous(),
-        _dense_rows(logits),
-        targets.contiguous(),
-        lse.contiguous(),
-        grad_logits,
-        ignore_index,
+    _fill_gradient(
+        grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ignore_index, backend, grad_logits
     )
     return grad_logits
 
 
-@_token_logprobs.register_fake
-def _(logits: Tensor, targets: Tensor, ignore_index: int = -100, backend: str = AUTO) -> tuple[Tensor, Tensor]:
-    rows = logits.shape[0]
-    return logits.new_empty(rows, dtype=_accumulator(logits.dtype)), logits.new_empty(rows, dtype=torch.float64)
-
-
-@_token_logprobs_backward.register_fake
-def _(
+def _backward_in_place(
     grad_logprob: Tensor,
     grad_lse: Tensor,
+    grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
+    entropy: Tensor | None,
+    ignore_index: int = -100,
+    backend: str = AUTO,
+) -> None:
+    _fill_gradient(grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ignore_index, backend, logits)
+
+
+def _fill_gradient(
+    grad_logprob: Tensor,
+    grad_lse: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    ignore_index: int,
+    backend: str,
+    grad_logits: Tensor,
+) -> None:
+    chosen = resolve_backend(backend, logits.device)
+    count_call(chosen, _BACKWARD_OP)
+    if chosen == "reference":
+        grad_logits.copy_(
+            reference.token_logprobs_backward(
+                grad_logprob,
+                grad_lse,
+                logits,
+                targets,
+                lse,
+                grad_entropy=grad_entropy,
+                entropy=entropy,
+                ignore_index=ignore_index,
+            )
+        )
+        return
+    run = triton_backend if chosen == "triton" else native_backend
+    run.token_logprobs_backward(
+        grad_logprob.contiguous(),
+        grad_lse.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
+        _dense_rows(logits),
+        targets.contiguous(),
+        lse.contiguous(),
+        None if grad_entropy is None or entropy is None else entropy.contiguous(),
+        grad_logits,
+        ignore_index,
+    )
+
+
+def _fake_backward(
+    grad_logprob: Tensor,
+    grad_lse: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
     ignore_index: int = -100,
     backend: str = AUTO,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, targets, ctx.ignore_index, ctx.backend = inputs
-    ctx.save_for_backward(logits, targets, output[1])
+def overwrite_with_gradient(
+    grad_logprob: Tensor,
+    grad_lse: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    ignore_index: int,
+    backend: str = AUTO,
+) -> None:
+    """Write the gradient with respect to ``logits`` over them."""
+    arguments = (grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ignore_index, backend)
+    _token_logprobs_backward_in_place(*arguments)
 
 
-def _differentiate(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None]:
-    logits, targets, lse = ctx.saved_tensors
-    gradient = _token_logprobs_backward(grad_logprob, grad_lse, logits, targets, lse, ctx.ignore_index, ctx.backend)
-    return gradient, None, None, None
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    logits, targets, _want_entropy, ctx.ignore_index, ctx.overwrite_logits, ctx.backend = inputs
+    ctx.save_for_backward(logits, targets, *output[1:])
+
+
+def _differentiate(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
+    logits, targets, lse, entropy = ctx.saved_tensors
+    arguments = (grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ctx.ignore_index, ctx.backend)
+    if ctx.overwrite_logits and not torch.is_grad_enabled() and _dense_rows(logits) is logits:
+        overwrite_with_gradient(*arguments)
+        # Its own version counter moved, so a second backward through these logits is refused by torch.
+        gradient = logits.detach()
+    else:
+        gradient = _token_logprobs_backward(*arguments)
+    return gradient, None, None, None, None, None
 
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -183,19 +280,60 @@ def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor)
 
 def _differentiate_twice(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     # In plain torch, and so differentiable again: second derivatives are rare.
-    grad_logprob, grad_lse, logits, targets, lse = ctx.saved_tensors
+    grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy = ctx.saved_tensors
     ignored = targets == ctx.ignore_index
     index = targets.masked_fill(ignored, 0).unsqueeze(-1)
-    probability = reference.probabilities(logits, lse, ignored)
+    log_probability = reference.log_probabilities(logits, lse, ignored)
+    probability = log_probability.exp()
     wide = grad.to(probability.dtype).masked_fill(ignored.unsqueeze(-1), 0.0)
     weighted = wide * probability
     of_scale = weighted.sum(-1)
     of_logprob = wide.gather(-1, index).squeeze(-1) - of_scale
     scale = (grad_lse - grad_logprob.double()).to(probability.dtype)
+    factor = scale.unsqueeze(-1)
     of_lse = -(scale * of_scale).double()
-    of_logits = (scale.unsqueeze(-1) * weighted).to(logits.dtype)
-    return of_logprob, of_scale.double(), of_logits, None, of_lse, None, None
+    of_grad_entropy = of_entropy = None
+    if grad_entropy is not None and entropy is not None:
+        # The gradient's part -e p (log p + H), with e the upstream gradient of the entropy H; log p = logits - lse.
+        finite = log_probability.masked_fill(log_probability == -torch.inf, 0.0)
+        deviation = finite + entropy.to(probability.dtype).unsqueeze(-1)
+        upstream = grad_entropy.to(probability.dtype)
+        projected = (weighted * deviation).sum(-1)
+        of_grad_entropy = -projected.double()
+        of_entropy = -(upstream * of_scale).double()
+        of_lse = of_lse + (upstream * (projected + of_scale)).double()
+        factor = factor - upstream.unsqueeze(-1) * (deviation + 1.0)
+    of_logits = (factor * weighted).to(logits.dtype)
+    return of_logprob, of_scale.double(), of_grad_entropy, of_logits, None, of_lse, of_entropy, None, None
 
 
-_token_logprobs.register_autograd(_differentiate, setup_context=_save_for_backward)
-_token_logprobs_backward.register_autograd(_differentiate_twice, setup_context=_save_for_double_backward)
+def _over_batches(
+    info: Any, in_dims: tuple[int | None, ...], logits: Tensor, targets: Tensor, *options: Any
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], tuple[int, int, int | None]]:
+    """Vmap: the batch becomes more rows."""
+    logits = logits.expand(info.batch_size, *logits.shape) if in_dims[0] is None else logits.movedim(in_dims[0], 0)
+    targets = targets.expand(info.batch_size, *targets.shape) if in_dims[1] is None else targets.movedim(in_dims[1], 0)
+    results = _token_logprobs(logits.flatten(0, 1), targets.flatten(), *options)
+    logprob, lse, entropy = (None if part is None else part.view(targets.shape) for part in results)
+    assert logprob is not None and lse is not None
+    return (logprob, lse, entropy), (0, 0, None if entropy is None else 0)
+
+
+_GRADIENTS = "Tensor grad_logprob, Tensor grad_lse, Tensor? grad_entropy"
+_SAVED = "Tensor targets, Tensor lse, Tensor? entropy, int ignore_index=-100, str backend='auto'"
+_token_logprobs = register(
+    _OP,
+    "(Tensor logits, Tensor targets, bool want_entropy=False, int ignore_index=-100, bool overwrite_logits=False, "
+    "str backend='auto') -> (Tensor, Tensor, Tensor?)",
+    _forward,
+    _fake_forward,
+)
+_token_logprobs_backward = register(
+    _BACKWARD_OP, f"({_GRADIENTS}, Tensor logits, {_SAVED}) -> Tensor", _backward, _fake_backward
+)
+_token_logprobs_backward_in_place = register(
+    _BACKWARD_IN_PLACE_OP, f"({_GRADIENTS}, Tensor(a!) logits, {_SAVED}) -> ()", _backward_in_place, lambda *_: None
+)
+torch.library.register_autograd(_OP, _differentiate, setup_context=_save_for_backward)
+torch.library.register_autograd(_BACKWARD_OP, _differentiate_twice, setup_context=_save_for_double_backward)
+torch.library.register_vmap(_OP, _over_batches)

@@ -10,7 +10,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-__all__ = ["backward", "detail", "forward", "reason"]
+from entropy_fast.ops.accumulation_table import AccumulationTable
+from entropy_fast.reference import LinearTokenLogprobs
+
+__all__ = [
+    "detail",
+    "linear_token_logprobs",
+    "precondition_accumulate",
+    "reason",
+    "token_logprobs_backward",
+    "token_logprobs_forward",
+]
 
 
 @functools.cache
@@ -64,7 +74,9 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def forward(logits: Tensor, targets: Tensor, logprob: Tensor, lse: Tensor, ignore_index: int) -> None:
+def token_logprobs_forward(
+    logits: Tensor, targets: Tensor, logprob: Tensor, lse: Tensor, entropy: Tensor | None, ignore_index: int
+) -> None:
     """Fill ``logprob`` and ``lse``. Shapes and dtypes are the caller's business; the last dimension is contiguous."""
     rows, vocabulary = logits.shape
     if rows == 0:
@@ -85,12 +97,14 @@ def forward(logits: Tensor, targets: Tensor, logprob: Tensor, lse: Tensor, ignor
         )
 
 
-def backward(
+def token_logprobs_backward(
     grad_logprob: Tensor,
     grad_lse: Tensor,
+    grad_entropy: Tensor | None,
     logits: Tensor,
     targets: Tensor,
     lse: Tensor,
+    entropy: Tensor | None,
     grad_logits: Tensor,
     ignore_index: int,
 ) -> None:
@@ -114,3 +128,25 @@ def backward(
             BLOCK=kernels.BLOCK,
             num_warps=kernels.NUM_WARPS,
         )
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    want_entropy: bool,
+    unit_gradients: bool,
+    ignore_index: int,
+) -> LinearTokenLogprobs:
+    """As ``entropy_fast.reference.linear_token_logprobs``."""
+    raise NotImplementedError
+
+
+def precondition_accumulate(
+    table: AccumulationTable, dots: Tensor, x_scale: float, g_scale: float, update: bool
+) -> None:
+    """Fill ``dots`` and, with ``update``, add to the sums of the table."""
+    raise NotImplementedError

@@ -1,5 +1,15 @@
 """Every op in plain torch: the definition that the compiled kernels are held to, and their stand-in where none runs."""
 
-from entropy_fast.reference.token_logprobs import probabilities, token_logprobs, token_logprobs_backward
+from entropy_fast.reference.linear_token_logprobs import LinearTokenLogprobs, linear_logits, linear_token_logprobs
+from entropy_fast.reference.precondition_accumulate import precondition_accumulate
+from entropy_fast.reference.token_logprobs import log_probabilities, token_logprobs, token_logprobs_backward
 
-__all__ = ["probabilities", "token_logprobs", "token_logprobs_backward"]
+__all__ = [
+    "LinearTokenLogprobs",
+    "linear_logits",
+    "linear_token_logprobs",
+    "log_probabilities",
+    "precondition_accumulate",
+    "token_logprobs",
+    "token_logprobs_backward",
+]

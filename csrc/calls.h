@@ -1,0 +1,88 @@
+// The structs of a call from what Python hands over: addresses, sizes and strides, in the order of the struct's fields.
+#pragma once
+
+#include <cstdint>
+
+#include "precondition_accumulate.h"
+#include "softmax_block.h"
+#include "token_logprobs.h"
+
+namespace entropy_fast {
+
+using Address = std::uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+inline TokenLogprobsForward token_logprobs_forward_call(Address logits, Address targets, Address logprob, Address lse,
+                                                        Address entropy, int64_t rows, int64_t vocabulary,
+                                                        int64_t row_stride, int64_t ignore_index,
+                                                        ElementType element_type) {
+    return {pointer<const void>(logits),
+            pointer<const int64_t>(targets),
+            pointer<void>(logprob),
+            pointer<double>(lse),
+            pointer<double>(entropy),
+            rows,
+            vocabulary,
+            row_stride,
+            ignore_index,
+            element_type};
+}
+
+inline TokenLogprobsBackward token_logprobs_backward_call(Address logits, Address targets, Address lse, Address entropy,
+                                                          Address grad_logprob, Address grad_lse, Address grad_entropy,
+                                                          Address grad_logits, int64_t rows, int64_t vocabulary,
+                                                          int64_t row_stride, int64_t grad_row_stride,
+                                                          int64_t ignore_index, ElementType element_type) {
+    return {pointer<const void>(logits),
+            pointer<const int64_t>(targets),
+            pointer<const double>(lse),
+            pointer<const double>(entropy),
+            pointer<const void>(grad_logprob),
+            pointer<const double>(grad_lse),
+            pointer<const double>(grad_entropy),
+            pointer<void>(grad_logits),
+            rows,
+            vocabulary,
+            row_stride,
+            grad_row_stride,
+            ignore_index,
+            element_type};
+}
+
+inline SoftmaxBlock softmax_block_call(Address logits, Address entropy_weights, Address targets, Address state,
+                                       int64_t rows, int64_t width, int64_t row_stride, int64_t first_token,
+                                       double softcap, bool weights, ElementType element_type) {
+    return {pointer<void>(logits),
+            pointer<void>(entropy_weights),
+            pointer<const int64_t>(targets),
+            pointer<SoftmaxRow>(state),
+            rows,
+            width,
+            row_stride,
+            first_token,
+            softcap,
+            weights,
+            element_type};
+}
+
+inline PreconditionAccumulate precondition_accumulate_call(Address entries, Address factors, Address owners,
+                                                           Address partial_dots, Address dots, int64_t tensors,
+                                                           int64_t chunks, double x_scale, double g_scale,
+                                                           bool update) {
+    return {pointer<const AccumulateEntry>(entries),
+            pointer<const AccumulateFactors>(factors),
+            pointer<const int32_t>(owners),
+            pointer<double>(partial_dots),
+            pointer<double>(dots),
+            tensors,
+            chunks,
+            x_scale,
+            g_scale,
+            update};
+}
+
+}  // namespace entropy_fast

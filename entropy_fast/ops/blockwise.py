@@ -1,0 +1,147 @@
+"""linear_token_logprobs in blocks of rows and of the vocabulary, with torch's matrix products around compiled row loops.
+
+Legend: h hidden state [H], W output layer [V, H], z logits, s_v the softcap's derivative (1 without), y the target,
+p = softmax(z). csrc/softmax_block.h has the formulas of one block and of how blocks are put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from entropy_fast.ops import native_backend
+from entropy_fast.ops.registration import accumulator
+from entropy_fast.reference import LinearTokenLogprobs
+
+__all__ = ["WORKSPACE_BYTES", "add_product", "block_logits", "linear_token_logprobs"]
+
+# What the blocks of logits take, beside two rows x H accumulators and the results. Half of it is one block: large enough
+# for a matrix product to run at full rate, small enough to stay in the second-level caches.
+WORKSPACE_BYTES = 2**23
+_ROWS = 512
+# Products of row counts that are no multiple of this take other paths in the BLAS, with other roundings: the last block of
+# rows is filled up to one, so that a row's result does not depend on how many others there are.
+_ROW_MULTIPLE = 64
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    want_entropy: bool,
+    unit_gradients: bool,
+    ignore_index: int,
+) -> LinearTokenLogprobs:
+    """As ``entropy_fast.reference.linear_token_logprobs``, on the CPU, within ``WORKSPACE_BYTES``."""
+    dtype = accumulator(hidden)
+    rows = hidden.shape[0]
+    scalars = torch.zeros(3, rows, dtype=torch.float64)
+    n_units = unit_gradients * (1 + want_entropy)
+    units = [torch.zeros(hidden.shape, dtype=dtype) for _ in range(n_units)]
+    kept = (targets != ignore_index).nonzero().squeeze(1)
+    for chosen in kept.split(_ROWS):
+        found, found_units = _rows(hidden[chosen], weight, targets[chosen], bias, softcap, n_units)
+        scalars[:, chosen] = found
+        for whole, part in zip(units, found_units, strict=True):
+            whole[chosen] = part
+    logprob, lse, entropy = scalars
+    return LinearTokenLogprobs(
+        logprob.to(dtype),
+        lse.clone(),
+        entropy.clone() if want_entropy else None,
+        units[0] if units else None,
+        units[1] if n_units > 1 else None,
+    )
+
+
+def _vocabulary_blocks(vocabulary: int, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of the vocabulary, of a width that depends on the dtype alone."""
+    width = WORKSPACE_BYTES // (2 * _ROWS * dtype.itemsize)
+    return (slice(begin, min(begin + width, vocabulary)) for begin in range(0, vocabulary, width))
+
+
+def block_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """Logits of one block, in the dtype of ``hidden``, which ``weight`` has too."""
+    logits = hidden @ weight.t() if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight.t())
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, n_units: int
+) -> tuple[Tensor, list[Tensor]]:
+    """``[3, rows]`` logprob, lse and entropy in float64, and ``n_units`` unit gradients."""
+    n = hidden.shape[0]
+    padded = -(-n // _ROW_MULTIPLE) * _ROW_MULTIPLE
+    dtype = accumulator(hidden)
+    h = hidden if padded == n else torch.cat([hidden, hidden.new_zeros(padded - n, hidden.shape[1])])
+    # A target that no block holds: rows that only fill up.
+    y = torch.nn.functional.pad(targets, (0, padded - n), value=-1)
+    state = torch.zeros(padded, 8, dtype=torch.float64)
+    state[:, 0], state[:, 4] = -torch.inf, torch.nan
+    sums = [torch.zeros(padded, h.shape[1], dtype=dtype) for _ in range(n_units)]
+    for block in _vocabulary_blocks(weight.shape[0], h.dtype):
+        part = weight[block].to(h.dtype)
+        z = block_logits(h, part, None if bias is None else bias[block], softcap)
+        weights = [z, torch.empty_like(z)][:n_units]
+        native_backend.softmax_block(
+            z,
+            weights[1] if n_units > 1 else None,
+            y,
+            state,
+            first_token=block.start,
+            softcap=softcap or 0.0,
+            weights=n_units > 0,
+        )
+        if sums:
+            _rescale(sums, state)
+        for total, weight_of in zip(sums, weights, strict=True):
+            add_product(total, weight_of, part)
+    return _finish(state[:n], [total[:n] for total in sums], weight, targets, softcap)
+
+
+def _rescale(sums: list[Tensor], state: Tensor) -> None:
+    """What a risen maximum and a moved centre do to the sums so far."""
+    if len(sums) > 1:
+        sums[1].addcmul_(sums[0], state[:, 7:8].to(sums[0].dtype))
+    # Most blocks leave most rows' maximum alone; a factor of 1 changes no bit, so leaving them all out changes none.
+    if bool((state[:, 6] != 1).any()):
+        for total in sums:
+            total.mul_(state[:, 6:7].to(total.dtype))
+
+
+def add_product(total: Tensor, weights: Tensor, part: Tensor) -> None:
+    """``total += weights @ part``, in the dtype of the factors and then in that of ``total``."""
+    if total.dtype == weights.dtype:
+        total.addmm_(weights, part)
+    else:
+        total.add_(torch.mm(weights, part))
+
+
+def _finish(
+    state: Tensor, sums: list[Tensor], weight: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, list[Tensor]]:
+    highest, total, rest, weighted, at_target, center = state[:, :6].unbind(1)
+    log_sum = total.log()
+    lse = highest + log_sum
+    unusable = ~lse.isfinite()
+    logprob = ((at_target - highest) - log_sum).masked_fill(unusable, torch.nan)
+    entropy = (log_sum - weighted / total).masked_fill(unusable, torch.nan)
+    units = []
+    if sums:
+        dtype = sums[0].dtype
+        slope = 1.0 if softcap is None else 1.0 - (at_target / softcap).square()
+        row = weight[targets].to(dtype)
+        per_sum = (1.0 / total).to(dtype).unsqueeze(1)
+        units.append((slope * rest / total).to(dtype).unsqueeze(1) * row - sums[0] * per_sum)
+        if len(sums) > 1:
+            probability = logprob.exp()
+            own = torch.where(probability > 0, probability * (logprob + entropy), probability) * slope
+            off_center = (center + entropy - lse).to(dtype).unsqueeze(1)
+            units.append(-(torch.addcmul(sums[1], sums[0], off_center) * per_sum + own.to(dtype).unsqueeze(1) * row))
+        units = [unit.masked_fill(unusable.unsqueeze(1), torch.nan) for unit in units]
+    return torch.stack([logprob, lse, entropy]), units

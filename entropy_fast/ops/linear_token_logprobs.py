@@ -1,0 +1,316 @@
+"""The op ``entropy_fast::linear_token_logprobs``: log-probabilities from hidden states, never holding ``[rows, vocabulary]``.
+
+The forward also gives the *unit gradients* ∂logprob/∂hidden and ∂entropy/∂hidden, which do not depend on what comes from
+above: a backward, or any number of them, only scales rows. The output layer costs 4·N·H·V operations in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_fast import reference
+from entropy_fast.errors import ConfigError
+from entropy_fast.ops import blockwise, linear_gradients, triton_backend
+from entropy_fast.ops.backends import AUTO, count_call, resolve_backend
+from entropy_fast.ops.registration import accumulator, register
+from entropy_fast.ops.token_logprobs import TokenLogprobs, check_targets
+from entropy_fast.reference import LinearTokenLogprobs
+
+__all__ = ["linear_token_logprobs", "linear_token_logprobs_with_units"]
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_BACKENDS = ("reference", "native", "triton")
+_OP = "entropy_fast::linear_token_logprobs"
+_BACKWARD_OP = "entropy_fast::linear_token_logprobs_backward"
+
+
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    want_entropy: bool = False,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each target under ``softmax(hidden @ weight.T + bias)``, and its lse and entropy.
+
+    Same values and gradients as :func:`token_logprobs` of ``F.linear(hidden, weight, bias)``; logits exist only in blocks of
+    a workspace (``blockwise.WORKSPACE_BYTES`` on the CPU). When ``hidden`` needs a gradient, the forward computes the unit
+    gradients ``[rows, H]`` and the backward scales them. Gradients of ``weight`` and ``bias`` are computed when they require
+    one, by going through the vocabulary once more. Under autocast ``hidden`` is cast as ``F.linear`` would cast it.
+
+    Args:
+        hidden: ``[rows, H]``, float32, float64, bfloat16 or float16.
+        weight: ``[vocabulary, H]``, any floating dtype; blocks of it are cast to the dtype of ``hidden``.
+        targets: ``[rows]`` int64 on the same device, each in ``[0, vocabulary)`` or equal to ``ignore_index``.
+        bias: ``[vocabulary]`` or None.
+        softcap: the logits are ``softcap * tanh(· / softcap)``; None for none.
+        want_entropy: whether entropies are computed (and ∂entropy/∂hidden, when ``hidden`` needs a gradient).
+        ignore_index: rows with this target cost nothing; they give 0 and pass no gradient.
+        backend: ``reference``, ``native`` or ``triton``; None for the environment variable ``ENTROPY_FAST_BACKEND`` and,
+            where that is unset, the best one for the device.
+
+    Returns:
+        :class:`TokenLogprobs`, in float32, or float64 for float64 hidden states. Rows whose logits are not all finite or
+        -inf are NaN.
+
+    Raises:
+        ConfigError: shapes, dtypes, devices, targets or softcap do not fit, or there is no such backend.
+        BackendUnavailableError: the backend was asked for by name and cannot run here, or does not have this op.
+    """
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.is_floating_point():
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    needs_units = torch.is_grad_enabled() and hidden.requires_grad
+    result = LinearTokenLogprobs(
+        *_linear_token_logprobs(
+            hidden, weight, targets, bias, softcap, want_entropy, needs_units, ignore_index, backend or AUTO
+        )
+    )
+    entropy = None if result.entropy is None else result.entropy.to(result.logprob.dtype)
+    return TokenLogprobs(result.logprob, result.lse.to(result.logprob.dtype), entropy)
+
+
+def linear_token_logprobs_with_units(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    want_entropy: bool = False,
+    ignore_index: int = -100,
+    backend: str | None = None,
+) -> LinearTokenLogprobs:
+    """:func:`linear_token_logprobs` with its unit gradients as results, for callers that do the backward themselves.
+
+    Arguments and errors are the same. Nothing here carries a graph. ``lse`` and ``entropy`` are float64; ``unit_logprob``
+    and ``unit_entropy`` (None without ``want_entropy``) are ``[rows, H]`` in the dtype of ``logprob``.
+    """
+    with torch.no_grad():
+        return LinearTokenLogprobs(
+            *_linear_token_logprobs(
+                hidden, weight, targets, bias, softcap, want_entropy, True, ignore_index, backend or AUTO
+            )
+        )
+
+
+def _check_arguments(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None
+) -> None:
+    shapes = {"hidden": hidden.dim() == 2, "weight": weight.dim() == 2, "targets": targets.dim() == 1}
+    fits = all(shapes.values()) and hidden.shape == (targets.shape[0], weight.shape[1])
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        found = ", ".join(
+            f"{name} {tuple(tensor.shape)}"
+            for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias))
+            if tensor is not None
+        )
+        raise ConfigError(
+            f"linear_token_logprobs got {found}; expected [rows, H], [vocabulary, H], [rows] and [vocabulary].",
+            fix="flatten all leading dimensions into rows; weight is that of the output layer, as nn.Linear keeps it.",
+        )
+    dtypes = [tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None]
+    if any(dtype not in _DTYPES for dtype in dtypes) or targets.dtype != torch.int64:
+        raise ConfigError(
+            f"linear_token_logprobs got {', '.join(map(str, dtypes))} and {targets.dtype} targets; expected float32, "
+            "float64, bfloat16 or float16, and int64.",
+            fix="convert them first; a quantised output layer has to be dequantised.",
+        )
+    devices = {tensor.device for tensor in (hidden, weight, targets, bias) if tensor is not None}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"linear_token_logprobs got tensors on {', '.join(sorted(map(str, devices)))}.",
+            fix="move them to one device.",
+        )
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ConfigError(
+            f"linear_token_logprobs got softcap={softcap}; expected a positive number.", fix="pass None for no softcap."
+        )
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    want_entropy: bool = False,
+    unit_gradients: bool = False,
+    ignore_index: int = -100,
+    backend: str = AUTO,
+) -> LinearTokenLogprobs:
+    _check_arguments(hidden, weight, targets, bias, softcap)
+    check_targets("linear_token_logprobs", targets, weight.shape[0], ignore_index)
+    chosen = resolve_backend(backend, hidden.device, _BACKENDS)
+    count_call(chosen, _OP)
+    runs: dict[str, Callable[..., LinearTokenLogprobs]] = {
+        "reference": reference.linear_token_logprobs,
+        "native": blockwise.linear_token_logprobs,
+        "triton": triton_backend.linear_token_logprobs,
+    }
+    return runs[chosen](
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        softcap=softcap,
+        want_entropy=want_entropy,
+        unit_gradients=unit_gradients,
+        ignore_index=ignore_index,
+    )
+
+
+def _fake_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    want_entropy: bool = False,
+    unit_gradients: bool = False,
+    ignore_index: int = -100,
+    backend: str = AUTO,
+) -> LinearTokenLogprobs:
+    rows, dtype = hidden.shape[0], accumulator(hidden)
+    return LinearTokenLogprobs(
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=torch.float64),
+        hidden.new_empty(rows, dtype=torch.float64) if want_entropy else None,
+        hidden.new_empty(hidden.shape, dtype=dtype) if unit_gradients else None,
+        hidden.new_empty(hidden.shape, dtype=dtype) if unit_gradients and want_entropy else None,
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: LinearTokenLogprobs) -> None:
+    hidden, weight, targets, bias, ctx.softcap, *_flags, ctx.ignore_index, ctx.backend = inputs
+    result = LinearTokenLogprobs(*output)
+    ctx.mark_non_differentiable(*(unit for unit in result[3:] if unit is not None))
+    ctx.save_for_backward(hidden, weight, bias, targets, *result)
+
+
+def _differentiate(
+    ctx: Any, grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor | None, *_units: Tensor | None
+) -> tuple[Any, ...]:
+    hidden, weight, bias, targets, *result = ctx.saved_tensors
+    wants_hidden, wants_weight, _, wants_bias = ctx.needs_input_grad[:4]
+    of_hidden, of_weight, of_bias = _linear_token_logprobs_backward(
+        grad_logprob,
+        grad_lse,
+        grad_entropy,
+        hidden,
+        weight,
+        bias,
+        targets,
+        *result,
+        ctx.softcap,
+        [wants_hidden, wants_weight, wants_bias],
+        ctx.ignore_index,
+        ctx.backend,
+    )
+    return of_hidden, of_weight, None, of_bias, None, None, None, None, None
+
+
+def _backward(
+    grad_logprob: Tensor,
+    grad_lse: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logprob: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    unit_logprob: Tensor | None,
+    unit_entropy: Tensor | None,
+    softcap: float | None,
+    wanted: list[bool],
+    ignore_index: int = -100,
+    backend: str = AUTO,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    count_call(resolve_backend(backend, hidden.device, _BACKENDS), _BACKWARD_OP)
+    of_hidden = of_weight = of_bias = None
+    if wanted[0]:
+        assert unit_logprob is not None
+        result = LinearTokenLogprobs(logprob, lse, entropy, unit_logprob, unit_entropy)
+        of_hidden = linear_gradients.gradient_of_hidden(
+            (grad_logprob, grad_lse, grad_entropy), hidden, weight, targets, result, softcap, ignore_index
+        )
+    if wanted[1] or wanted[2]:
+        of_weight, of_bias = linear_gradients.gradient_of_weight(
+            (grad_logprob, grad_lse, grad_entropy),
+            hidden,
+            weight,
+            bias,
+            targets,
+            (lse, entropy),
+            softcap,
+            (wanted[1], wanted[2]),
+            ignore_index,
+        )
+    return of_hidden, of_weight, of_bias
+
+
+def _fake_backward(
+    grad_logprob: Tensor,
+    grad_lse: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logprob: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    unit_logprob: Tensor | None,
+    unit_entropy: Tensor | None,
+    softcap: float | None,
+    wanted: list[bool],
+    ignore_index: int = -100,
+    backend: str = AUTO,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    candidates = zip(wanted, (hidden, weight, bias), strict=True)
+    of_hidden, of_weight, of_bias = (torch.empty_like(t) if want and t is not None else None for want, t in candidates)
+    return of_hidden, of_weight, of_bias
+
+
+def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+    grads, (hidden, weight, bias, targets) = inputs[:3], inputs[3:7]
+    ctx.softcap, ctx.wanted, ctx.ignore_index = inputs[12:15]
+    ctx.save_for_backward(*grads, hidden, weight, bias, targets)
+
+
+def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    """By plain torch's second derivatives of the reference, which hold ``[rows, vocabulary]`` for a few rows at a time."""
+    *grads, hidden, weight, bias, targets = ctx.saved_tensors
+    of_grads, of_inputs = linear_gradients.second_derivatives(
+        grads, (hidden, weight, bias), targets, cotangents, ctx.softcap, ctx.ignore_index
+    )
+    return (*of_grads, *of_inputs, *(None,) * 10)
+
+
+_linear_token_logprobs = register(
+    _OP,
+    "(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, float? softcap=None, bool want_entropy=False, "
+    "bool unit_gradients=False, int ignore_index=-100, str backend='auto') "
+    "-> (Tensor, Tensor, Tensor?, Tensor?, Tensor?)",
+    _forward,
+    _fake_forward,
+)
+_linear_token_logprobs_backward = register(
+    _BACKWARD_OP,
+    "(Tensor grad_logprob, Tensor grad_lse, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor? bias, "
+    "Tensor targets, Tensor logprob, Tensor lse, Tensor? entropy, Tensor? unit_logprob, Tensor? unit_entropy, "
+    "float? softcap, bool[] wanted, int ignore_index=-100, str backend='auto') -> (Tensor?, Tensor?, Tensor?)",
+    _backward,
+    _fake_backward,
+)
+torch.library.register_autograd(_OP, _differentiate, setup_context=_save_for_backward)
+torch.library.register_autograd(_BACKWARD_OP, _differentiate_twice, setup_context=_save_for_double_backward)

@@ -1,0 +1,41 @@
+"""How ops are made known to torch: one schema, one implementation for every device, a fake one for shapes.
+
+``torch.library.define`` and ``impl`` rather than ``custom_op``, which refuses optional results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["accumulator", "register"]
+
+
+def register(
+    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define the op ``name`` (``namespace::op``) and give it an implementation.
+
+    Args:
+        name: its qualified name.
+        schema: arguments and results, in torch's schema language.
+        implementation: what runs, on any device; choosing a backend is its business.
+        fake: the same for tensors without data.
+
+    Returns:
+        The callable op.
+    """
+    torch.library.define(name, schema)
+    torch.library.impl(name, "CompositeExplicitAutograd", implementation)
+    torch.library.register_fake(name, fake)
+    namespace, op = name.split("::")
+    callable_op: Callable[..., Any] = getattr(getattr(torch.ops, namespace), op).default
+    return callable_op
+
+
+def accumulator(tensor: Tensor) -> torch.dtype:
+    """What values of this tensor are summed up in: float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
