@@ -13,6 +13,7 @@ using entropy_fast::TokenLogprobsForward;
 // A chunk is read twice, for its maximum and for its sums, while it is in the first-level cache; memory is read once.
 constexpr int64_t kChunk = 4096;
 constexpr int kAccumulators = 4;
+constexpr int kFold = 8;
 
 template <typename Element>
 typename Element::Scalar chunk_maximum(const typename Element::Storage* x, int64_t count) {
@@ -44,23 +45,33 @@ template <bool kWeighted, typename Element>
 Sums chunk_sums(const typename Element::Storage* x, int64_t count, typename Element::Scalar shift) {
     using Vector = typename Element::Vector;
     constexpr int64_t kLanes = lanes<Element>();
+    // Sums of a few terms are added to sums of such sums: rounding grows with the number of additions to one of them.
     Vector sum[kAccumulators] = {};
     Vector weighted[kAccumulators] = {};
+    Vector total = {};
+    Vector total_weighted = {};
     const auto add = [&](int k, Vector values) {
         const Vector difference = no_less_than_floor(values - shift);
         const Vector term = exp_above_floor(difference);
         sum[k] += term;
         if (kWeighted) weighted[k] += term * difference;
     };
+    const auto fold = [&] {
+        total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        if (kWeighted) total_weighted += (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
+        for (int k = 0; k < kAccumulators; ++k) sum[k] = weighted[k] = Vector{};
+    };
     int64_t i = 0;
-    for (; i + kAccumulators * kLanes <= count; i += kAccumulators * kLanes) {
-        for (int k = 0; k < kAccumulators; ++k) add(k, Element::load(x + i + k * kLanes));
+    while (i + kFold * kAccumulators * kLanes <= count) {
+        for (int step = 0; step < kFold; ++step, i += kAccumulators * kLanes) {
+            for (int k = 0; k < kAccumulators; ++k) add(k, Element::load(x + i + k * kLanes));
+        }
+        fold();
     }
-    for (; i + kLanes <= count; i += kLanes) add(0, Element::load(x + i));
-    if (i < count) add(1, load_tail<Element>(x + i, count - i));
-    Sums result = {sum_of_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])), 0.0};
-    if (kWeighted) result.weighted = sum_of_lanes((weighted[0] + weighted[1]) + (weighted[2] + weighted[3]));
-    return result;
+    for (int k = 0; i + kLanes <= count; i += kLanes, k = (k + 1) % kAccumulators) add(k, Element::load(x + i));
+    if (i < count) add(kAccumulators - 1, load_tail<Element>(x + i, count - i));
+    fold();
+    return {sum_of_lanes(total), kWeighted ? sum_of_lanes(total_weighted) : 0.0};
 }
 
 template <typename Element>
