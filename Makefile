@@ -9,7 +9,7 @@ EDITABLE := -e '.[demo,dev]' --config-settings editable_mode=strict
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 NATIVE_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup test demo lint format clean FORCE
+.PHONY: setup test demo bench-kernels lint format clean FORCE
 
 setup: $(VENV)/installed
 
@@ -34,6 +34,10 @@ test: setup lint
 
 demo: setup
 	$(BIN)/entropy-fast demo --out runs/demo
+
+# Minutes, with both cores to itself; its own settings of threads.
+bench-kernels: setup
+	$(BIN)/python -m benchmarks.kernels
 
 lint: setup
 	$(BIN)/ruff check .

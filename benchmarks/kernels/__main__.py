@@ -56,6 +56,8 @@ def chosen_specs(options: argparse.Namespace) -> list[specs.Spec]:
 
 def show(console: Console, measured: Measured) -> None:
     report.print_table(console, measured.spec.label, report.header(measured.backends()), report.rows(measured))
+    if measured.busy_elsewhere is not None:
+        console.print(f"Other processes kept {measured.busy_elsewhere:.2f} cores busy meanwhile.", highlight=False)
     for name, complaint in measured.wrong.items():
         console.print(f"WRONG: {name} of {measured.spec.label}: {complaint}", markup=False, soft_wrap=True)
 

@@ -71,6 +71,7 @@ def problem(spec: Spec, device: str, compiles: bool) -> Problem:
     contenders = [Contender(name, "backend", lambda name=name: run_backend(name)) for name in BACKENDS[device]]
     contenders += [
         Contender("eager", "rival", lambda: one_by_one(rivals.fold), rivals.fold.__doc__),
+        Contender("eager, sums", "rival", lambda: one_by_one(rivals.fold_by_sums), rivals.fold_by_sums.__doc__),
         Contender(
             "foreach",
             "rival",

@@ -32,9 +32,7 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        # Results of earlier runs lie in the tree and change nothing.
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!:/benchmarks/results")
-        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+        return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
     except OSError:
         return ""
 

@@ -10,7 +10,7 @@ from benchmarks.kernels.copy_limit import COPY, Copy
 from benchmarks.kernels.problem import Problem
 from benchmarks.kernels.problems import build
 from benchmarks.kernels.specs import FOLD, LINEAR, Spec
-from benchmarks.kernels.timing import Spread, interleaved, ratio
+from benchmarks.kernels.timing import Spread, interleaved, ratio, watch_others
 from entropy_fast.errors import BackendUnavailableError
 
 
@@ -30,6 +30,7 @@ class Measured:
         operations: on paper.
         limited_by: name of the limit.
         copied_bytes: what one call of the copy moves.
+        busy_elsewhere: cores that other processes kept busy during the timed rounds; None where that is unknown.
     """
 
     spec: Spec
@@ -43,6 +44,7 @@ class Measured:
     operations: int
     limited_by: str
     copied_bytes: int
+    busy_elsewhere: float | None = None
 
     def backends(self) -> list[str]:
         return [name for name, kind in self.kinds.items() if kind == "backend"]
@@ -103,9 +105,11 @@ def measure(problem: Problem, spec: Spec, device: str, rounds: int, copy: Copy) 
     if spec.timed:
         right.append(copy.contender())
         problem.reset()
-        times = interleaved({c.name: c.run for c in right}, device, rounds)
+        with watch_others() as others:
+            times = interleaved({c.name: c.run for c in right}, device, rounds)
+        busy = others.cores
     else:
-        times = {}
+        times, busy = {}, None
     return Measured(
         spec,
         {c.name: c.kind for c in right},
@@ -118,6 +122,7 @@ def measure(problem: Problem, spec: Spec, device: str, rounds: int, copy: Copy) 
         problem.operations,
         problem.limited_by,
         copy.moved_bytes,
+        busy,
     )
 
 

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,8 +28,12 @@ def in_own_process(spec: Spec, contender: str, device: str) -> int:
         "device": device,
         "threads": torch.get_num_threads(),
     }
+    # Freed blocks go back to the system at once, so that the peak is of what is in use and not of what the allocator keeps.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
     command = [sys.executable, "-m", "benchmarks.kernels.memory", json.dumps(request)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], env=environment
+    )
     if done.returncode:
         raise RuntimeError(f"{contender} of {spec.label} failed in a process of its own:\n{done.stderr}")
     return int(done.stdout.split()[-1])

@@ -109,7 +109,10 @@ def markdown(
         parts += ["## Targets", _markdown_table(TARGET_HEADER, target_rows(outcomes))]
     for m in measured:
         parts += [f"## {m.spec.label}", _markdown_table(header(m.backends()), rows(m))]
-        parts.append("\n".join(f"- {name}: {note}" for name, note in m.notes.items() if note))
+        notes = [f"- {name}: {note}" for name, note in m.notes.items() if note]
+        if m.busy_elsewhere is not None:
+            notes.append(f"- other processes kept {m.busy_elsewhere:.2f} cores busy meanwhile")
+        parts.append("\n".join(notes))
     if costs:
         parts += ["## Cost of a call", _markdown_table(DISPATCH_HEADER, dispatch_rows(costs))]
     return "\n\n".join(part for part in parts if part) + "\n"

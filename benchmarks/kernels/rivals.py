@@ -86,6 +86,17 @@ def fold(x: Tensor, g: Tensor, v: Tensor, x_sum: Tensor, y_sum: Tensor, correcti
     return dots
 
 
+def fold_by_sums(
+    x: Tensor, g: Tensor, v: Tensor, x_sum: Tensor, y_sum: Tensor, correction: float, eps: float
+) -> Tensor:
+    """:func:`fold` with each dot as ``(a.double() * b.double()).sum()``, as it is often written."""
+    y = g / ((v * correction).sqrt() + eps)
+    dots = torch.stack([(a.double() * b.double()).sum() for a, b in ((x, y), (x, y_sum), (y, x_sum))])
+    x_sum += x
+    y_sum += y
+    return dots
+
+
 def fold_foreach(
     x: list[Tensor],
     g: list[Tensor],

@@ -52,7 +52,8 @@ def draw(measured: list[Measured], path: Path) -> list[Path]:
         axes.plot([intensity], [rate / 1e9], _MARKERS[m.spec.op], ls="", label=label, alpha=0.8)
     axes.set_xlabel("operations per byte that has to be moved")
     axes.set_ylabel("10⁹ operations per second")
-    axes.legend(fontsize=6, loc="lower right")
+    if points:
+        axes.legend(fontsize=6, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     return [path]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 
@@ -45,6 +48,41 @@ def _cuda_seconds(action: Callable[[], object]) -> float:
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+@dataclasses.dataclass
+class Elsewhere:
+    """What other processes took from this machine meanwhile.
+
+    Attributes:
+        cores: how many cores they kept busy on average; None where /proc/stat does not say.
+    """
+
+    cores: float | None = None
+
+
+def _busy_seconds() -> float:
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+@contextlib.contextmanager
+def watch_others() -> Iterator[Elsewhere]:
+    """Measures, while the body runs, how busy other processes are: times taken next to them mean little."""
+    found = Elsewhere()
+    try:
+        busy, own, start = _busy_seconds(), _own_seconds(), time.perf_counter()
+    except (OSError, ValueError):
+        yield found
+        return
+    yield found
+    elapsed = time.perf_counter() - start
+    found.cores = max(0.0, (_busy_seconds() - busy) - (_own_seconds() - own)) / elapsed
 
 
 def interleaved(
