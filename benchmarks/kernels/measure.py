@@ -106,7 +106,7 @@ def measure(problem: Problem, spec: Spec, device: str, rounds: int, copy: Copy) 
         right.append(copy.contender())
         problem.reset()
         with watch_others() as others:
-            times = interleaved({c.name: c.run for c in right}, device, rounds)
+            times = interleaved({c.name: c.run for c in right}, device, rounds, between=copy.run)
         busy = others.cores
     else:
         times, busy = {}, None

@@ -24,13 +24,13 @@ def header(backends: list[str]) -> list[str]:
     return ["contender", "ms (quartiles)", *ratios, "GB/s", "GFLOP/s", "of limit", "of copy", "extra memory"]
 
 
-def _significant(value: float) -> str:
+def significant(value: float) -> str:
     """Three digits."""
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def _spread(spread: Spread, scale: float = 1.0) -> str:
-    median, low, high = (_significant(scale * v) for v in (spread.median, spread.low, spread.high))
+    median, low, high = (significant(scale * v) for v in (spread.median, spread.low, spread.high))
     return f"{median} ({low}-{high})"
 
 
@@ -55,8 +55,8 @@ def rows(measured: Measured) -> Rows:
                 label,
                 _spread(Spread.of(measured.times[name]), 1e3),
                 *(_spread(r) if r else "" for r in ratios),
-                _significant(measured.bandwidth(name) / 1e9) if kind == "backend" or name in (COPY, "z.sum()") else "",
-                "" if rate is None else _significant(rate / 1e9),
+                significant(measured.bandwidth(name) / 1e9) if kind == "backend" or name in (COPY, "z.sum()") else "",
+                "" if rate is None else significant(rate / 1e9),
                 "100 %" if name == measured.limited_by else _share(measured.of_limit(name)),
                 "100 %" if name == COPY else _share(measured.of_copy(name)) if kind != "rival" else "",
                 in_words,
@@ -73,7 +73,7 @@ def target_rows(outcomes: list[Outcome]) -> Rows:
     for outcome in outcomes:
         target, unit = outcome.target, outcome.target.unit
         gap = "" if unit == "x" else " "
-        value = outcome.detail if outcome.measured is None else f"{_significant(outcome.measured)}{gap}{unit}"
+        value = outcome.detail if outcome.measured is None else f"{significant(outcome.measured)}{gap}{unit}"
         bound = f"{'≥' if target.at_least else '≤'} {target.bound:g}{gap}{unit}"
         spec = target.spec
         table.append(
@@ -83,7 +83,7 @@ def target_rows(outcomes: list[Outcome]) -> Rows:
 
 
 def dispatch_rows(costs: dict[str, float]) -> Rows:
-    return [[name, _significant(1e6 * seconds)] for name, seconds in costs.items()]
+    return [[name, significant(1e6 * seconds)] for name, seconds in costs.items()]
 
 
 def print_table(console: Console, title: str, head: list[str], body: Rows) -> None:
@@ -95,7 +95,7 @@ def print_table(console: Console, title: str, head: list[str], body: Rows) -> No
     console.print(table)
 
 
-def _markdown_table(head: list[str], body: Rows) -> str:
+def markdown_table(head: list[str], body: Rows) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *body]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -106,15 +106,15 @@ def markdown(
     """The whole report."""
     parts = ["# Kernel benchmark", "\n".join(f"- {key}: {value}" for key, value in machine.items())]
     if outcomes:
-        parts += ["## Targets", _markdown_table(TARGET_HEADER, target_rows(outcomes))]
+        parts += ["## Targets", markdown_table(TARGET_HEADER, target_rows(outcomes))]
     for m in measured:
-        parts += [f"## {m.spec.label}", _markdown_table(header(m.backends()), rows(m))]
+        parts += [f"## {m.spec.label}", markdown_table(header(m.backends()), rows(m))]
         notes = [f"- {name}: {note}" for name, note in m.notes.items() if note]
         if m.busy_elsewhere is not None:
             notes.append(f"- other processes kept {m.busy_elsewhere:.2f} cores busy meanwhile")
         parts.append("\n".join(notes))
     if costs:
-        parts += ["## Cost of a call", _markdown_table(DISPATCH_HEADER, dispatch_rows(costs))]
+        parts += ["## Cost of a call", markdown_table(DISPATCH_HEADER, dispatch_rows(costs))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

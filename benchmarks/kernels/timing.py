@@ -86,13 +86,22 @@ def watch_others() -> Iterator[Elsewhere]:
 
 
 def interleaved(
-    actions: dict[str, Callable[[], object]], device: str, rounds: int, warm_up: int = 2
+    actions: dict[str, Callable[[], object]],
+    device: str,
+    rounds: int,
+    between: Callable[[], object] = lambda: None,
+    warm_up: int = 2,
 ) -> dict[str, list[float]]:
-    """Seconds of each action in each round: A B C, A B C, ..., after ``warm_up`` rounds that do not count."""
+    """Seconds of each action in each round: A B C, A B C, ..., after ``warm_up`` rounds that do not count.
+
+    ``between`` runs before each action, outside its time: something that leaves caches and threads in one state whatever ran
+    before, or else an action would find the data of its predecessor.
+    """
     clock = _cuda_seconds if device == "cuda" else _cpu_seconds
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(warm_up + rounds):
         for name, action in actions.items():
+            between()
             seconds = clock(action)
             if number >= warm_up:
                 times[name].append(seconds)

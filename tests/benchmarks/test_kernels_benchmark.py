@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -122,6 +123,31 @@ def test_memory_in_a_process_of_its_own() -> None:
     spec = specs.Spec(specs.TOKEN, "float32", 512, 8192, entropy=True)  # 16 MiB of logits
     eager, native = (memory.in_own_process(spec, name, "cpu") for name in ("eager", "native"))
     assert eager > 2 * 15 * 2**20 and native < 2**22
+
+
+def test_actions_take_turns() -> None:
+    from benchmarks.kernels.timing import Spread, interleaved, ratio
+
+    calls: list[str] = []
+    actions = {name: functools.partial(calls.append, name) for name in "AB"}
+    times = interleaved(actions, "cpu", 3, between=functools.partial(calls.append, "-"), warm_up=1)
+    assert "".join(calls) == "-A-B" * 4 and [len(t) for t in times.values()] == [3, 3]
+    # A machine that is twice as slow for one round changes no ratio.
+    assert ratio([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_two_runs_fill_the_page(tmp_path: Path) -> None:
+    from benchmarks.kernels import document
+    from benchmarks.kernels.__main__ import main
+
+    assert main(["--quick", "--rounds", "2", "--no-memory", "--out", str(tmp_path)]) == 0
+    run = json.loads((tmp_path / "kernels_cpu.json").read_text())
+    page = (ROOT / "docs" / "performance.md").read_text()
+    filled = document.filled(page, run, run)
+    assert run["machine"]["cpu"] in filled and "µs, run 2" in filled and filled.count("| limit: copy |") == 4
+    assert document.filled(filled, run, run) == filled
+    with pytest.raises(ValueError, match="begin machine"):
+        document.filled("", run, run)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
