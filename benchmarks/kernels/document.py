@@ -1,7 +1,7 @@
 """Put two runs into docs/performance.md: ``python -m benchmarks.kernels.document DIR DIR``.
 
-Each DIR is what ``python -m benchmarks.kernels --out DIR`` wrote. Text between ``<!-- begin NAME -->`` and ``<!-- end
-NAME -->`` is replaced; the roofline picture of the first run is copied next to it.
+Each DIR is what ``python -m benchmarks.kernels --out DIR`` wrote. Text between ``<!-- begin NAME -->`` and
+``<!-- end NAME -->`` is replaced; the roofline picture of the first run is copied next to it.
 """
 
 from __future__ import annotations
