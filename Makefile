@@ -35,7 +35,7 @@ test: setup lint
 demo: setup
 	$(BIN)/entropy-fast demo --out runs/demo
 
-# Minutes, with both cores to itself; its own settings of threads.
+# About ten minutes. What else runs meanwhile shows in the numbers.
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.kernels
 

@@ -26,6 +26,7 @@ def roofs(measured: list[Measured]) -> tuple[float, dict[str, float]]:
 def draw(measured: list[Measured], path: Path) -> list[Path]:
     """The picture as a PNG file; nothing without matplotlib, or without anything to draw."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError:
         return []
@@ -43,13 +44,16 @@ def draw(measured: list[Measured], path: Path) -> list[Path]:
     left, right = 0.05, 4 * max([10.0, *(point[2] for point in points)])
     top = max(gemms.values(), default=100 * bandwidth)
     axes.plot([left, top / bandwidth], [left * bandwidth / 1e9, top / 1e9], "k-", lw=1)
-    axes.annotate(f"copy {bandwidth / 1e9:.1f} GB/s", (left * 1.3, left * 1.7 * bandwidth / 1e9), fontsize=8)
+    axes.annotate(f"copy {bandwidth / 1e9:.1f} GB/s", (left * 1.1, left * 2.2 * bandwidth / 1e9), fontsize=8)
     for dtype, rate in gemms.items():
         axes.plot([rate / bandwidth, right], [rate / 1e9] * 2, "k--", lw=1)
         axes.annotate(f"GEMM {dtype} {rate / 1e9:.0f} GFLOP/s", (rate / bandwidth, rate * 1.08 / 1e9), fontsize=8)
-    for m, name, intensity, rate in points:
+    colors = colormaps["tab20"].colors
+    for number, (m, name, intensity, rate) in enumerate(points):
         label = f"{m.spec.op}, {m.spec.dtype}, {m.spec.shape} ({name})"
-        axes.plot([intensity], [rate / 1e9], _MARKERS[m.spec.op], ls="", label=label, alpha=0.8)
+        axes.plot(
+            [intensity], [rate / 1e9], _MARKERS[m.spec.op], ls="", label=label, color=colors[number % len(colors)]
+        )
     axes.set_xlabel("operations per byte that has to be moved")
     axes.set_ylabel("10⁹ operations per second")
     if points:
