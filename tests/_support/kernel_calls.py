@@ -13,7 +13,18 @@ from torch import Tensor
 from entropy_fast import reference
 from entropy_fast.ops.accumulation_table import CHUNK, kind_of
 
-GUARD = 64  # bytes of poison after each result
+
+def size_of_rows(rows: int, width: int, row_stride: int) -> int:
+    """Elements from the first of the first row to the last of the last."""
+    return (rows - 1) * row_stride + width if rows else 0
+
+
+def rows_apart(values: Tensor, row_stride: int) -> Tensor:
+    """The rows so many elements apart, with poison between them and nothing after the last."""
+    rows, width = values.shape
+    storage = torch.full((rows, row_stride * values.dtype.itemsize), 0xFF, dtype=torch.uint8).view(values.dtype)
+    storage[:, :width] = values
+    return storage.flatten()[: size_of_rows(rows, width, row_stride)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +61,15 @@ def logprob_calls(
     rows, vocabulary = case.logits.shape
     dtype = case.logits.dtype
     stride = max(case.logits.stride(0), vocabulary)
-    storage = torch.full((rows, stride * dtype.itemsize), 0xFF, dtype=torch.uint8).view(dtype)
-    storage[:, :vocabulary] = case.logits
-    logits = image.add(storage, misaligned_by=dtype.itemsize if misaligned else 0)
-    image.blobs[logits.blob] += b"\xff" * GUARD
+    logits = image.add(rows_apart(case.logits, stride), misaligned_by=dtype.itemsize if misaligned else 0)
     targets, grad_logprob, grad_lse = map(image.add, (case.targets, case.grad_logprob, case.grad_lse))
-    logprob = image.poison(rows * accumulator(dtype).itemsize + GUARD)
-    lse = image.poison(rows * 8 + GUARD)
+    logprob = image.poison(rows * accumulator(dtype).itemsize)
+    lse = image.poison(rows * 8)
     entropy = grad_entropy = None
     if case.grad_entropy is not None:
-        entropy, grad_entropy = image.poison(rows * 8 + GUARD), image.add(case.grad_entropy)
+        entropy, grad_entropy = image.poison(rows * 8), image.add(case.grad_entropy)
     grad_row_stride = stride if in_place else vocabulary + 3
-    grads = logits if in_place else image.poison(rows * grad_row_stride * dtype.itemsize + GUARD)
+    grads = logits if in_place else image.poison(size_of_rows(rows, vocabulary, grad_row_stride) * dtype.itemsize)
     shape, last = (rows, vocabulary, stride), (IGNORE, ELEMENT_TYPES[dtype])
     image.call("token_logprobs_forward", logits, targets, logprob, lse, entropy, *shape, *last)
     upstream = (grad_logprob, grad_lse, grad_entropy)
@@ -150,8 +158,6 @@ def accumulate_calls(
         for part, tensor in enumerate((x, case.g[index], v, case.x_sum[index], case.y_sum[index])):
             shift = tensor.dtype.itemsize if tensor is not None and misaligned and (index + part) % 2 else 0
             places.append(None if tensor is None else image.add(tensor, misaligned_by=shift))
-            if tensor is not None:
-                image.blobs[-1] += b"\xff" * GUARD
         pointers.append(places)
         kind = kind_of(x.dtype, torch.float32 if v is None else v.dtype).number
         entries.append([0] * 5 + [x.numel(), len(owners), kind])
@@ -163,7 +169,7 @@ def accumulate_calls(
                 image.point(Place(table.blob, 64 * index + 8 * part), place)
     factors = image.add(torch.tensor(case.factors, dtype=torch.float64))
     owner = image.add(torch.tensor(owners, dtype=torch.int32))
-    partial, dots = image.poison(24 * len(owners)), image.poison(24 * len(case.x) + GUARD)
+    partial, dots = image.poison(24 * len(owners)), image.poison(24 * len(case.x))
     scalars = (case.x_scale, case.g_scale, case.update)
     image.call("precondition_accumulate", table, factors, owner, partial, dots, len(case.x), len(owners), *scalars)
     return AccumulateCalls(image, case, [p[3] for p in pointers], [p[4] for p in pointers], dots)
@@ -172,7 +178,7 @@ def accumulate_calls(
 def assert_accumulated(dots: Tensor, x_sum: list[Tensor], y_sum: list[Tensor], case: AccumulateCase) -> None:
     """Against the reference in float64 on the same numbers: a few roundings of each term in the sums' own dtype."""
     terms_x, terms_y = ([torch.zeros(t.shape, dtype=torch.float64) for t in case.x] for _ in range(2))
-    bias_correction, eps, ratio = (list(column) for column in zip(*case.factors, strict=True))
+    bias_correction, eps, ratio = ([row[column] for row in case.factors] for column in range(3))
     reference.precondition_accumulate(
         [t.double() for t in case.x],
         [t.double() for t in case.g],
@@ -201,3 +207,86 @@ def assert_accumulated(dots: Tensor, x_sum: list[Tensor], y_sum: list[Tensor], c
             allowed = float(products.abs().sum()) * (6 * rounding + len(a) * torch.finfo(torch.float64).eps)
             error = abs(float(dots[index, column] - products.sum()))
             assert error <= allowed, f"tensor {index}, dot {column}: off by {error}, allowed {allowed}"
+
+
+FIRST_TOKEN = 40
+STATE_FIELDS = ("highest", "sum", "rest", "weighted", "at_target", "center", "factor", "center_shift")
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftmaxCalls:
+    """One call of softmax_block, the first of each row, in an image."""
+
+    values: Tensor
+    targets: Tensor
+    softcap: float
+    logits: Place
+    entropy_weights: Place
+    state: Place
+    row_stride: int
+    weights: bool
+    entropy: bool
+
+
+def softmax_calls(
+    dtype: torch.dtype,
+    softcap: float,
+    image: CallImage,
+    *,
+    rows: int = 4,
+    width: int = 1035,
+    weights: bool = True,
+    entropy: bool = True,
+) -> SoftmaxCalls:
+    """Random logits; the targets of the first two rows are in the block, those of the others before and after it."""
+    generator = torch.Generator().manual_seed(width)
+    values = torch.randn(rows, width, generator=generator, dtype=torch.float64) * 4
+    values = (softcap * torch.tanh(values / softcap) if softcap else values).to(dtype)
+    row_stride = width + 5
+    targets = torch.tensor([FIRST_TOKEN, FIRST_TOKEN + width - 1, 0, FIRST_TOKEN + width])[:rows]
+    state = torch.zeros(rows, len(STATE_FIELDS), dtype=torch.float64)
+    state[:, STATE_FIELDS.index("highest")] = -torch.inf
+    state[:, STATE_FIELDS.index("at_target")] = torch.nan
+    places = [image.add(part) for part in (rows_apart(values, row_stride), targets, state)]
+    of_entropy = image.poison(size_of_rows(rows, width, row_stride) * dtype.itemsize)
+    last = (rows, width, row_stride, FIRST_TOKEN, softcap, weights, ELEMENT_TYPES[dtype])
+    image.call("softmax_block", places[0], of_entropy if entropy else None, places[1], places[2], *last)
+    return SoftmaxCalls(values, targets, softcap, places[0], of_entropy, places[2], row_stride, weights, entropy)
+
+
+def assert_softmax_block(calls: SoftmaxCalls, results: CallResults) -> None:
+    """State and weights are those of csrc/softmax_block.h, in float64 on the same logits, but for a few roundings."""
+    rows, width = calls.values.shape
+    dtype = calls.values.dtype
+    state = dict(zip(STATE_FIELDS, results.tensor(calls.state, torch.float64, rows, len(STATE_FIELDS)).T, strict=True))
+    z = calls.values.double()
+    column = calls.targets - FIRST_TOKEN
+    here = (column >= 0) & (column < width)
+    at_target = torch.zeros_like(z, dtype=torch.bool)
+    at_target[here, column[here]] = True
+    difference = z - state["highest"].unsqueeze(1)
+    term = difference.exp()
+    derivative = 1 - (z / calls.softcap) ** 2 if calls.softcap else torch.ones_like(z)
+    weight = (term * derivative).masked_fill(at_target, 0.0)
+    close = {"rtol": 64 * torch.finfo(accumulator(dtype)).eps, "atol": 0.0}
+    assert torch.equal(state["at_target"][here], z[at_target])
+    torch.testing.assert_close(state["sum"], term.sum(1), **close)
+    torch.testing.assert_close(state["rest"], term.masked_fill(at_target, 0.0).sum(1), **close)
+    torch.testing.assert_close(state["weighted"], (term * difference).sum(1), **close)
+    center = state["highest"] + state["weighted"] / state["sum"] if calls.entropy else torch.zeros(rows).double()
+    torch.testing.assert_close(state["center"], center, **close)
+    if not calls.weights:
+        assert torch.equal(results.tensor(calls.logits, dtype, rows, calls.row_stride)[:, :width], calls.values)
+    expected = (weight, weight * (z - center.unsqueeze(1)))
+    wanted = (calls.weights, calls.entropy)
+    for place, truth, written in zip((calls.logits, calls.entropy_weights), expected, wanted, strict=True):
+        if not written:
+            continue
+        got = results.tensor(place, dtype, rows, calls.row_stride)
+        assert (got[:, width:].contiguous().view(torch.uint8) == 0xFF).all(), "written between the rows"
+        # z - center is rounded to the size of either.
+        size = truth.abs() + (weight * center.unsqueeze(1)).abs()
+        allowed = 4 * torch.finfo(dtype).eps * truth.abs() + 16 * torch.finfo(accumulator(dtype)).eps * size
+        allowed += torch.finfo(dtype).smallest_normal
+        excess = (got[:, :width].double() - truth).abs() - allowed
+        assert not (~(excess <= 0)).any(), f"{dtype}: a weight is off by {excess.max()} too much"

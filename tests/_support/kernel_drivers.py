@@ -42,8 +42,14 @@ def bytes_of(tensor: Tensor) -> bytes:
 
 @dataclasses.dataclass
 class CallImage:
-    """What a call file holds."""
+    """What a call file holds.
 
+    Attributes:
+        guard: bytes of poison after each blob, where a result that reaches too far is found; 0 for a program that a
+            sanitizer watches.
+    """
+
+    guard: int = 64
     blobs: list[bytes] = dataclasses.field(default_factory=list)
     relocations: list[tuple[int, int, int, int]] = dataclasses.field(default_factory=list)
     calls: list[tuple[int, int]] = dataclasses.field(default_factory=list)
@@ -51,7 +57,7 @@ class CallImage:
     def add(self, data: Tensor | bytes, *, misaligned_by: int = 0) -> Place:
         """Take these bytes into the image, so many bytes past a multiple of 64."""
         content = data if isinstance(data, bytes) else bytes_of(data)
-        self.blobs.append(b"\xff" * misaligned_by + content)
+        self.blobs.append(b"\xff" * misaligned_by + content + b"\xff" * self.guard)
         return Place(len(self.blobs) - 1, misaligned_by)
 
     def poison(self, size: int) -> Place:
@@ -66,9 +72,10 @@ class CallImage:
         """Call ``op`` with these fields; a place is passed as its address, None as null."""
         number, layout = OPS[op]
         values = [0 if field is None or isinstance(field, Place) else field for field in fields]
-        blob = self.add(struct.pack(layout, *values)).blob
+        self.blobs.append(struct.pack(layout, *values))
+        blob = len(self.blobs) - 1
         for index, field in enumerate(fields):
-            if isinstance(field, Place):  # All addresses come first, or after other fields of eight bytes.
+            if isinstance(field, Place):  # Addresses come before any field that is not eight bytes long.
                 self.point(Place(blob, 8 * index), field)
         self.calls.append((number, blob))
 
@@ -94,13 +101,13 @@ class CallResults:
     blobs: list[bytes]
 
     def tensor(self, place: Place, dtype: torch.dtype, *shape: int) -> Tensor:
-        """The values from ``place`` on; whatever follows them in the blob must still be poison."""
+        """The values from ``place`` on, poison where the blob ends early; what follows them must still be poison."""
         result = torch.empty(shape, dtype=dtype)
         size = result.numel() * dtype.itemsize
         content = self.blobs[place.blob][place.offset :]
         assert content[size:] == b"\xff" * (len(content) - size), "written past the end"
         if size:
-            result = torch.frombuffer(bytearray(content[:size]), dtype=dtype).view(shape)
+            result = torch.frombuffer(bytearray(content[:size].ljust(size, b"\xff")), dtype=dtype).view(shape)
         return result
 
 

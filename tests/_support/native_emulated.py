@@ -1,7 +1,7 @@
-"""Run ``_native`` on a call file, without torch: started in an emulator, where importing torch would take minutes.
+"""Run ``_native`` on a call file, without torch: started where importing torch would take minutes, or would not do at all.
 
-Arguments: the module's file, a call file (tests/ops/drivers/call_file.h), where to write the blobs after the calls. Prints
-the instruction set that was selected.
+Arguments: the module's file, a call file (tests/ops/drivers/call_file.h), where to write the blobs after the calls, and the
+number of threads, 1 unless given. Prints the instruction set that was selected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,15 @@ FUNCTIONS = (
 )
 
 
-def main(module: str, calls: str, results: str) -> None:
+def allocate(size: int) -> int:
+    """Memory from malloc's family that ends with its last byte: a sanitizer sees what is read or written beyond."""
+    address = ctypes.c_void_p()
+    if ctypes.CDLL(None).posix_memalign(ctypes.byref(address), ctypes.c_size_t(ALIGNMENT), ctypes.c_size_t(size)):
+        raise MemoryError
+    return address.value
+
+
+def main(module: str, calls: str, results: str, threads: str = "1") -> None:
     spec = importlib.util.spec_from_file_location("entropy_fast._native", module)
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
@@ -31,10 +39,9 @@ def main(module: str, calls: str, results: str) -> None:
     count = 3 + n_blobs + 4 * n_relocations + 2 * n_calls
     numbers = struct.unpack_from(f"={count}q", data)
     sizes, relocations, calls_to_make = numbers[3:][:n_blobs], numbers[3 + n_blobs :], numbers[count - 2 * n_calls :]
-    keep_alive, addresses, begin = [], [], 8 * count
+    addresses, begin = [], 8 * count
     for size in sizes:
-        keep_alive.append(ctypes.create_string_buffer(size + ALIGNMENT))
-        addresses.append(-(-ctypes.addressof(keep_alive[-1]) // ALIGNMENT) * ALIGNMENT)
+        addresses.append(allocate(size))
         ctypes.memmove(addresses[-1], data[begin : begin + size], size)
         begin += size
     for index in range(n_relocations):
@@ -46,9 +53,9 @@ def main(module: str, calls: str, results: str) -> None:
         fields = list(struct.unpack(layout, ctypes.string_at(addresses[blob], sizes[blob])))
         if layout.endswith("i0q"):
             fields[-1] = native.ElementType(fields[-1])
-        getattr(native, name)(*fields, 1)
+        getattr(native, name)(*fields, int(threads))
     with Path(results).open("wb") as file:
-        for address, size in zip(addresses, sizes):
+        for address, size in zip(addresses, sizes, strict=True):
             file.write(ctypes.string_at(address, size))
     print(native.selected_variant())
 

@@ -33,8 +33,9 @@ class CallFile {
         }
         for (Blob& blob : blobs_) {
             // To the byte where it ends, so that a sanitizer sees what is read or written beyond.
-            blob.bytes.reset(static_cast<char*>(std::aligned_alloc(kAlignment, blob.size > 0 ? blob.size : 1)));
-            if (blob.bytes == nullptr) std::abort();
+            void* bytes = nullptr;
+            if (posix_memalign(&bytes, kAlignment, static_cast<size_t>(blob.size)) != 0) std::abort();
+            blob.bytes.reset(static_cast<char*>(bytes));
             read(blob.bytes.get(), blob.size);
         }
         for (size_t i = 0; i < moves.size(); i += 4) {
