@@ -8,7 +8,8 @@
 //     X_sum += x,   Y_sum += y               unless the call only wants the dots
 //
 // One table describes all tensors, so that one launch does them all. Elements are cut into chunks of kAccumulateChunk,
-// tensor by tensor; each chunk's dots are summed in an order that depends on the chunk alone, and chunks in order.
+// tensor by tensor; a chunk's dots are summed in an order that depends on its size alone, and a tensor's chunks in one
+// that depends on their number alone.
 #pragma once
 
 #include <stdint.h>
