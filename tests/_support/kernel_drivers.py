@@ -126,7 +126,10 @@ def compile_driver(compiler: str, sources: Sequence[Path], output: Path, *flags:
     includes = ["-I", str(CSRC), "-I", str(DRIVERS)]
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *includes, *flags]
     done = subprocess.run(
-        [*command, *map(str, sources), "-o", str(output), "-pthread", "-ldl"], capture_output=True, text=True, check=False
+        [*command, *map(str, sources), "-o", str(output), "-pthread", "-ldl"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return output
