@@ -65,6 +65,7 @@ def linear_token_logprobs(
         ConfigError: shapes, dtypes, devices, targets or softcap do not fit, or there is no such backend.
         BackendUnavailableError: the backend was asked for by name and cannot run here, or does not have this op.
     """
+    _check_arguments(hidden, weight, targets, bias, softcap)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.is_floating_point():
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     needs_units = torch.is_grad_enabled() and hidden.requires_grad
@@ -93,6 +94,7 @@ def linear_token_logprobs_with_units(
     Arguments and errors are the same. Nothing here carries a graph. ``lse`` and ``entropy`` are float64; ``unit_logprob``
     and ``unit_entropy`` (None without ``want_entropy``) are ``[rows, H]`` in the dtype of ``logprob``.
     """
+    _check_arguments(hidden, weight, targets, bias, softcap)
     with torch.no_grad():
         return LinearTokenLogprobs(
             *_linear_token_logprobs(
