@@ -15,8 +15,8 @@ from entropy_fast.reference import LinearTokenLogprobs
 
 __all__ = ["WORKSPACE_BYTES", "add_product", "block_logits", "linear_token_logprobs"]
 
-# What the blocks of logits and the accumulators take, beside the results. A quarter of it is one block of logits (one of weights
-# may follow for the entropy): large enough for a matrix product to run at full rate, small enough for the caches.
+# What the blocks of logits and the accumulators take, beside the results. A quarter of it is one block of logits (for the
+# entropy there is another): large enough for a matrix product to run at full rate, small enough for the caches.
 WORKSPACE_BYTES = 2**24
 # Every product has this many rows, the last ones filled up: BLAS libraries take other paths, with other roundings, for other
 # numbers of rows, and a row's result must not depend on how many others there are.
@@ -44,7 +44,7 @@ def linear_token_logprobs(
     n_units = unit_gradients * (1 + want_entropy)
     units = [torch.zeros(hidden.shape, dtype=dtype) for _ in range(n_units)]
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    for chosen in kept.split(_ROWS):
+    for chosen in torch.split(kept, _ROWS):
         found, found_units = _rows(hidden[chosen], weight, targets[chosen], bias, softcap, n_units)
         scalars[:, chosen] = found
         for whole, part in zip(units, found_units, strict=True):
