@@ -2,7 +2,7 @@
 // device.
 //
 // For every element of every tensor:
-//     y = g g_scale ratio / (sqrt(v bias_correction) + eps),   0 where v is 0 or null
+//     y = g g_scale ratio / (sqrt(v bias_correction) + eps),   g 0 where v is 0,   0 where it is null
 //     x = x x_scale
 //     dots += (x y, x Y_sum, y X_sum)        with the sums as they were before
 //     X_sum += x,   Y_sum += y               unless the call only wants the dots

@@ -33,6 +33,7 @@ from entropy_fast.guards.coverage import PassCoverage
 from entropy_fast.guards.grad_context import assert_attached, assert_grad_context
 from entropy_fast.guards.model_state import probe_state, reentrant_checkpointing
 from entropy_fast.guards.parameter_registry import ParameterRegistry
+from entropy_fast.ops import precondition_accumulate
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing import ForwardResult, PackedBatch, align_logprobs, model_logits, pack_rows
 
@@ -229,23 +230,35 @@ class ProbeComponents:
         x_sum, y_sum = self.accumulate_sum_X(rollouts), self.accumulate_sum_Y(rollouts)
         self._check_repeatable()
         x_dot_y = self._compare_sums(x_sum, y_sum)
-        dot_Xu_Yu, dot_Xu_SumY, dot_Yu_SumX = [], [], []
+        moments = self.preconditioner.second_moments(x_sum.tensors)
+        dots = []  # per unit X_u · Y_u, X_u · Y_sum and Y_u · X_sum
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         for unit in units:
             x_unit = self._gradient_sum("X", rollouts, unit).tensors
-            y_unit = self.preconditioner.apply_preconditioner(self._gradient_sum("Y", rollouts, unit).tensors)
-            dot_Xu_Yu.append(inner_product(x_unit, y_unit))
-            dot_Xu_SumY.append(inner_product(x_unit, y_sum.tensors))
-            dot_Yu_SumX.append(inner_product(y_unit, x_sum.tensors))
+            g_unit = self._gradient_sum("Y", rollouts, unit).tensors
+            per_parameter = precondition_accumulate(
+                x_unit,
+                g_unit,
+                moments.tensors,
+                x_sum.tensors,
+                y_sum.tensors,
+                bias_correction=moments.bias_correction,
+                eps=moments.eps,
+                ratio=moments.ratio,
+                update=False,
+            )
+            dots.append(per_parameter.sum(0).cpu())
             if self.config.full_kernel:
+                y_unit = self.preconditioner.apply_preconditioner(g_unit)
                 kept.append(([x.cpu() for x in x_unit], [y.cpu() for y in y_unit]))
             self._report("diagonal", unit[-1] + 1, rollouts.n_prompts)
+        diagonal, row_sums, column_sums = torch.stack(dots).unbind(1)
         kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
         return KernelSums(
             x_dot_y=x_dot_y,
-            diagonal=torch.tensor(dot_Xu_Yu, dtype=torch.float64),
-            row_sums=torch.tensor(dot_Xu_SumY, dtype=torch.float64),
-            column_sums=torch.tensor(dot_Yu_SumX, dtype=torch.float64),
+            diagonal=diagonal.contiguous(),
+            row_sums=row_sums.contiguous(),
+            column_sums=column_sums.contiguous(),
             unit_sizes=torch.tensor([len(unit) for unit in units]),
             kernel=torch.tensor(kernel, dtype=torch.float64) if kernel else None,
         )
