@@ -52,7 +52,7 @@ def sanitized() -> Path:
     configure = [
         *("cmake", "-S", str(REPOSITORY), "-B", str(BUILD), "-G", "Ninja"),
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BUILD / 'module'}",
-        "-DCMAKE_CXX_COMPILER=g++",
+        *("-DCMAKE_CXX_COMPILER=g++", "-DCMAKE_BUILD_TYPE=Debug"),
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         "-DENTROPY_FAST_CUDA=off",
@@ -105,7 +105,7 @@ def test_an_element_too_many_would_be_found(sanitized: Path, tmp_path: Path) -> 
     done, _ = _run(sanitized, calls.image, tmp_path)
     assert done.returncode != 0
     assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
-    assert "token_logprobs_rows.cpp" in done.stderr
+    assert "forward_row" in done.stderr
 
 
 def test_undefined_behaviour_would_be_found(sanitized: Path, tmp_path: Path) -> None:
