@@ -61,9 +61,9 @@ class Tiles(NamedTuple):
     stages: int
 
 
-_HALF = Tiles(rows=64, tokens=128, depth=64, units=128, unit_depth=32, warps=4, stages=3)
+_HALF = Tiles(rows=64, tokens=128, depth=64, units=128, unit_depth=32, warps=8, stages=3)
 _SINGLE = Tiles(rows=64, tokens=64, depth=16, units=64, unit_depth=16, warps=8, stages=2)
-_DOUBLE = Tiles(rows=64, tokens=64, depth=16, units=32, unit_depth=16, warps=8, stages=2)
+_DOUBLE = Tiles(rows=64, tokens=32, depth=16, units=32, unit_depth=16, warps=8, stages=2)
 
 
 def tiles_for(bits: int) -> Tiles:

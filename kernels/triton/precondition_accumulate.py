@@ -12,7 +12,7 @@ __all__ = ["BLOCK", "DOTS_BLOCK", "NUM_WARPS", "precondition_accumulate_kernel",
 
 BLOCK = 1024  # elements at once; divides the chunk
 NUM_WARPS = 4
-DOTS_BLOCK = 1024  # chunks at once
+DOTS_BLOCK = 512  # chunks at once
 
 
 @triton.jit
