@@ -9,6 +9,7 @@
 #include "build_info.h"
 #include "calls.h"
 #include "cpu/dispatch.h"
+#include "cpu/parallel.h"
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
 #include "cpu/token_logprobs.h"
@@ -83,6 +84,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("supported_variants", cpu::supported_variants);
     module.def("selected_variant", cpu::selected_variant);
     module.def("cuda_device_count", cuda_device_count);
+    module.def("uses_openmp", cpu::uses_openmp);
 
     py::enum_<AccumulateKind>(module, "AccumulateKind")
         .value("float32", AccumulateKind::kFloat32)

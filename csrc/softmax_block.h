@@ -19,9 +19,6 @@
 
 namespace entropy_fast {
 
-// e to this power fits into a half-precision float.
-constexpr double kRaiseThreshold = 8.0;
-
 // State of one row between blocks. Start: highest -inf, at_target NaN, everything else 0.
 struct SoftmaxRow {
     double highest;       // what is subtracted before the exponential

@@ -3,34 +3,32 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace entropy_fast {
 namespace cpu {
 
-// Calls work(begin, end) on ranges that cover [0, rows) once. `work` must not throw.
+// Calls work(context, begin, end) on ranges that cover [0, rows) once; it must not throw.
+//
+// On the threads of the OpenMP runtime that the process has loaded, found by name: torch's. Its idle threads keep a
+// processor busy for some milliseconds after every matrix product, waiting for the next piece of work; threads of our
+// own would have to share the processors with them. Where there is no such runtime, threads are started for the call.
+void parallel_ranges(int64_t rows, int64_t parts, void (*work)(const void* context, int64_t begin, int64_t end),
+                     const void* context);
+
+// Whether there is an OpenMP runtime to run on.
+bool uses_openmp();
+
 template <typename Work>
 void parallel_rows(int64_t rows, int64_t elements_per_row, int threads, const Work& work) {
-    // Starting a thread costs about as much as this many elements.
-    constexpr int64_t kElementsPerThread = int64_t{1} << 15;
+    // Waking a thread costs about as much as this many elements.
+    constexpr int64_t kElementsPerThread = int64_t{1} << 14;
     const int64_t worthwhile = std::max<int64_t>(1, rows * elements_per_row / kElementsPerThread);
     const int64_t parts = std::min({std::max<int64_t>(1, threads), worthwhile, std::max<int64_t>(1, rows)});
-    std::vector<std::thread> others;
-    others.reserve(static_cast<size_t>(parts - 1));
-    int64_t begin = 0;
-    for (int64_t part = 1; part < parts; ++part) {
-        const int64_t end = rows * part / parts;
-        try {
-            others.emplace_back([&work, begin, end] { work(begin, end); });
-        } catch (const std::system_error&) {
-            break;  // No more threads to be had: this one does the rest.
-        }
-        begin = end;
-    }
-    work(begin, rows);
-    for (std::thread& other : others) other.join();
+    if (parts == 1) return work(0, rows);
+    parallel_ranges(
+        rows, parts,
+        [](const void* context, int64_t begin, int64_t end) { (*static_cast<const Work*>(context))(begin, end); },
+        &work);
 }
 
 }  // namespace cpu

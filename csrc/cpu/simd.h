@@ -79,7 +79,12 @@ constexpr double kExpFloor64 = -0x1.6232bdd7abcd2p9;
 inline f32v no_less_than_floor(f32v x) { return maximum(f32v{} + kExpFloor32, x); }
 inline f64v no_less_than_floor(f64v x) { return maximum(f64v{} + kExpFloor64, x); }
 
-// exp(x) for x between the floor and 0, within 2 units in the last place; NaN stays NaN.
+// 2^n exp_r for the n in the low bits of `shifted`: n is added to the exponent.
+inline f32v scaled_by_power(f32v exp_r, f32v shifted) {
+    return bit_cast_vector<f32v>(bit_cast_vector<u32v>(exp_r) + (bit_cast_vector<u32v>(shifted) << 23));
+}
+
+// exp(x) for x between the floor and 0 (or a little above), within 2 units in the last place; NaN stays NaN.
 //
 // x = n ln 2 + r with |r| <= ln(2)/2. Adding 1.5 * 2^23 leaves round(x / ln 2) in the low bits of the mantissa.
 // The coefficients are those of Cephes' expf.
@@ -95,9 +100,26 @@ inline f32v exp_above_floor(f32v x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    const f32v exp_r = p * (r * r) + r + 1.0f;
-    const u32v exponent = (bit_cast_vector<u32v>(shifted) << 23) + 0x3f800000u;
-    return exp_r * bit_cast_vector<f32v>(exponent);
+    return scaled_by_power(p * (r * r) + r + 1.0f, shifted);
+}
+
+// The same within 2 + |x| / 16 units in the last place, for terms of a sum whose largest are near exp(0): what is small
+// may be less exact. A quarter less work.
+//
+// 2^f for f = x / ln 2 - n, in one rounding from x; the polynomial is a minimax fit to exp on |f ln 2| <= ln(2)/2 with
+// ln 2 multiplied into its coefficients, and 2e-8 off at most.
+inline f32v exp_term(f32v x) {
+    const f32v round_magic = f32v{} + 0x1.8p23f;
+    const f32v shifted = x * 0x1.715476p+0f + round_magic;
+    const f32v n = shifted - round_magic;
+    const f32v f = x * 0x1.715476p+0f - n;
+    f32v p = f32v{} + 1.535330957e-04f;
+    p = p * f + 1.339893905e-03f;
+    p = p * f + 9.618437849e-03f;
+    p = p * f + 5.550332367e-02f;
+    p = p * f + 2.402264774e-01f;
+    p = p * f + 6.931471825e-01f;
+    return scaled_by_power(p * f + 1.0f, shifted);
 }
 
 // The double version: the Taylor series of degree 13, whose remainder on |r| <= ln(2)/2 is 4e-18.
@@ -119,9 +141,10 @@ inline f64v exp_above_floor(f64v x) {
     p = p * r + 1.0 / 6.0;
     p = p * r + 0.5;
     const f64v exp_r = p * (r * r) + r + 1.0;
-    const u64v exponent = (bit_cast_vector<u64v>(shifted) << 52) + 0x3ff0000000000000u;
-    return exp_r * bit_cast_vector<f64v>(exponent);
+    return bit_cast_vector<f64v>(bit_cast_vector<u64v>(exp_r) + (bit_cast_vector<u64v>(shifted) << 52));
 }
+
+inline f64v exp_term(f64v x) { return exp_above_floor(x); }
 
 // exp(x) for x <= 0: below the floor the result is 0.
 inline f32v exp_nonpositive(f32v x) { return x < kExpFloor32 ? f32v{} : exp_above_floor(x); }
@@ -230,6 +253,15 @@ void store_tail(typename Element::Storage* to, typename Element::Vector value, i
 template <typename Element>
 void store_one(typename Element::Storage* to, typename Element::Scalar value) {
     store_tail<Element>(to, typename Element::Vector{} + value, 1);
+}
+
+template <typename Vector>
+auto highest_lane(Vector vector) {
+    auto highest = vector[0];
+    for (unsigned lane = 1; lane < sizeof(Vector) / sizeof(highest); ++lane) {
+        if (vector[lane] > highest) highest = vector[lane];
+    }
+    return highest;
 }
 
 template <typename Vector>

@@ -47,13 +47,18 @@ struct Highest {
 template <typename Element>
 Highest highest_of(const Row<Element>& row) {
     using Vector = typename Element::Vector;
+    // Two of them, for one comparison has to wait for the one before.
     Vector highest = Vector{} - (typename Element::Scalar)__builtin_inf();
+    Vector second = highest;
     Vector total = {};
-    for_each_vector(row, [&](int64_t, int64_t, Vector z) { highest = maximum(z, highest); });
-    Highest result = {highest[0], false};
-    for (int64_t lane = 1; lane < lanes<Element>(); ++lane) {
-        if (highest[lane] > result.value) result.value = highest[lane];
-    }
+    for_each_vector(row, [&](int64_t column, int64_t, Vector z) {
+        if (column / lanes<Element>() % 2 == 0) {
+            highest = maximum(z, highest);
+        } else {
+            second = maximum(z, second);
+        }
+    });
+    Highest result = {(double)highest_lane(maximum(highest, second)), false};
     if (result.value == __builtin_inf()) {
         for_each_vector(row, [&](int64_t, int64_t, Vector z) { total += z - z == z - z ? Vector{} : z; });
         // Only now that there is an infinity does it matter whether there is a NaN too.
@@ -74,7 +79,7 @@ void pass(const Row<Element>& row, double highest, double center, double* sum, d
     Vector products = {};
     for_each_vector(row, [&](int64_t column, int64_t count, Vector z) {
         const Vector difference = no_less_than_floor(z - shift);
-        const Vector term = exp_above_floor(difference);
+        const Vector term = exp_term(difference);
         if (kSums) {
             sums += term;
             products += term * difference;

@@ -6,8 +6,6 @@ p = softmax(z). csrc/softmax_block.h has the formulas of one block and of how bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -17,8 +15,8 @@ from entropy_fast.reference import LinearTokenLogprobs
 
 __all__ = ["WORKSPACE_BYTES", "add_product", "block_logits", "linear_token_logprobs"]
 
-# What the blocks of logits take, beside two rows x H accumulators and the results. Half of it is one block: large enough
-# for a matrix product to run at full rate, small enough to stay in the second-level caches.
+# What the blocks of logits take at most, beside two rows x H accumulators and the results: large enough for a matrix product
+# to run at full rate, small enough for the second-level caches.
 WORKSPACE_BYTES = 2**23
 _ROWS = 512
 # Products of row counts that are no multiple of this take other paths in the BLAS, with other roundings: the last block of
@@ -59,15 +57,23 @@ def linear_token_logprobs(
     )
 
 
-def _vocabulary_blocks(vocabulary: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of the vocabulary, of a width that depends on the dtype alone."""
-    width = WORKSPACE_BYTES // (2 * _ROWS * dtype.itemsize)
-    return (slice(begin, min(begin + width, vocabulary)) for begin in range(0, vocabulary, width))
+def _block_width(dtype: torch.dtype, hidden_size: int) -> int:
+    """Tokens of one block, a number that does not depend on how many rows there are.
+
+    Every block's product is added to the rows x H accumulators: wide hidden states want wider blocks to pay for that.
+    """
+    width = WORKSPACE_BYTES // (4 * _ROWS * dtype.itemsize)
+    return 2 * width if hidden_size > 1024 else width
 
 
-def block_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+def block_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, out: Tensor | None = None
+) -> Tensor:
     """Logits of one block, in the dtype of ``hidden``, which ``weight`` has too."""
-    logits = hidden @ weight.t() if bias is None else torch.addmm(bias.to(hidden.dtype), hidden, weight.t())
+    if bias is None:
+        logits = torch.mm(hidden, weight.t(), out=out)
+    else:
+        logits = torch.addmm(bias.to(hidden.dtype), hidden, weight.t(), out=out)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -84,10 +90,16 @@ def _rows(
     state = torch.zeros(padded, 8, dtype=torch.float64)
     state[:, 0], state[:, 4] = -torch.inf, torch.nan
     sums = [torch.zeros(padded, h.shape[1], dtype=dtype) for _ in range(n_units)]
-    for block in _vocabulary_blocks(weight.shape[0], h.dtype):
+    # Allocated once: fresh memory of this size would be mapped, and its pages cleared, for every block.
+    width = min(_block_width(h.dtype, h.shape[1]), weight.shape[0])
+    workspace = torch.empty(max(1, n_units), padded * width, dtype=h.dtype)
+    product = torch.empty(h.shape, dtype=h.dtype)
+    for begin in range(0, weight.shape[0], width):
+        block = slice(begin, min(begin + width, weight.shape[0]))
         part = weight[block].to(h.dtype)
-        z = block_logits(h, part, None if bias is None else bias[block], softcap)
-        weights = [z, torch.empty_like(z)][:n_units]
+        views = [flat[: padded * len(part)].view(padded, len(part)) for flat in workspace]
+        z = block_logits(h, part, None if bias is None else bias[block], softcap, out=views[0])
+        weights = views[:n_units]
         native_backend.softmax_block(
             z,
             weights[1] if n_units > 1 else None,
@@ -100,7 +112,7 @@ def _rows(
         if sums:
             _rescale(sums, state)
         for total, weight_of in zip(sums, weights, strict=True):
-            add_product(total, weight_of, part)
+            add_product(total, weight_of, part, product)
     return _finish(state[:n], [total[:n] for total in sums], weight, targets, softcap)
 
 
@@ -114,12 +126,12 @@ def _rescale(sums: list[Tensor], state: Tensor) -> None:
             total.mul_(state[:, 6:7].to(total.dtype))
 
 
-def add_product(total: Tensor, weights: Tensor, part: Tensor) -> None:
-    """``total += weights @ part``, in the dtype of the factors and then in that of ``total``."""
+def add_product(total: Tensor, weights: Tensor, part: Tensor, workspace: Tensor | None = None) -> None:
+    """``total += weights @ part``, in the dtype of the factors (via ``workspace``) and then in that of ``total``."""
     if total.dtype == weights.dtype:
         total.addmm_(weights, part)
     else:
-        total.add_(torch.mm(weights, part))
+        total.add_(torch.mm(weights, part, out=workspace))
 
 
 def _finish(

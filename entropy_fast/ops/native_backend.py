@@ -82,9 +82,10 @@ def cuda_reason(device_type: str) -> str:
 
 
 def cpu_detail() -> str:
-    """The instruction set that runs here, and the compiler."""
+    """The instruction set that runs here, whose threads it runs on, and the compiler."""
     info = _library().build_info()
-    return f"{_library().selected_variant()} on {info['architecture']}, {info['cxx_compiler']}"
+    threads = "OpenMP" if _library().uses_openmp() else "threads of its own"
+    return f"{_library().selected_variant()} on {info['architecture']}, {threads}, {info['cxx_compiler']}"
 
 
 def cuda_detail() -> str:

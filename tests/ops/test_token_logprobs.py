@@ -6,26 +6,50 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from logprob_cases import DTYPES, IGNORE, Case, Outcome, assert_right, make_case, special_rows, with_gradients
+from logprob_cases import (
+    DTYPES,
+    IGNORE,
+    Case,
+    Outcome,
+    assert_right,
+    make_case,
+    shaped_rows,
+    special_rows,
+    with_gradients,
+)
 
 from entropy_fast import _native, ops
 from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend
 
 VARIANTS = _native.supported_variants()
-# Around the width of a vector (4 to 16), of four of them, and of a chunk (1024).
-VOCABULARIES = (1, 2, 3, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 50257)
+# Around the width of a vector (4 to 16), of four of them, and of a chunk (2048).
+VOCABULARIES = (1, 2, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 50257)
 
 
-def run_native(case: Case) -> Outcome:
-    """The kernels themselves, on outputs filled with NaN."""
+def run_native(case: Case, *, in_place: bool = False) -> Outcome:
+    """The kernels themselves, on outputs filled with NaN; ``in_place`` writes the gradient over a copy of the logits."""
     rows, vocabulary = case.logits.shape
     logprob = torch.full((rows,), float("nan"), dtype=case.grad_logprob.dtype)
     lse = torch.full((rows,), float("nan"), dtype=torch.float64)
-    grad_logits = torch.full((rows, vocabulary), float("nan"), dtype=case.logits.dtype)
-    native_backend.forward(case.logits, case.targets, logprob, lse, IGNORE)
-    native_backend.backward(case.grad_logprob, case.grad_lse, case.logits, case.targets, lse, grad_logits, IGNORE)
-    return Outcome(logprob, lse, grad_logits)
+    entropy = None if case.grad_entropy is None else torch.full_like(lse, float("nan"))
+    native_backend.token_logprobs_forward(case.logits, case.targets, logprob, lse, entropy, IGNORE)
+    logits = case.logits
+    if in_place:
+        logits = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype).copy_(logits)
+    grad_logits = logits if in_place else torch.full((rows, vocabulary), float("nan"), dtype=case.logits.dtype)
+    native_backend.token_logprobs_backward(
+        case.grad_logprob,
+        case.grad_lse,
+        case.grad_entropy,
+        logits,
+        case.targets,
+        lse,
+        entropy,
+        grad_logits,
+        IGNORE,
+    )
+    return Outcome(logprob, lse, grad_logits, entropy)
 
 
 @pytest.fixture(params=VARIANTS)
@@ -37,10 +61,29 @@ def _variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.usefixtures("_variant")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestAgainstTruth:
+    @pytest.mark.parametrize("entropy", [False, True])
     @pytest.mark.parametrize("vocabulary", VOCABULARIES)
-    def test_vocabulary_sizes(self, vocabulary: int, dtype: torch.dtype) -> None:
-        case = make_case(5, vocabulary, dtype, seed=vocabulary)
+    def test_vocabulary_sizes(self, vocabulary: int, dtype: torch.dtype, entropy: bool) -> None:
+        case = make_case(5, vocabulary, dtype, seed=vocabulary, entropy=entropy)
         assert_right(run_native(case), case)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("vocabulary", [129_920, 151_936])
+    def test_vocabularies_of_large_models(self, vocabulary: int, dtype: torch.dtype) -> None:
+        case = make_case(3, vocabulary, dtype, masked=0, entropy=True)
+        assert_right(run_native(case), case)
+
+    @pytest.mark.parametrize("vocabulary", [2, 17, 1500, 9000])
+    def test_flat_and_peaked_rows(self, vocabulary: int, dtype: torch.dtype) -> None:
+        case = shaped_rows(vocabulary, dtype)
+        assert_right(run_native(case), case)
+
+    @pytest.mark.parametrize("padding", [0, 3])
+    def test_gradient_in_place_of_the_logits(self, padding: int, dtype: torch.dtype) -> None:
+        case = make_case(5, 700, dtype, padding=padding, entropy=True)
+        apart, over = run_native(case), run_native(case, in_place=True)
+        assert torch.equal(apart.grad_logits, over.grad_logits)
+        assert_right(over, case)
 
     @pytest.mark.parametrize("rows", [0, 1, 31])
     def test_row_counts(self, rows: int, dtype: torch.dtype) -> None:
@@ -60,17 +103,18 @@ class TestAgainstTruth:
 
     @pytest.mark.parametrize("offset", [1e4, -1e4])
     def test_far_from_zero(self, offset: float, dtype: torch.dtype) -> None:
-        case = make_case(5, 5000, dtype, offset=offset)
+        case = make_case(5, 5000, dtype, offset=offset, entropy=True)
         assert_right(run_native(case), case)
 
     @pytest.mark.parametrize("center", [-110.0, -130.0])
     def test_every_logit_below_the_smallest_exponential(self, center: float, dtype: torch.dtype) -> None:
-        case = make_case(4, 3000, dtype, offset=center, scale=1.0)
+        case = make_case(4, 3000, dtype, offset=center, scale=1.0, entropy=True)
         assert_right(run_native(case), case)
 
-    @pytest.mark.parametrize("vocabulary", [2, 17, 1500])
-    def test_nan_and_infinite_rows(self, vocabulary: int, dtype: torch.dtype) -> None:
-        case = special_rows(vocabulary, dtype)
+    @pytest.mark.parametrize("vocabulary", [2, 17, 1500, 9000])
+    @pytest.mark.parametrize("entropy", [False, True])
+    def test_nan_and_infinite_rows(self, vocabulary: int, dtype: torch.dtype, entropy: bool) -> None:
+        case = special_rows(vocabulary, dtype, entropy=entropy)
         assert_right(run_native(case), case)
 
     def test_maximum_rises_through_the_row(self, dtype: torch.dtype) -> None:
@@ -82,9 +126,9 @@ class TestAgainstTruth:
 
     def test_everything_masked(self, dtype: torch.dtype) -> None:
         logits = torch.full((7, 50), float("nan"), dtype=dtype)
-        case = with_gradients(logits, torch.full((7,), IGNORE))
+        case = with_gradients(logits, torch.full((7,), IGNORE), entropy=True)
         outcome = run_native(case)
-        for tensor in (outcome.logprob, outcome.lse, outcome.grad_logits):
+        for tensor in (outcome.logprob, outcome.lse, outcome.grad_logits, outcome.entropy):
             assert torch.equal(tensor, torch.zeros_like(tensor))
 
     def test_every_bit_pattern_of_a_half(self, dtype: torch.dtype) -> None:
@@ -123,6 +167,7 @@ class TestAgainstTruth:
     scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
     offset=st.sampled_from([0.0, 1e3, -1e4]),
     seed=st.integers(0, 2**31),
+    entropy=st.booleans(),
 )
 def test_any_shape(
     rows: int,
@@ -133,14 +178,25 @@ def test_any_shape(
     scale: float,
     offset: float,
     seed: int,
+    entropy: bool,
 ) -> None:
-    case = make_case(rows, vocabulary, dtype, seed=seed, offset=offset, scale=scale, padding=padding, masked=masked)
+    case = make_case(
+        rows,
+        vocabulary,
+        dtype,
+        seed=seed,
+        offset=offset,
+        scale=scale,
+        padding=padding,
+        masked=masked,
+        entropy=entropy,
+    )
     assert_right(run_native(case), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_run_thread_count_and_batch(dtype: torch.dtype) -> None:
-    case = make_case(37, 9001, dtype)
+    case = make_case(37, 9001, dtype, entropy=True)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -150,13 +206,20 @@ def test_same_bits_for_any_run_thread_count_and_batch(dtype: torch.dtype) -> Non
             again = run_native(case)
             assert torch.equal(first.logprob, again.logprob)
             assert torch.equal(first.lse, again.lse)
+            assert torch.equal(first.entropy, again.entropy)
             assert torch.equal(first.grad_logits, again.grad_logits)
     finally:
         torch.set_num_threads(threads)
     for row in (0, 1, 17, 36):
         part = slice(row, row + 1)
         # A copy, so that the row's address is another one too.
-        alone = Case(case.logits[part].clone(), case.targets[part], case.grad_logprob[part], case.grad_lse[part])
+        alone = Case(
+            case.logits[part].clone(),
+            case.targets[part],
+            case.grad_logprob[part],
+            case.grad_lse[part],
+            case.grad_entropy[part],
+        )
         outcome = run_native(alone)
         assert torch.equal(outcome.logprob, first.logprob[part])
         assert torch.equal(outcome.grad_logits, first.grad_logits[part])
