@@ -52,8 +52,9 @@ def _chunk(
     v_from = _address(entry, 2, MOMENT, ALIGNED)
     x_sum = _address(entry, 3, SUM, ALIGNED)
     y_sum = _address(entry, 4, SUM, ALIGNED)
-    has_moment = tl.load(entry + 2) != 0
     numel = tl.load(entry + 5)
+    # Without second moments nothing of g and v is read.
+    moved_numel = tl.where(tl.load(entry + 2) != 0, numel, 0)
     bias_correction = tl.load(factors).to(SUM)
     eps = tl.load(factors + 1).to(SUM)
     numerator = (tl.load(factors + 2) * _float64_of(g_scale)).to(SUM)
@@ -65,13 +66,17 @@ def _chunk(
     for part in range(0, CHUNK, BLOCK):
         offsets = begin + part + lanes
         inside = offsets < numel
-        moved = inside & has_moment
+        moved = offsets < moved_numel
         x = tl.load(x_from + offsets, mask=inside, other=0.0).to(SUM) * factor_of_x
         g = tl.load(g_from + offsets, mask=moved, other=0.0).to(SUM)
         v = tl.load(v_from + offsets, mask=moved, other=0.0).to(SUM)
         before_x = tl.load(x_sum + offsets, mask=inside, other=0.0)
         before_y = tl.load(y_sum + offsets, mask=inside, other=0.0)
-        root = tl.sqrt_rn(v * bias_correction)
+        if SUM == tl.float64:
+            root = tl.sqrt(v * bias_correction)
+        else:
+            # The faster one takes small numbers for 0.
+            root = tl.sqrt_rn(v * bias_correction)
         # Where v is 0 there is no scale; a NaN second moment is not one of 0.
         y = tl.where(root == 0.0, 0.0, g * (numerator / (root + eps)))
         wide_x = x.to(tl.float64)

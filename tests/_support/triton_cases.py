@@ -1,12 +1,13 @@
-"""How results of the Triton kernels are judged where there is an entropy, or hidden states."""
+"""Inputs for the Triton kernels that start from hidden states or fold gradients, and how their results are judged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from logprob_cases import IGNORE, Case, accumulator
+from logprob_cases import IGNORE, accumulator
 from torch import Tensor
 
 from entropy_fast import reference
@@ -39,56 +40,8 @@ def assert_rows_close_enough(name: str, fast: Tensor, eager: Tensor, truth: Tens
 
 
 @dataclass(frozen=True)
-class EntropyOutcome:
-    """What an implementation makes of a case when asked for the entropy too."""
-
-    logprob: Tensor
-    lse: Tensor
-    entropy: Tensor
-    grad_logits: Tensor
-
-
-def grad_entropy_of(case: Case) -> Tensor:
-    return torch.randn(len(case.targets), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-
-
-def _with_entropy(case: Case, dtype: torch.dtype) -> EntropyOutcome:
-    """By torch's own functions and autograd, in ``dtype``."""
-    logits = case.logits.detach().to(dtype).requires_grad_()
-    ignored = case.targets == IGNORE
-    clean = logits.masked_fill(ignored.unsqueeze(1), 0.0)
-    index = case.targets.masked_fill(ignored, 0).unsqueeze(1)
-    log_softmax = torch.log_softmax(clean, dim=1)
-    logprob = log_softmax.gather(1, index).squeeze(1).masked_fill(ignored, 0.0)
-    lse = torch.logsumexp(clean, dim=1).masked_fill(ignored, 0.0)
-    unusable = ~lse.isfinite()
-    terms = log_softmax.exp() * log_softmax.masked_fill(log_softmax == -torch.inf, 0.0)
-    entropy = -terms.sum(1).masked_fill(ignored, 0.0).masked_fill(unusable, torch.nan)
-    grads = [case.grad_logprob.to(dtype), case.grad_lse.to(dtype), grad_entropy_of(case).to(dtype)]
-    gradient = torch.autograd.grad([logprob, lse, entropy], logits, grads)[0]
-    gradient = torch.where(unusable.unsqueeze(1), torch.nan, gradient)
-    return EntropyOutcome(logprob.detach(), lse.detach(), entropy.detach(), gradient)
-
-
-def assert_entropy_right(fast: EntropyOutcome, case: Case) -> None:
-    dtype = case.logits.dtype
-    wide = accumulator(dtype)
-    truth, eager = _with_entropy(case, torch.float64), _with_entropy(case, wide)
-    assert fast.entropy.dtype == torch.float64
-    assert fast.grad_logits.dtype == dtype
-    for name in ("logprob", "lse", "entropy"):
-        assert_close_enough(name, getattr(fast, name), getattr(eager, name), getattr(truth, name), wide)
-    # The backward starts from lse and entropy: more than enough for the other dtypes, one rounding of them for float64.
-    at_least = eager.grad_logits.to(dtype).double() - truth.grad_logits
-    upstream = case.grad_logprob.double().abs() + case.grad_lse.abs() + grad_entropy_of(case).abs()
-    rounding = torch.finfo(torch.float64).eps * truth.lse.abs() * upstream
-    allowed = truth.grad_logits + torch.maximum(at_least.abs(), rounding.unsqueeze(1))
-    assert_close_enough("grad_logits", fast.grad_logits, allowed, truth.grad_logits, dtype)
-
-
-@dataclass(frozen=True)
 class LinearCase:
-    """One call of linear_token_logprobs; ``hidden`` and ``weight`` are what the truth is computed from, too."""
+    """One call of linear_token_logprobs."""
 
     hidden: Tensor
     weight: Tensor
@@ -130,14 +83,49 @@ def make_linear_case(
     return LinearCase(hidden.to(dtype), weight.to(dtype), targets, shift, softcap)
 
 
+def linear_truth(case: LinearCase) -> LinearTokenLogprobs:
+    """In NumPy's long double, from the very numbers of the case."""
+    kept = (case.targets != IGNORE).numpy()
+    hidden, weight = (part.double().numpy().astype(np.longdouble) for part in (case.hidden, case.weight))
+    hidden, target = hidden[kept], case.targets.numpy()[kept]
+    rows = np.arange(len(hidden))
+    logits = hidden @ weight.T
+    if case.bias is not None:
+        logits = logits + case.bias.double().numpy()
+    slope = np.ones_like(logits)
+    if case.softcap is not None:
+        tanh = np.tanh(logits / case.softcap)
+        logits, slope = case.softcap * tanh, 1 - tanh**2
+    shift = logits.max(1, initial=-np.inf, keepdims=True)
+    terms = np.exp(logits - shift)
+    total = terms.sum(1, keepdims=True)
+    log_p = logits - shift - np.log(total)
+    p = terms / total
+    finite_log_p = np.where(p > 0, log_p, 0)
+    entropy = -(p * finite_log_p).sum(1, keepdims=True)
+    one_hot = np.zeros_like(p)
+    one_hot[rows, target] = 1
+    # 1 - p of the target as the sum of the others.
+    rest = (p * (1 - one_hot)).sum(1, keepdims=True)
+    unit_logprob = ((one_hot * rest - (1 - one_hot) * p) * slope) @ weight
+    unit_entropy = -(p * (finite_log_p + entropy) * slope) @ weight
+
+    def spread(values: np.ndarray) -> Tensor:
+        whole = np.zeros((len(kept), *values.shape[1:]))
+        whole[kept] = values.astype(np.float64)
+        return torch.from_numpy(whole)
+
+    lse = (shift + np.log(total))[:, 0]
+    return LinearTokenLogprobs(
+        spread(log_p[rows, target]), spread(lse), spread(entropy[:, 0]), spread(unit_logprob), spread(unit_entropy)
+    )
+
+
 def assert_linear_right(fast: LinearTokenLogprobs, case: LinearCase) -> None:
-    """Eager is the reference in the dtype of the hidden states; the truth is it in float64, on the same numbers."""
+    """Eager is the reference in the dtype of the hidden states."""
     dtype = case.hidden.dtype
     wide = accumulator(dtype)
-    bias = None if case.bias is None else case.bias.double()
-    truth = reference.linear_token_logprobs(
-        case.hidden.double(), case.weight.double(), case.targets, bias=bias, **case.options()
-    )
+    truth = linear_truth(case)
     eager = reference.linear_token_logprobs(case.hidden, case.weight, case.targets, bias=case.bias, **case.options())
     assert (fast.logprob.dtype, fast.lse.dtype) == (wide, torch.float64)
     for name in ("logprob", "lse", "entropy"):

@@ -9,14 +9,21 @@ import dataclasses
 import sys
 
 import torch
-from logprob_cases import DTYPES, IGNORE, Case, Outcome, assert_right, make_case, special_rows, with_gradients
+from logprob_cases import (
+    DTYPES,
+    IGNORE,
+    Case,
+    Outcome,
+    assert_right,
+    make_case,
+    shaped_rows,
+    special_rows,
+    with_gradients,
+)
 from triton_cases import (
-    EntropyOutcome,
     LinearCase,
-    assert_entropy_right,
     assert_fold_right,
     assert_linear_right,
-    grad_entropy_of,
     make_fold_case,
     make_linear_case,
 )
@@ -29,61 +36,39 @@ from entropy_fast.ops.accumulation_table import CHUNK
 from entropy_fast.reference import LinearTokenLogprobs
 
 
-def run_triton(case: Case) -> Outcome:
-    """Without the entropy, on outputs that are NaN before; rows of the gradient lie apart."""
+def run_triton(case: Case, in_place: bool = False) -> Outcome:
+    """On outputs that are NaN before; the gradient over a copy of the logits, or in rows that lie apart."""
     rows, vocabulary = case.logits.shape
     logprob = torch.full((rows,), float("nan"), dtype=case.grad_logprob.dtype)
     lse = torch.full((rows,), float("nan"), dtype=torch.float64)
-    grad_logits = torch.full((rows, vocabulary + 5), float("nan"), dtype=case.logits.dtype)
-    inside = grad_logits[:, :vocabulary]
-    triton_backend.token_logprobs_forward(case.logits, case.targets, logprob, lse, None, IGNORE)
-    triton_backend.token_logprobs_backward(
-        case.grad_logprob, case.grad_lse, None, case.logits, case.targets, lse, None, inside, IGNORE
-    )
-    assert grad_logits[:, vocabulary:].isnan().all()
-    return Outcome(logprob, lse, inside)
-
-
-def run_triton_with_entropy(case: Case) -> EntropyOutcome:
-    """The gradient over the logits."""
-    results = (torch.full((len(case.targets),), float("nan"), dtype=torch.float64) for _ in range(3))
-    logprob, lse, entropy = results
-    logprob = logprob.to(case.grad_logprob.dtype)
-    gradient = torch.empty_strided(case.logits.shape, case.logits.stride(), dtype=case.logits.dtype).copy_(case.logits)
-    triton_backend.token_logprobs_forward(gradient, case.targets, logprob, lse, entropy, IGNORE)
-    triton_backend.token_logprobs_backward(
-        case.grad_logprob, case.grad_lse, grad_entropy_of(case), gradient, case.targets, lse, entropy, gradient, IGNORE
-    )
-    return EntropyOutcome(logprob, lse, entropy, gradient)
-
-
-def peaked_rows(dtype: torch.dtype) -> Case:
-    """Targets with p within 1e-6 of 1, at either end and in the middle of rows that take two blocks; and a flat row."""
-    logits = torch.randn(4, BLOCK + 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    targets = torch.tensor([0, BLOCK // 2, BLOCK + 2, 9])
-    logits[range(3), targets[:3]] += 30.0
-    logits[3] = 1.5
-    return with_gradients(logits.to(dtype), targets)
+    entropy = None if case.grad_entropy is None else torch.full_like(lse, float("nan"))
+    padded = torch.full((rows, vocabulary + 5), float("nan"), dtype=case.logits.dtype)
+    gradient = padded[:, :vocabulary]
+    logits = gradient.copy_(case.logits) if in_place else case.logits
+    triton_backend.token_logprobs_forward(logits, case.targets, logprob, lse, entropy, IGNORE)
+    upstream = (case.grad_logprob, case.grad_lse, case.grad_entropy)
+    triton_backend.token_logprobs_backward(*upstream, logits, case.targets, lse, entropy, gradient, IGNORE)
+    assert padded[:, vocabulary:].isnan().all()
+    return Outcome(logprob, lse, gradient, entropy)
 
 
 def check_token_logprobs() -> int:
     checked = 0
     for dtype in DTYPES:
-        cases = [make_case(3, size, dtype, padding=3) for size in (1, 2, 17, BLOCK - 1, BLOCK, BLOCK + 1, 50257)]
-        cases += [make_case(rows, 100, dtype) for rows in (0, 1, 13)]
-        cases += [make_case(2, 5000, dtype, offset=offset) for offset in (1e4, -1e4)]
-        cases += [make_case(2, 5000, dtype, offset=offset, scale=1.0) for offset in (-110.0, -130.0)]
-        cases += [special_rows(17, dtype), special_rows(BLOCK + 452, dtype), make_case(4, 64, dtype, masked=1.1)]
-        cases += [peaked_rows(dtype)]
-        rising = torch.linspace(-60, 60, 2 * BLOCK + 9).to(dtype)
-        cases += [with_gradients(torch.stack([rising, rising.flip(0), rising.roll(BLOCK)]), torch.tensor([0, 1, 2]))]
-        for case in cases:
-            assert_right(run_triton(case), case)
-            assert_entropy_right(run_triton_with_entropy(case), case)
-            checked += 1
-    outside = Case(torch.zeros(2, 8), torch.tensor([8, -1]), torch.ones(2), torch.ones(2).double())
-    for part in dataclasses.astuple(run_triton(outside)) + dataclasses.astuple(run_triton_with_entropy(outside)):
-        assert part.isnan().all()
+        for entropy in (False, True):
+            one = {"dtype": dtype, "entropy": entropy}
+            sizes = (1, 2, 17, BLOCK - 1, BLOCK, BLOCK + 1, 50257)
+            cases = [make_case(3, size, padding=3, **one) for size in sizes]
+            cases += [make_case(rows, 100, **one) for rows in (0, 1, 13)]
+            cases += [make_case(2, 5000, offset=offset, **one) for offset in (1e4, -1e4)]
+            cases += [make_case(2, 5000, offset=offset, scale=1.0, **one) for offset in (-110.0, -130.0)]
+            cases += [special_rows(17, **one), special_rows(BLOCK + 452, **one), make_case(4, 64, masked=1.1, **one)]
+            cases += [shaped_rows(size, **one) for size in (17, 2 * BLOCK + 9)]
+            for case in cases:
+                assert_right(run_triton(case, in_place=entropy), case)
+                checked += 1
+    outside = with_gradients(torch.zeros(2, 8), torch.tensor([8, -1]), entropy=True)
+    assert all(part.isnan().all() for part in dataclasses.astuple(run_triton(outside)))
 
     logits = torch.randn(4, 30, requires_grad=True)
     ops.token_logprobs(logits, torch.tensor([0, 1, -100, 29]), backend="triton").logprob.sum().backward()
