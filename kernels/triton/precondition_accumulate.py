@@ -72,11 +72,8 @@ def _chunk(
         v = tl.load(v_from + offsets, mask=moved, other=0.0).to(SUM)
         before_x = tl.load(x_sum + offsets, mask=inside, other=0.0)
         before_y = tl.load(y_sum + offsets, mask=inside, other=0.0)
-        if SUM == tl.float64:
-            root = tl.sqrt(v * bias_correction)
-        else:
-            # The faster one takes small numbers for 0.
-            root = tl.sqrt_rn(v * bias_correction)
+        # sqrt takes numbers below the normal ones for 0; in float64 there is no other, and none needed.
+        root = tl.sqrt(v * bias_correction) if tl.float64 == SUM else tl.sqrt_rn(v * bias_correction)
         # Where v is 0 there is no scale; a NaN second moment is not one of 0.
         y = tl.where(root == 0.0, 0.0, g * (numerator / (root + eps)))
         wide_x = x.to(tl.float64)
