@@ -16,10 +16,10 @@ DOTS_BLOCK = 512  # chunks at once
 
 
 @triton.jit
-def _address(entry, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The address in a column of the table as a pointer; ALIGNED promises the compiler a multiple of 16 bytes."""
+def _address(entry, column: tl.constexpr, TYPE: tl.constexpr, WHOLE: tl.constexpr):
+    """The address in a column of the table as a pointer; WHOLE promises the compiler a multiple of 16 bytes."""
     pointer = tl.load(entry + column).to(tl.pointer_type(TYPE))
-    if ALIGNED:
+    if WHOLE:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
 
@@ -28,6 +28,12 @@ def _address(entry, column: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.conste
 def _float64_of(bits):
     """A float64 from its bit pattern: floats that are passed to a kernel arrive as float32."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _load(pointers, mask, WHOLE: tl.constexpr):
+    """Values, 0 outside the mask, which WHOLE leaves aside."""
+    return tl.load(pointers) if WHOLE else tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -41,17 +47,21 @@ def _chunk(
     GRADIENT: tl.constexpr,
     MOMENT: tl.constexpr,
     SUM: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
     UPDATE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of a tensor, from element ``begin``, whose x and g, v, and sums are stored in these types."""
-    x_from = _address(entry, 0, GRADIENT, ALIGNED)
-    g_from = _address(entry, 1, GRADIENT, ALIGNED)
-    v_from = _address(entry, 2, MOMENT, ALIGNED)
-    x_sum = _address(entry, 3, SUM, ALIGNED)
-    y_sum = _address(entry, 4, SUM, ALIGNED)
+    """One chunk of a tensor, from element ``begin``, whose x and g, v, and sums are stored in these types.
+
+    WHOLE says that all of the chunk is there, v too, at addresses that are multiples of 16: it is then read without masks,
+    16 bytes at a time.
+    """
+    x_from = _address(entry, 0, GRADIENT, WHOLE)
+    g_from = _address(entry, 1, GRADIENT, WHOLE)
+    v_from = _address(entry, 2, MOMENT, WHOLE)
+    x_sum = _address(entry, 3, SUM, WHOLE)
+    y_sum = _address(entry, 4, SUM, WHOLE)
     numel = tl.load(entry + 5)
     # Without second moments nothing of g and v is read.
     moved_numel = tl.where(tl.load(entry + 2) != 0, numel, 0)
@@ -67,11 +77,11 @@ def _chunk(
         offsets = begin + part + lanes
         inside = offsets < numel
         moved = offsets < moved_numel
-        x = tl.load(x_from + offsets, mask=inside, other=0.0).to(SUM) * factor_of_x
-        g = tl.load(g_from + offsets, mask=moved, other=0.0).to(SUM)
-        v = tl.load(v_from + offsets, mask=moved, other=0.0).to(SUM)
-        before_x = tl.load(x_sum + offsets, mask=inside, other=0.0)
-        before_y = tl.load(y_sum + offsets, mask=inside, other=0.0)
+        x = _load(x_from + offsets, inside, WHOLE).to(SUM) * factor_of_x
+        g = _load(g_from + offsets, moved, WHOLE).to(SUM)
+        v = _load(v_from + offsets, moved, WHOLE).to(SUM)
+        before_x = _load(x_sum + offsets, inside, WHOLE)
+        before_y = _load(y_sum + offsets, inside, WHOLE)
         # sqrt takes numbers below the normal ones for 0; in float64 there is no other, and none needed.
         root = tl.sqrt(v * bias_correction) if tl.float64 == SUM else tl.sqrt_rn(v * bias_correction)
         # Where v is 0 there is no scale; a NaN second moment is not one of 0.
@@ -82,8 +92,12 @@ def _chunk(
         x_y_sum += wide_x * before_y.to(tl.float64)
         y_x_sum += wide_y * before_x.to(tl.float64)
         if UPDATE:
-            tl.store(x_sum + offsets, before_x + x, mask=inside)
-            tl.store(y_sum + offsets, before_y + y, mask=inside)
+            if WHOLE:
+                tl.store(x_sum + offsets, before_x + x)
+                tl.store(y_sum + offsets, before_y + y)
+            else:
+                tl.store(x_sum + offsets, before_x + x, mask=inside)
+                tl.store(y_sum + offsets, before_y + y, mask=inside)
     tl.store(partial_dots, tl.sum(x_y, axis=0))
     tl.store(partial_dots + 1, tl.sum(x_y_sum, axis=0))
     tl.store(partial_dots + 2, tl.sum(y_x_sum, axis=0))
@@ -110,7 +124,8 @@ def _chunk_of_kind(
     if kind == KIND:
         addresses = tl.load(entry) | tl.load(entry + 1) | tl.load(entry + 2)
         addresses |= tl.load(entry + 3) | tl.load(entry + 4)
-        if (addresses & 15) == 0:
+        present = (tl.load(entry + 2) != 0) & (begin + CHUNK <= tl.load(entry + 5))
+        if present & ((addresses & 15) == 0):
             _chunk(
                 entry, factors, partial_dots, begin, x_scale, g_scale,
                 GRADIENT, MOMENT, SUM, True, UPDATE, CHUNK, BLOCK,

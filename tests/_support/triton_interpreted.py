@@ -183,7 +183,7 @@ GRADIENTS = {
 
 def check_precondition_accumulate() -> int:
     checked = 0
-    sizes = (1, 0, 1023, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
+    sizes = (1, 0, 1023, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 2, 3 * CHUNK + 5)
     lists = [([kind], sizes) for kind in GRADIENTS.values()] + [(list(GRADIENTS.values()), (7, 0, CHUNK + 1))]
     for kinds, tensor_sizes in lists:
         for update in (True, False):
