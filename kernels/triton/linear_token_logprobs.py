@@ -82,7 +82,8 @@ def _tanh(x):
     return tl.where(size < 0.5, x * (above / below), tl.where(x < 0, -far, far))
 
 
-@triton.jit
+# The number of rows is another in every batch: kernels that are compiled for special values of it would be many.
+@triton.jit(do_not_specialize=["rows"])
 def logits_kernel(
     hidden,  # [N, units], rows hidden_stride elements apart
     weight,  # [vocabulary, units], rows weight_stride elements apart, any floating type
@@ -230,7 +231,7 @@ def row_kernel(
         tl.store(own_state + 4, slope * times_log_weight(own / total, row_logprob + row_entropy))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def unit_gradients_kernel(
     workspace,
     weight,
