@@ -39,8 +39,8 @@ __device__ inline void store_sum_over_block(const Dots& own, double* to) {
 template <typename Scalar>
 __device__ inline Scalar preconditioned(Scalar g, Scalar v, Scalar bias_correction, Scalar eps, Scalar ratio) {
     const Scalar root = sqrt(v * bias_correction);
-    // Where v is 0 there is no scale; a NaN second moment is not one of 0.
-    return root == Scalar(0) ? Scalar(0) : g * (ratio / (root + eps));
+    // A scale of 0, not a y of 0: a gradient that is not finite stays visible.
+    return g * (root == Scalar(0) ? Scalar(0) : ratio / (root + eps));
 }
 
 // Gradient and Moment say how x and g, and v, are stored; Scalar is the type of the sums and of everything computed.

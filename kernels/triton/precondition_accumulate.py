@@ -84,8 +84,8 @@ def _chunk(
         before_y = _load(y_sum + offsets, inside, WHOLE)
         # sqrt takes numbers below the normal ones for 0; in float64 there is no other, and none needed.
         root = tl.sqrt(v * bias_correction) if tl.float64 == SUM else tl.sqrt_rn(v * bias_correction)
-        # Where v is 0 there is no scale; a NaN second moment is not one of 0.
-        y = tl.where(root == 0.0, 0.0, g * (numerator / (root + eps)))
+        # A scale of 0, not a y of 0: a gradient that is not finite stays visible.
+        y = g * tl.where(root == 0.0, 0.0, numerator / (root + eps))
         wide_x = x.to(tl.float64)
         wide_y = y.to(tl.float64)
         x_y += wide_x * wide_y
