@@ -2,13 +2,14 @@
 // device.
 //
 // For every element of every tensor:
-//     y = g g_scale ratio / (sqrt(v bias_correction) + eps),   0 where v is 0 or null
+//     y = g g_scale ratio / (sqrt(v bias_correction) + eps),   g 0 where v is 0,   0 where it is null
 //     x = x x_scale
 //     dots += (x y, x Y_sum, y X_sum)        with the sums as they were before
 //     X_sum += x,   Y_sum += y               unless the call only wants the dots
 //
 // One table describes all tensors, so that one launch does them all. Elements are cut into chunks of kAccumulateChunk,
-// tensor by tensor; each chunk's dots are summed in an order that depends on the chunk alone, and chunks in order.
+// tensor by tensor; a chunk's dots are summed in an order that depends on its size alone, and a tensor's chunks in one
+// that depends on their number alone.
 #pragma once
 
 #include <stdint.h>

@@ -33,8 +33,10 @@ struct SoftmaxRow {
 static_assert(sizeof(SoftmaxRow) == 8 * sizeof(double), "rows of a [rows, 8] tensor of doubles");
 
 struct SoftmaxBlock {
-    void* logits;            // [rows, width]: z on the way in, exp(z - highest) s on the way out, 0 at the target
-    void* entropy_weights;   // [rows, width]: exp(z - highest) (z - center) s, 0 at the target; or null
+    // [rows, width]: z on the way in, exp(z - highest) s on the way out; 0 at the target, and throughout a row whose
+    // sum is not finite
+    void* logits;
+    void* entropy_weights;   // [rows, width]: exp(z - highest) (z - center) s, with the same exceptions; or null
     const int64_t* targets;  // [rows]
     SoftmaxRow* state;       // [rows]
     int64_t rows;

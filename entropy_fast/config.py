@@ -38,6 +38,8 @@ class ProbeConfig:
             whole influence kernel K [B, B], which also gives the unbiased variance of U.
         max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
             (v = 0, no state, not in the optimizer) before the probe refuses to answer.
+        memory_budget: bytes that the one-pass engine may spend on keeping every unit's gradients, which gives the whole
+            influence kernel; above it the kernel's diagonal, row and column sums come from a second sweep over the batch.
 
     Raises:
         ConfigError: an option has a value outside what is listed.
@@ -54,6 +56,7 @@ class ProbeConfig:
     autocast_dtype: torch.dtype | None = None
     full_kernel: bool = False
     max_excluded_share: float = 0.01
+    memory_budget: int = 4 * 2**30
 
     def __post_init__(self) -> None:
         for field, choices in (
@@ -84,6 +87,11 @@ class ProbeConfig:
         if self.prompts_per_microbatch < 1:
             raise ConfigError(
                 f"ProbeConfig: `prompts_per_microbatch` is {self.prompts_per_microbatch}.", fix="use 1 or more."
+            )
+        if not isinstance(self.memory_budget, int) or isinstance(self.memory_budget, bool) or self.memory_budget < 0:
+            raise ConfigError(
+                f"ProbeConfig: `memory_budget` is {self.memory_budget!r}.",
+                fix="use a number of bytes, such as 8 * 2**30.",
             )
         if not 0 <= self.max_excluded_share <= 1:
             raise ConfigError(

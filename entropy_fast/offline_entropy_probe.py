@@ -1,4 +1,4 @@
-"""`OfflineEntropyProbe`: from rollouts to a `DeltaH1Result` by the two-pass engine."""
+"""`OfflineEntropyProbe`: from rollouts to a `DeltaH1Result` by one of the engines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from entropy_fast.config import ProbeConfig
 from entropy_fast.engines.coefficients import check_group_sizes
+from entropy_fast.engines.one_pass import OnePassEngine
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.geometry import AdamState, adam_state_from_file
 from entropy_fast.guards.grad_context import assert_grad_context
@@ -19,7 +20,9 @@ from entropy_fast.probe.result import DeltaH1Result
 from entropy_fast.probe_components import ProbeComponents, ProgressCallback
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 
-__all__ = ["OfflineEntropyProbe"]
+__all__ = ["ENGINES", "OfflineEntropyProbe"]
+
+ENGINES = ("two_pass", OnePassEngine.name)
 
 
 class OfflineEntropyProbe:
@@ -31,12 +34,12 @@ class OfflineEntropyProbe:
         config: options; None takes the defaults.
         learning_rate: overrides the optimizer's, rescaling all groups alike.
         on_progress: called with stage, prompts done and prompts in all.
+        engine: ``two_pass``, the reference; ``one_pass``, everything from one forward and one backward.
 
     Raises:
+        ConfigError: there is no such engine.
         OptimizerStateError, LearningRateError, ModelStateError: the three do not fit together.
     """
-
-    engine = "two_pass"
 
     def __init__(
         self,
@@ -46,7 +49,13 @@ class OfflineEntropyProbe:
         config: ProbeConfig | None = None,
         learning_rate: float | None = None,
         on_progress: ProgressCallback | None = None,
+        engine: str = "two_pass",
     ) -> None:
+        if engine not in ENGINES:
+            raise ConfigError(
+                f"OfflineEntropyProbe: engine is {engine!r}.", fix=f"use one of {', '.join(map(repr, ENGINES))}."
+            )
+        self.engine = engine
         state = _adam_state(optimizer, model)
         self.components = ProbeComponents(model, state, config, learning_rate, on_progress)
 
@@ -69,9 +78,15 @@ class OfflineEntropyProbe:
                 f"the same-batch estimate needs at least 2 prompts with responses, found {batch.n_prompts}.",
                 fix="probe more prompts, or pass entropy_rollouts for the two-batch estimate.",
             )
-        blocks = self.config.mode == "blocks"
         components = self.components
-        sums = components._compute_delta_h1_blocks(batch) if blocks else components._compute_delta_h1_exact(batch)
+        if self.engine == OnePassEngine.name:
+            one_pass = OnePassEngine(components)
+            sums = one_pass.kernel_sums(batch)
+            self._note(one_pass)
+        elif self.config.mode == "blocks":
+            sums = components._compute_delta_h1_blocks(batch)
+        else:
+            sums = components._compute_delta_h1_exact(batch)
         return assembly.same_batch_result(components, self.engine, batch, empty, sums)
 
     def run_mixed_probe(self, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
@@ -100,10 +115,19 @@ class OfflineEntropyProbe:
             )
         entropy, empty_entropy = self._prepare(entropy_rollouts)
         update, empty_update = self._prepare(update_rollouts)
-        sums = self.components.compute_cross_sums(entropy, update)
+        if self.engine == OnePassEngine.name:
+            one_pass = OnePassEngine(self.components)
+            sums = one_pass.cross_sums(entropy, update)
+            self._note(one_pass)
+        else:
+            sums = self.components.compute_cross_sums(entropy, update)
         return assembly.two_batch_result(
             self.components, self.engine, entropy, update, {"entropy": empty_entropy, "update": empty_update}, sums
         )
+
+    def _note(self, one_pass: OnePassEngine) -> None:
+        message = one_pass.warn_of_slower_path()
+        self.components.notes = [] if message is None else [message]
 
     def _prepare(self, rollouts: Rollouts) -> tuple[Rollouts, EmptyResponseReport]:
         batch, empty = rollouts.for_autograd().without_empty_responses()

@@ -33,6 +33,7 @@ from entropy_fast.guards.coverage import PassCoverage
 from entropy_fast.guards.grad_context import assert_attached, assert_grad_context
 from entropy_fast.guards.model_state import probe_state, reentrant_checkpointing
 from entropy_fast.guards.parameter_registry import ParameterRegistry
+from entropy_fast.ops import precondition_accumulate
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing import ForwardResult, PackedBatch, align_logprobs, model_logits, pack_rows
 
@@ -81,6 +82,7 @@ class ProbeComponents:
         self.leading_products: dict[str, float] = {}
         self.n_reached_by_alpha: int | None = None
         self.excluded: ExcludedElements | None = None
+        self.notes: list[str] = []  # what an engine wants said in the result
         self._on_progress = on_progress
 
     _assert_grad_context = staticmethod(assert_grad_context)
@@ -147,9 +149,8 @@ class ProbeComponents:
             GradientCoverageError: no parameter received a gradient (or, strict, one did not).
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_X")
-        total = self._gradient_sum("X", rollouts, range(rollouts.n_prompts), table=self._new_table("X", rollouts))
-        self._record_coverage("X", total, rollouts)
-        return total
+        total = self._gradient_sum("X", rollouts, range(rollouts.n_prompts), table=self.new_table("X", rollouts))
+        return self.finish_sum_X(total, rollouts)
 
     def accumulate_sum_Y(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (Y as in the theory)
         """Y_sum = P Σ_n g_n over all prompts, preconditioned.
@@ -158,7 +159,24 @@ class ProbeComponents:
             GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_Y")
-        total = self._gradient_sum("Y", rollouts, range(rollouts.n_prompts), table=self._new_table("Y", rollouts))
+        total = self._gradient_sum("Y", rollouts, range(rollouts.n_prompts), table=self.new_table("Y", rollouts))
+        return self.finish_sum_Y(total, rollouts)
+
+    def finish_sum_X(self, total: GradientSum, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (X as in the theory)
+        """Record what X_sum reached, and refuse a sum that reached nothing.
+
+        Raises:
+            GradientCoverageError: no parameter received a gradient (or, strict, one did not).
+        """
+        self._record_coverage("X", total, rollouts)
+        return total
+
+    def finish_sum_Y(self, total: GradientSum, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (Y as in the theory)
+        """Y_sum from Σ_n g_n: its coverage recorded, what has no second moment counted, the rest preconditioned.
+
+        Raises:
+            GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
+        """
         self._record_coverage("Y", total, rollouts)
         self.excluded = self.preconditioner.excluded(total.tensors)
         check_excluded(self.excluded, self.config.max_excluded_share)
@@ -176,7 +194,7 @@ class ProbeComponents:
         """Kernel sums between an entropy batch and an independent update batch."""
         self._assert_grad_context("ProbeComponents.compute_cross_sums")
         x_sum, y_sum = self.accumulate_sum_X(entropy), self.accumulate_sum_Y(update)
-        x_dot_y = self._compare_sums(x_sum, y_sum)
+        x_dot_y = self.compare_sums(x_sum, y_sum)
         if self.config.conditional_variance == "alpha":
             y_mean = [y / update.n_prompts for y in y_sum.tensors]
             rows = self.compute_conditional_variance_over_E_alpha(entropy, y_mean) * update.n_prompts
@@ -221,31 +239,44 @@ class ProbeComponents:
                 )
                 projections.append(found.projections)
                 self.n_reached_by_alpha = found.n_with_gradient
-                self._report("alpha", int(prompt.max()) + 1, entropy.n_prompts)
+                self.report("alpha", int(prompt.max()) + 1, entropy.n_prompts)
         return torch.cat(projections)
 
     def _kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> KernelSums:
         """Aggregate passes, then the diagonal phase: X_u by one backward and Y_u by a second on a fresh graph."""
         x_sum, y_sum = self.accumulate_sum_X(rollouts), self.accumulate_sum_Y(rollouts)
-        self._check_repeatable()
-        x_dot_y = self._compare_sums(x_sum, y_sum)
-        dot_Xu_Yu, dot_Xu_SumY, dot_Yu_SumX = [], [], []
+        first, second = (self.sequences[label].sequence_logprobs for label in ("X", "Y"))
+        self.check_repeatable(first, second, torch.arange(rollouts.n_sequences))
+        x_dot_y = self.compare_sums(x_sum, y_sum)
+        moments = self.preconditioner.second_moments(x_sum.tensors)
+        dots = []  # per unit X_u · Y_u, X_u · Y_sum and Y_u · X_sum
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         for unit in units:
             x_unit = self._gradient_sum("X", rollouts, unit).tensors
-            y_unit = self.preconditioner.apply_preconditioner(self._gradient_sum("Y", rollouts, unit).tensors)
-            dot_Xu_Yu.append(inner_product(x_unit, y_unit))
-            dot_Xu_SumY.append(inner_product(x_unit, y_sum.tensors))
-            dot_Yu_SumX.append(inner_product(y_unit, x_sum.tensors))
+            g_unit = self._gradient_sum("Y", rollouts, unit).tensors
+            per_parameter = precondition_accumulate(
+                x_unit,
+                g_unit,
+                moments.tensors,
+                x_sum.tensors,
+                y_sum.tensors,
+                bias_correction=moments.bias_correction,
+                eps=moments.eps,
+                ratio=moments.ratio,
+                update=False,
+            )
+            dots.append(per_parameter.sum(0).cpu())
             if self.config.full_kernel:
+                y_unit = self.preconditioner.apply_preconditioner(g_unit)
                 kept.append(([x.cpu() for x in x_unit], [y.cpu() for y in y_unit]))
-            self._report("diagonal", unit[-1] + 1, rollouts.n_prompts)
+            self.report("diagonal", unit[-1] + 1, rollouts.n_prompts)
+        diagonal, row_sums, column_sums = torch.stack(dots).unbind(1)
         kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
         return KernelSums(
             x_dot_y=x_dot_y,
-            diagonal=torch.tensor(dot_Xu_Yu, dtype=torch.float64),
-            row_sums=torch.tensor(dot_Xu_SumY, dtype=torch.float64),
-            column_sums=torch.tensor(dot_Yu_SumX, dtype=torch.float64),
+            diagonal=diagonal.contiguous(),
+            row_sums=row_sums.contiguous(),
+            column_sums=column_sums.contiguous(),
             unit_sizes=torch.tensor([len(unit) for unit in units]),
             kernel=torch.tensor(kernel, dtype=torch.float64) if kernel else None,
         )
@@ -258,7 +289,7 @@ class ProbeComponents:
             if which == "Y":
                 gradient = self.preconditioner.apply_preconditioner(gradient)
             products.append(inner_product(gradient, direction))
-            self._report(f"{which} per prompt", prompt + 1, rollouts.n_prompts)
+            self.report(f"{which} per prompt", prompt + 1, rollouts.n_prompts)
         return torch.tensor(products, dtype=torch.float64)
 
     def _gradient_sum(
@@ -275,7 +306,7 @@ class ProbeComponents:
         with self.probe_state():
             if which == "Y":
                 # Every pass starts from the caller's random state. One draw more before Y, so that randomness nobody
-                # switched off differs from that of X and `_check_repeatable` sees it.
+                # switched off differs from that of X and `check_repeatable` sees it.
                 torch.rand(1, device=self.device)
             for rows in self._iter_prompt_microbatches(rollouts, prompts):
                 forward = self._compute_aligned_batch_logprobs(rollouts, rows)
@@ -291,26 +322,35 @@ class ProbeComponents:
                 if table is not None:
                     table.put(rows, forward.sequence_logprobs, coefficients)
                     done += len(torch.unique(rollouts.prompt_index[rows]))
-                    self._report(which, done, rollouts.n_prompts)
+                    self.report(which, done, rollouts.n_prompts)
         return total
 
-    def _check_repeatable(self) -> None:
-        """Raise when the X and Y passes, two forwards of the same sequences, gave different log-probs."""
-        first, second = (self.sequences[label].sequence_logprobs for label in ("X", "Y"))
+    def check_repeatable(self, first: Tensor, second: Tensor, rows: Tensor) -> None:
+        """Raise when two forwards of the same sequences gave different log-probs.
+
+        Args:
+            first: [n] S_i, nats.
+            second: [n] S_i of the other forward.
+            rows: [n] row indices, for the message.
+
+        Raises:
+            ModelStateError: they differ by more than kernels that are not deterministic explain.
+        """
         difference = (first - second).abs()
         worst = int((difference / first.abs().clamp_min(1.0)).argmax())
         if float(difference[worst]) > REPEATABILITY * max(1.0, float(first[worst].abs())):
             raise ModelStateError(
-                f"two forwards of sequence {worst} gave log-probs {float(first[worst]):.6g} and {float(second[worst]):.6g} "
-                "nats: something in the model is random although dropout modules are off.",
+                f"two forwards of sequence {int(rows[worst])} gave log-probs {float(first[worst]):.6g} and "
+                f"{float(second[worst]):.6g} nats: something in the model is random although dropout modules are off.",
                 fix="remove dropout or noise from hooks and custom forwards (a functional dropout that ignores training).",
             )
 
-    def _new_table(self, label: str, rollouts: Rollouts) -> SequenceTable:
+    def new_table(self, label: str, rollouts: Rollouts) -> SequenceTable:
+        """An empty table of the sequences of pass ``label``, which the result will show."""
         self.sequences[label] = SequenceTable.empty(rollouts.n_sequences)
         return self.sequences[label]
 
-    def _compare_sums(self, x_sum: GradientSum, y_sum: GradientSum) -> float:
+    def compare_sums(self, x_sum: GradientSum, y_sum: GradientSum) -> float:
         """X_sum · Y_sum, with the products of the first few parameters kept for the diagnostics."""
         coverage_guard.warn_if_coverage_differs(self.coverage["X"], self.coverage["Y"])
         products = per_parameter_products(x_sum.tensors, y_sum.tensors)
@@ -353,6 +393,7 @@ class ProbeComponents:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.config.autocast_dtype)
 
-    def _report(self, stage: str, done: int, total: int) -> None:
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Tell the caller how far a stage has come."""
         if self._on_progress is not None:
             self._on_progress(stage, done, total)

@@ -32,9 +32,9 @@ struct Dot {
 template <typename Vector, typename Scalar>
 inline Vector preconditioned(Vector g, Vector v, Scalar bias_correction, Scalar eps, Scalar ratio) {
     const Vector root = square_root(v * bias_correction);
-    const Vector y = g * (ratio / (root + eps));
-    // Where v is 0 there is no scale; a NaN second moment is not one of 0.
-    return root == (Scalar)0 ? Vector{} : y;
+    const Vector scale = ratio / (root + eps);
+    // A scale of 0, not a y of 0: a gradient that is not finite stays visible.
+    return g * (root == (Scalar)0 ? Vector{} : scale);
 }
 
 // Gradient and Moment say how x and g, and v, are stored; Sum is the type of the sums and of everything computed.

@@ -39,6 +39,11 @@ void store(typename Element::Storage* to, typename Element::Vector value, int64_
     }
 }
 
+template <typename Element>
+void clear(typename Element::Storage* row, int64_t width) {
+    __builtin_memset(row, 0, sizeof(typename Element::Storage) * width);
+}
+
 struct Highest {
     double value;
     bool nan;
@@ -154,7 +159,12 @@ void process_row(const Row<Element>& row, int64_t target, bool weights, SoftmaxR
         state->center = center;
         pass<false, true, true, kSoftcap, Element>(row, state->highest, center, nullptr, nullptr);
     }
-    if (here && weights) {
+    if (weights && !(state->sum < infinity)) {
+        // The caller knows such rows by their sum. Their weights are 0, for some matrix products read past the end of a
+        // row and count on 0 times that being 0: a NaN would get into the row before.
+        clear<Element>(row.logits, row.width);
+        if (row.entropy_weights) clear<Element>(row.entropy_weights, row.width);
+    } else if (here && weights) {
         store_one<Element>(row.logits + target, 0);
         if (row.entropy_weights) store_one<Element>(row.entropy_weights + target, 0);
     } else if (here) {

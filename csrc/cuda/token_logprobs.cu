@@ -2,25 +2,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <limits>
-#include <stdexcept>
-#include <string>
-
 #include "../token_logprobs_check.h"
+#include "launch.h"
 #include "token_logprobs.cuh"
 #include "token_logprobs.h"
 
 namespace entropy_fast {
 namespace cuda {
 namespace {
-
-template <typename Call>
-void check(const Call& call) {
-    check_shape(call);
-    if (call.rows > std::numeric_limits<int>::max()) {
-        throw std::invalid_argument("token_logprobs: more rows than a grid has blocks (2147483647)");
-    }
-}
 
 // `launch` gets a null pointer of the storage type.
 template <typename Launch>
@@ -39,31 +28,32 @@ void dispatch(ElementType element_type, const Launch& launch) {
             launch(static_cast<__half*>(nullptr));
             break;
     }
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string("token_logprobs: the CUDA launch failed: ") + cudaGetErrorString(status));
-    }
+    check_launch("token_logprobs");
 }
 
 }  // namespace
 
 void token_logprobs_forward(const TokenLogprobsForward& call, void* stream) {
-    check(call);
-    if (call.rows == 0) return;
+    check_shape(call);
+    const unsigned rows = blocks_for("token_logprobs", call.rows);
+    if (rows == 0) return;
     dispatch(call.element_type, [&](auto* storage) {
         using Storage = std::remove_pointer_t<decltype(storage)>;
-        token_logprobs_forward_kernel<Storage>
-            <<<static_cast<unsigned>(call.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
+        const auto kernel =
+            call.entropy ? token_logprobs_forward_kernel<Storage, true> : token_logprobs_forward_kernel<Storage, false>;
+        kernel<<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
     });
 }
 
 void token_logprobs_backward(const TokenLogprobsBackward& call, void* stream) {
-    check(call);
-    if (call.rows == 0) return;
+    check_shape(call);
+    const unsigned rows = blocks_for("token_logprobs", call.rows);
+    if (rows == 0) return;
     dispatch(call.element_type, [&](auto* storage) {
         using Storage = std::remove_pointer_t<decltype(storage)>;
-        token_logprobs_backward_kernel<Storage>
-            <<<static_cast<unsigned>(call.rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
+        const auto kernel = call.grad_entropy ? token_logprobs_backward_kernel<Storage, true>
+                                              : token_logprobs_backward_kernel<Storage, false>;
+        kernel<<<rows, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(call);
     });
 }
 

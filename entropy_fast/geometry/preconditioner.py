@@ -19,7 +19,7 @@ from entropy_fast.errors import GradientCoverageError, LearningRateError, Optimi
 from entropy_fast.geometry.adam_state import AdamState
 from entropy_fast.guards.parameter_registry import ParameterRegistry
 
-__all__ = ["AdamPreconditioner", "ExcludedElements"]
+__all__ = ["AdamPreconditioner", "ExcludedElements", "SecondMoments"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,23 @@ class ExcludedElements:
     below_eps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class SecondMoments:
+    """What `entropy_fast.ops.precondition_accumulate` needs of an optimizer, one entry per registered parameter.
+
+    Attributes:
+        tensors: v in the parameter's shape, None where there is no state.
+        bias_correction: 1 / (1 - β2^step).
+        eps: ε.
+        ratio: the group's learning rate relative to the first group's.
+    """
+
+    tensors: list[Tensor | None]
+    bias_correction: list[float]
+    eps: list[float]
+    ratio: list[float]
+
+
 class AdamPreconditioner:
     """Maps raw gradients to Adam-preconditioned ones.
 
@@ -59,6 +76,7 @@ class AdamPreconditioner:
         self._state = state
         self._registry = registry
         self._versions = self._current_versions()
+        self._moments: dict[tuple[torch.device, ...], SecondMoments] = {}
         first = state.groups[0].learning_rate
         self.learning_rate = _check_rate(first if learning_rate is None else learning_rate, learning_rate is None)
         rates = [group.learning_rate for group in state.groups]
@@ -85,11 +103,7 @@ class AdamPreconditioner:
         Raises:
             OptimizerStateError: the optimizer has stepped since this preconditioner was made.
         """
-        if self._current_versions() != self._versions:
-            raise OptimizerStateError(
-                "the optimizer has stepped since the probe read its second moments and step counts.",
-                fix="build the probe again after every optimizer step (fast_delta_h1 does).",
-            )
+        self._check_current()
         preconditioned = []
         for gradient, scale in zip(gradients, self._scales, strict=True):
             if scale is None:
@@ -97,6 +111,35 @@ class AdamPreconditioner:
             else:
                 preconditioned.append(gradient * scale.to(device=gradient.device, dtype=gradient.dtype))
         return preconditioned
+
+    def second_moments(self, gradients: Sequence[Tensor]) -> SecondMoments:
+        """The second moments and factors for gradients like these, on their devices and in their dtypes.
+
+        Args:
+            gradients: one per registered parameter, in fp32 or fp64.
+
+        Raises:
+            OptimizerStateError: the optimizer has stepped since this preconditioner was made.
+        """
+        self._check_current()
+        devices = tuple(gradient.device for gradient in gradients)
+        if devices not in self._moments:
+            found = SecondMoments([], [], [], [])
+            for parameter, gradient in zip(self._registry.parameters, gradients, strict=True):
+                moments = self._state.moments.get(parameter.name)
+                if moments is None or parameter.group is None:
+                    tensor, bias_correction, eps, ratio = None, 1.0, 1.0, 0.0
+                else:
+                    group = self._state.groups[parameter.group]
+                    tensor = moments.second_moment.to(device=gradient.device, dtype=gradient.dtype)
+                    bias_correction = 1.0 / (1.0 - math.pow(group.beta2, moments.step))
+                    eps, ratio = group.eps, self._ratios[parameter.group]
+                found.tensors.append(tensor)
+                found.bias_correction.append(bias_correction)
+                found.eps.append(eps)
+                found.ratio.append(ratio)
+            self._moments[devices] = found
+        return self._moments[devices]
 
     def excluded(self, gradients: Sequence[Tensor]) -> ExcludedElements:
         """Count what `apply_preconditioner` leaves out of these gradients."""
@@ -134,6 +177,13 @@ class AdamPreconditioner:
             scale = self._ratios[parameter.group] / (root + group.eps)
             scales.append(torch.where(root > 0, scale, torch.zeros_like(scale)))
         return scales
+
+    def _check_current(self) -> None:
+        if self._current_versions() != self._versions:
+            raise OptimizerStateError(
+                "the optimizer has stepped since the probe read its second moments and step counts.",
+                fix="build the probe again after every optimizer step (fast_delta_h1 does).",
+            )
 
     def _current_versions(self) -> dict[str, int]:
         """How often each second moment has been written to; torch counts in-place changes."""

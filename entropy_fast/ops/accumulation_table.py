@@ -103,5 +103,5 @@ def accumulation_table(
     if device.type == "cpu":
         return AccumulationTable(*host, kinds, tensors)
     pinned = tuple(part.pin_memory() for part in host)
-    on_device = [part.to(device, non_blocking=True) for part in pinned]
-    return AccumulationTable(*on_device, kinds, (*tensors, pinned))
+    entries_there, factors_there, owners_there = (part.to(device, non_blocking=True) for part in pinned)
+    return AccumulationTable(entries_there, factors_there, owners_there, kinds, (*tensors, pinned))

@@ -15,13 +15,12 @@ from entropy_fast.reference import LinearTokenLogprobs
 
 __all__ = ["WORKSPACE_BYTES", "add_product", "block_logits", "linear_token_logprobs"]
 
-# What the blocks of logits take at most, beside two rows x H accumulators and the results: large enough for a matrix product
-# to run at full rate, small enough for the second-level caches.
-WORKSPACE_BYTES = 2**23
-_ROWS = 512
-# Products of row counts that are no multiple of this take other paths in the BLAS, with other roundings: the last block of
-# rows is filled up to one, so that a row's result does not depend on how many others there are.
-_ROW_MULTIPLE = 64
+# What the blocks of logits and the accumulators take, beside the results. A quarter of it is one block of logits (for the
+# entropy there is another): large enough for a matrix product to run at full rate, small enough for the caches.
+WORKSPACE_BYTES = 2**24
+# Every product has this many rows, the last ones filled up: BLAS libraries take other paths, with other roundings, for other
+# numbers of rows, and a row's result must not depend on how many others there are.
+_ROWS = 256
 
 
 def linear_token_logprobs(
@@ -37,12 +36,15 @@ def linear_token_logprobs(
 ) -> LinearTokenLogprobs:
     """As ``entropy_fast.reference.linear_token_logprobs``, on the CPU, within ``WORKSPACE_BYTES``."""
     dtype = accumulator(hidden)
+    if hidden.dtype == torch.float16:
+        # Weights are relative to a row's maximum, not to its sum: a product of a thousand of them passes 65504.
+        hidden = hidden.float()
     rows = hidden.shape[0]
     scalars = torch.zeros(3, rows, dtype=torch.float64)
     n_units = unit_gradients * (1 + want_entropy)
     units = [torch.zeros(hidden.shape, dtype=dtype) for _ in range(n_units)]
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    for chosen in kept.split(_ROWS):
+    for chosen in torch.split(kept, _ROWS):
         found, found_units = _rows(hidden[chosen], weight, targets[chosen], bias, softcap, n_units)
         scalars[:, chosen] = found
         for whole, part in zip(units, found_units, strict=True):
@@ -57,13 +59,9 @@ def linear_token_logprobs(
     )
 
 
-def _block_width(dtype: torch.dtype, hidden_size: int) -> int:
-    """Tokens of one block, a number that does not depend on how many rows there are.
-
-    Every block's product is added to the rows x H accumulators: wide hidden states want wider blocks to pay for that.
-    """
-    width = WORKSPACE_BYTES // (4 * _ROWS * dtype.itemsize)
-    return 2 * width if hidden_size > 1024 else width
+def _block_width(dtype: torch.dtype) -> int:
+    """Tokens of one block, a number that depends on the dtype alone."""
+    return WORKSPACE_BYTES // (4 * _ROWS * dtype.itemsize)
 
 
 def block_logits(
@@ -82,22 +80,24 @@ def _rows(
 ) -> tuple[Tensor, list[Tensor]]:
     """``[3, rows]`` logprob, lse and entropy in float64, and ``n_units`` unit gradients."""
     n = hidden.shape[0]
-    padded = -(-n // _ROW_MULTIPLE) * _ROW_MULTIPLE
     dtype = accumulator(hidden)
-    h = hidden if padded == n else torch.cat([hidden, hidden.new_zeros(padded - n, hidden.shape[1])])
+    # Some matrix products read past the end of a row and count on 0 times that being 0: a NaN would get into the row before.
+    finite = hidden.isfinite().all(1, keepdim=True)
+    h = hidden.new_zeros(_ROWS, hidden.shape[1])
+    h[:n] = hidden.masked_fill(~finite, 0.0)
     # A target that no block holds: rows that only fill up.
-    y = torch.nn.functional.pad(targets, (0, padded - n), value=-1)
-    state = torch.zeros(padded, 8, dtype=torch.float64)
+    y = torch.nn.functional.pad(targets, (0, _ROWS - n), value=-1)
+    state = torch.zeros(_ROWS, 8, dtype=torch.float64)
     state[:, 0], state[:, 4] = -torch.inf, torch.nan
-    sums = [torch.zeros(padded, h.shape[1], dtype=dtype) for _ in range(n_units)]
+    sums = [torch.zeros(_ROWS, h.shape[1], dtype=dtype) for _ in range(n_units)]
     # Allocated once: fresh memory of this size would be mapped, and its pages cleared, for every block.
-    width = min(_block_width(h.dtype, h.shape[1]), weight.shape[0])
-    workspace = torch.empty(max(1, n_units), padded * width, dtype=h.dtype)
+    width = min(_block_width(h.dtype), weight.shape[0])
+    workspace = torch.empty(max(1, n_units), _ROWS * width, dtype=h.dtype)
     product = torch.empty(h.shape, dtype=h.dtype)
     for begin in range(0, weight.shape[0], width):
         block = slice(begin, min(begin + width, weight.shape[0]))
         part = weight[block].to(h.dtype)
-        views = [flat[: padded * len(part)].view(padded, len(part)) for flat in workspace]
+        views = [flat[: _ROWS * len(part)].view(_ROWS, len(part)) for flat in workspace]
         z = block_logits(h, part, None if bias is None else bias[block], softcap, out=views[0])
         weights = views[:n_units]
         native_backend.softmax_block(
@@ -113,6 +113,7 @@ def _rows(
             _rescale(sums, state)
         for total, weight_of in zip(sums, weights, strict=True):
             add_product(total, weight_of, part, product)
+    state[:n, 1].masked_fill_(~finite.squeeze(1), torch.nan)
     return _finish(state[:n], [total[:n] for total in sums], weight, targets, softcap)
 
 

@@ -5,6 +5,7 @@ Legend: h hidden state, W output layer, z logits, s_v the softcap's derivative a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from entropy_fast.ops.registration import accumulator
 from entropy_fast.ops.token_logprobs import overwrite_with_gradient
 from entropy_fast.reference import LinearTokenLogprobs
 
-__all__ = ["Upstream", "gradient_of_hidden", "gradient_of_weight", "second_derivatives"]
+__all__ = ["SecondDerivatives", "Upstream", "gradient_of_hidden", "gradient_of_weight", "second_derivatives"]
 
 # Of logprob, lse and entropy, each [rows]; the last is None when there is no entropy.
 Upstream = tuple[Tensor, Tensor, Tensor | None]
@@ -68,13 +69,14 @@ def gradient_of_weight(
     of_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if wanted[1] else None
     kept = (targets != ignore_index).nonzero().squeeze(1)
     part = weight.to(hidden.dtype)
-    for rows in kept.split(_rows_at_once(weight.shape[0], hidden.dtype)):
+    for rows in torch.split(kept, _rows_at_once(weight.shape[0], hidden.dtype)):
         h = hidden[rows]
         z = block_logits(h, part, bias, softcap)
-        of_logprob, of_lse, of_entropy = (None if t is None else t[rows] for t in grads)
         slope = None if softcap is None else 1.0 - (z / softcap).square()
-        own_entropy = None if entropy is None else entropy[rows]
-        overwrite_with_gradient(of_logprob, of_lse, of_entropy, z, targets[rows], lse[rows], own_entropy, ignore_index)
+        of_entropy, own_entropy = (None if t is None else t[rows] for t in (grads[2], entropy))
+        overwrite_with_gradient(
+            grads[0][rows], grads[1][rows], of_entropy, z, targets[rows], lse[rows], own_entropy, ignore_index
+        )
         if slope is not None:
             z.mul_(slope)
         if of_weight is not None:
@@ -87,77 +89,96 @@ def gradient_of_weight(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SecondDerivatives:
+    """Of Σ ⟨cotangent, gradient of an input⟩, with respect to upstream gradients and inputs; None where not wanted."""
+
+    of_upstream: list[Tensor | None]
+    of_hidden: Tensor | None
+    of_weight: Tensor | None
+    of_bias: Tensor | None
+
+
 def second_derivatives(
-    grads: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
     inputs: tuple[Tensor, Tensor, Tensor | None],
     targets: Tensor,
     cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool],
     softcap: float | None,
     ignore_index: int,
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradient of Σ ⟨cotangent, gradient of an input⟩ with respect to the upstream gradients and the inputs.
-
-    By plain torch through the reference, a few whole rows at a time, and so differentiable again.
+) -> SecondDerivatives:
+    """By plain torch through the reference, a few whole rows at a time, and so differentiable again.
 
     Args:
-        grads: upstream gradients of logprob, lse and entropy.
+        upstream: gradients of logprob, lse and entropy, ``[rows]`` each.
         inputs: hidden states, weight, bias.
         targets: ``[rows]``.
         cotangents: of the gradients of hidden states, weight and bias; None where there is none.
+        wanted: whether the derivative is wanted, for each of ``upstream`` and ``inputs``.
         softcap: as in the forward.
         ignore_index: as in the forward.
-
-    Returns:
-        For ``grads`` and for ``inputs``, one gradient each, None where the argument is.
     """
     hidden, weight, bias = inputs
+    by_row: list[list[Tensor]] = [[] for _ in range(4)]
+    totals: list[Tensor | None] = [None, None]
+    for rows in torch.split(
+        torch.arange(hidden.shape[0], device=hidden.device), _rows_at_once(weight.shape[0], hidden.dtype)
+    ):
+        part_upstream = [None if t is None else t[rows] for t in upstream]
+        part_cotangents = [None if cotangents[0] is None else cotangents[0][rows], *cotangents[1:]]
+        found = _of_few_rows(
+            [*part_upstream, hidden[rows], weight, bias], targets[rows], part_cotangents, wanted, softcap, ignore_index
+        )
+        for parts, new in zip(by_row, found[:4], strict=True):
+            if new is not None:
+                parts.append(new)
+        totals = [
+            old if new is None else new if old is None else old + new
+            for old, new in zip(totals, found[4:], strict=True)
+        ]
+    *of_upstream, of_hidden = (torch.cat(parts) if parts else None for parts in by_row)
+    return SecondDerivatives(of_upstream, of_hidden, *totals)
+
+
+def _of_few_rows(
+    tensors: list[Tensor | None],
+    targets: Tensor,
+    cotangents: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    softcap: float | None,
+    ignore_index: int,
+) -> list[Tensor | None]:
+    """One derivative for each of ``tensors``: three upstream gradients, hidden states, weight and bias."""
     higher = torch.is_grad_enabled()
-    of_grads: list[list[Tensor]] = [[] for _ in grads]
-    of_hidden = []
-    of_parameters: list[Tensor | None] = [None, None]
-    for rows in torch.arange(hidden.shape[0], device=hidden.device).split(_rows_at_once(weight.shape[0], hidden.dtype)):
-        with torch.enable_grad():
-            upstream = [None if grad is None else _leaf(grad[rows], higher) for grad in grads]
-            h, w, b = _leaf(hidden[rows], higher), _leaf(weight, higher), None if bias is None else _leaf(bias, higher)
-            outputs = reference.linear_token_logprobs(
-                h,
-                w,
-                targets[rows],
-                bias=b,
-                softcap=softcap,
-                want_entropy=grads[2] is not None,
-                ignore_index=ignore_index,
-            )
-            total = sum(
-                (g.to(o.dtype) * o).sum()
-                for g, o in zip(upstream, outputs[:3], strict=True)
-                if g is not None and o is not None
-            )
-            wanted = [
-                (t, None if c is None else c[rows] if t is h else c) for t, c in zip((h, w, b), cotangents, strict=True)
-            ]
-            pairs = [(t, c) for t, c in wanted if t is not None and c is not None]
-            first = torch.autograd.grad(total, [t for t, _ in pairs], create_graph=True)
-            projected = sum((f * c).sum() for f, (_, c) in zip(first, pairs, strict=True))
-            targets_of_second = [t for t in (*upstream, h, w, b) if t is not None]
-            second = iter(
-                torch.autograd.grad(
-                    projected, targets_of_second, create_graph=higher, allow_unused=True, materialize_grads=True
-                )
-            )
-        for grad, parts in zip(grads, of_grads, strict=True):
-            if grad is not None:
-                parts.append(next(second))
-        of_hidden.append(next(second))
-        for index, parameter in enumerate((weight, bias)):
-            if parameter is not None:
-                part, before = next(second), of_parameters[index]
-                of_parameters[index] = part if before is None else before + part
-    joined = [
-        None if grad is None else torch.cat(parts) if parts else torch.zeros_like(grad)
-        for grad, parts in zip(grads, of_grads, strict=True)
-    ]
-    return joined, [torch.cat(of_hidden) if of_hidden else torch.zeros_like(hidden), *of_parameters]
+    with torch.enable_grad():
+        leaves = [None if t is None else _leaf(t, higher) for t in tensors]
+        upstream, (hidden, weight, bias) = leaves[:3], leaves[3:]
+        assert hidden is not None and weight is not None
+        outputs = reference.linear_token_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            softcap=softcap,
+            want_entropy=upstream[2] is not None,
+            ignore_index=ignore_index,
+        )[:3]
+        weighted = [(g, o) for g, o in zip(upstream, outputs, strict=True) if g is not None and o is not None]
+        total = torch.stack([(g.to(o.dtype) * o).sum().double() for g, o in weighted]).sum()
+        pairs = [(t, c) for t, c in zip(leaves[3:], cotangents, strict=True) if t is not None and c is not None]
+        first = torch.autograd.grad(total, [t for t, _ in pairs], create_graph=True)
+        projected = torch.stack([(f * c).sum().double() for f, (_, c) in zip(first, pairs, strict=True)]).sum()
+        chosen = [t if want else None for t, want in zip(leaves, wanted, strict=True)]
+        second = torch.autograd.grad(
+            projected,
+            [t for t in chosen if t is not None],
+            create_graph=higher,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    remaining = iter(second)
+    return [None if t is None else next(remaining) for t in chosen]
 
 
 def _leaf(tensor: Tensor, higher: bool) -> Tensor:
@@ -167,4 +188,4 @@ def _leaf(tensor: Tensor, higher: bool) -> Tensor:
 
 def _rows_at_once(vocabulary: int, dtype: torch.dtype) -> int:
     """How many rows of whole logits are worked on at once."""
-    return max(16, 4 * WORKSPACE_BYTES // (vocabulary * dtype.itemsize))
+    return max(16, 2 * WORKSPACE_BYTES // (vocabulary * dtype.itemsize))

@@ -65,6 +65,7 @@ def linear_token_logprobs(
         ConfigError: shapes, dtypes, devices, targets or softcap do not fit, or there is no such backend.
         BackendUnavailableError: the backend was asked for by name and cannot run here, or does not have this op.
     """
+    _check_arguments(hidden, weight, targets, bias, softcap)
     if torch.is_autocast_enabled(hidden.device.type) and hidden.is_floating_point():
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     needs_units = torch.is_grad_enabled() and hidden.requires_grad
@@ -93,6 +94,7 @@ def linear_token_logprobs_with_units(
     Arguments and errors are the same. Nothing here carries a graph. ``lse`` and ``entropy`` are float64; ``unit_logprob``
     and ``unit_entropy`` (None without ``want_entropy``) are ``[rows, H]`` in the dtype of ``logprob``.
     """
+    _check_arguments(hidden, weight, targets, bias, softcap)
     with torch.no_grad():
         return LinearTokenLogprobs(
             *_linear_token_logprobs(
@@ -283,17 +285,18 @@ def _fake_backward(
 
 def _save_for_double_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
     grads, (hidden, weight, bias, targets) = inputs[:3], inputs[3:7]
-    ctx.softcap, ctx.wanted, ctx.ignore_index = inputs[12:15]
+    ctx.softcap, _, ctx.ignore_index, _ = inputs[12:]
     ctx.save_for_backward(*grads, hidden, weight, bias, targets)
 
 
 def _differentiate_twice(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """By plain torch's second derivatives of the reference, which hold ``[rows, vocabulary]`` for a few rows at a time."""
-    *grads, hidden, weight, bias, targets = ctx.saved_tensors
-    of_grads, of_inputs = linear_gradients.second_derivatives(
-        grads, (hidden, weight, bias), targets, cotangents, ctx.softcap, ctx.ignore_index
+    *upstream, hidden, weight, bias, targets = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:6]
+    found = linear_gradients.second_derivatives(
+        upstream, (hidden, weight, bias), targets, cotangents, wanted, ctx.softcap, ctx.ignore_index
     )
-    return (*of_grads, *of_inputs, *(None,) * 10)
+    return (*found.of_upstream, found.of_hidden, found.of_weight, found.of_bias, *(None,) * 10)
 
 
 _linear_token_logprobs = register(

@@ -254,6 +254,8 @@ def overwrite_with_gradient(
     """Write the gradient with respect to ``logits`` over them."""
     arguments = (grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ignore_index, backend)
     _token_logprobs_backward_in_place(*arguments)
+    # Whoever else saved these logits for a backward is told so by torch.
+    torch.autograd.graph.increment_version(logits)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
@@ -264,9 +266,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _differentiate(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
     logits, targets, lse, entropy = ctx.saved_tensors
     arguments = (grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ctx.ignore_index, ctx.backend)
-    if ctx.overwrite_logits and not torch.is_grad_enabled() and _dense_rows(logits) is logits:
+    if torch.is_grad_enabled():
+        # The graph of this backward needs the logits, in later backwards too.
+        ctx.overwrite_logits = False
+    if ctx.overwrite_logits and _dense_rows(logits) is logits:
         overwrite_with_gradient(*arguments)
-        # Its own version counter moved, so a second backward through these logits is refused by torch.
         gradient = logits.detach()
     else:
         gradient = _token_logprobs_backward(*arguments)

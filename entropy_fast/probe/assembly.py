@@ -182,6 +182,7 @@ def _notes(
     components: ProbeComponents, batches: dict[str, Rollouts], empty: dict[str, EmptyResponseReport]
 ) -> list[str]:
     notes = [f"{name}: {empty_response_message(report)}" for name, report in empty.items() if report.sequences]
+    notes.extend(components.notes)
     for name, batch in batches.items():
         message = _sampling_message(name, batch)
         if message is not None:

@@ -71,7 +71,7 @@ def linear_token_logprobs(
         return LinearTokenLogprobs(logprob, lse, entropy, None, None)
     logits, weight = logits.detach(), weight.detach()
     slope = None if softcap is None else 1.0 - (logits / softcap).square()
-    upstream = [(torch.ones_like(logprob), None)]
+    upstream: list[tuple[Tensor, Tensor | None]] = [(torch.ones_like(logprob), None)]
     if entropy is not None:
         upstream.append((torch.zeros_like(logprob), torch.ones_like(lse)))
     units: list[Tensor | None] = []

@@ -50,7 +50,8 @@ def precondition_accumulate(
             y = torch.zeros_like(sum_y)
         else:
             root = (moment.to(sum_y.dtype) * bias_correction[index]).sqrt()
-            scale = torch.where(root > 0, g_scale * ratio[index] / (root + eps[index]), 0.0)
+            # Not `root > 0`: a NaN second moment has to stay visible.
+            scale = torch.where(root == 0, 0.0, g_scale * ratio[index] / (root + eps[index]))
             y = gradient.to(sum_y.dtype) * scale
         pairs = ((entropy, y), (entropy, sum_y), (y, sum_x))
         dots.append(torch.stack([torch.dot(a.double().flatten(), b.double().flatten()) for a, b in pairs]))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.errors import GraphDetachedError, ModelStateError
+from entropy_fast.ops import token_logprobs
 from entropy_fast.teacher_forcing.batch import PackedBatch
 
 __all__ = ["ForwardResult", "align_logprobs", "model_logits"]
@@ -86,9 +87,7 @@ def align_logprobs(logits: Tensor, batch: PackedBatch) -> ForwardResult:
     n, width = batch.input_ids.shape
     start = batch.first_scored
     scored = batch.loss_mask[:, start:] == 1
-    accumulate = torch.promote_types(logits.dtype, torch.float32)
-    targets = batch.input_ids[:, start:][scored]
-    values = torch.log_softmax(logits[scored].to(accumulate), dim=-1).gather(-1, targets[:, None]).squeeze(-1)
+    values = token_logprobs(logits[scored], batch.input_ids[:, start:][scored]).logprob
     if bool(torch.isnan(values.detach()).any()):
         raise GraphDetachedError(
             f"{int(torch.isnan(values.detach()).sum())} of {values.numel()} response-token log-probs are NaN.",

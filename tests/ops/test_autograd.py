@@ -15,23 +15,94 @@ TARGETS = torch.tensor([1, 2, -100, 4, 16])
 BACKENDS = ("native", "reference")
 
 
-def _both(backend: str) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    return lambda logits: tuple(ops.token_logprobs(logits, TARGETS, backend=backend))  # type: ignore[return-value]
+def _logprobs(backend: str, **options: object) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def function(logits: Tensor) -> tuple[Tensor, ...]:
+        result = ops.token_logprobs(logits, TARGETS, backend=backend, **options)
+        return tuple(part for part in result if part is not None)
+
+    return function
 
 
+def _linear(backend: str, want_entropy: bool, softcap: float | None = None) -> Callable[..., tuple[Tensor, ...]]:
+    def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        result = ops.linear_token_logprobs(
+            hidden, weight, TARGETS, bias=bias, softcap=softcap, want_entropy=want_entropy, backend=backend
+        )
+        return tuple(part for part in result if part is not None)
+
+    return function
+
+
+def _linear_inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((5, 4), (17, 4), (17,))
+    return [
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
+    ]
+
+
+@pytest.mark.parametrize("want_entropy", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_first_and_second_derivatives(backend: str) -> None:
+def test_first_and_second_derivatives(backend: str, want_entropy: bool) -> None:
     logits = torch.randn(5, 17, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(_both(backend), logits)
-    assert torch.autograd.gradgradcheck(_both(backend), logits)
+    function = _logprobs(backend, want_entropy=want_entropy)
+    assert torch.autograd.gradcheck(function, logits)
+    assert torch.autograd.gradgradcheck(function, logits)
 
 
-def test_third_derivative_is_that_of_the_reference() -> None:
-    logits = torch.randn(5, 17, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("want_entropy", [False, True])
+def test_derivatives_of_the_linear_op(want_entropy: bool, softcap: float | None) -> None:
+    function = _linear("native", want_entropy, softcap)
+    assert torch.autograd.gradcheck(function, _linear_inputs())
+    assert torch.autograd.gradgradcheck(function, _linear_inputs())
+
+
+@pytest.mark.parametrize("trainable", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_of_some_inputs_alone(trainable: tuple[bool, ...]) -> None:
+    found = []
+    for backend in BACKENDS:
+        inputs = [
+            tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(_linear_inputs(), trainable, strict=True)
+        ]
+        sum(part.square().sum() for part in _linear(backend, True)(*inputs)).backward()
+        assert [tensor.grad is not None for tensor in inputs] == list(trainable)
+        found.append(next(tensor.grad for tensor in inputs if tensor.grad is not None))
+    torch.testing.assert_close(*found)
+
+
+def test_tied_embeddings_receive_both_gradients() -> None:
+    tokens = torch.tensor([3, 5, 5, 16, 0])
+    found = []
+    for backend in BACKENDS:
+        weight = _linear_inputs()[1]
+        hidden = torch.tanh(weight[tokens])
+        ops.linear_token_logprobs(hidden, weight, TARGETS, backend=backend).logprob.sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_the_alpha_trick_through_the_linear_op() -> None:
+    """Two backwards, the second through the first's graph, as per-prompt projections are found."""
+    found = []
+    for backend in BACKENDS:
+        hidden, weight, _ = _linear_inputs()
+        alpha = torch.ones(5, dtype=torch.float64, requires_grad=True)
+        projection = torch.linspace(-1, 1, 4, dtype=torch.float64, requires_grad=True)
+        logprob = ops.linear_token_logprobs(hidden * projection, weight.detach(), TARGETS, backend=backend).logprob
+        (first,) = torch.autograd.grad((alpha * logprob).sum(), projection, create_graph=True)
+        found.append(torch.autograd.grad(first.sum(), alpha)[0])
+    torch.testing.assert_close(*found)
+    assert found[0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("op", ["logits", "linear"])
+def test_third_derivative_is_that_of_the_reference(op: str) -> None:
     results = []
     for backend in BACKENDS:
-        x = logits.clone().requires_grad_()
-        y = ops.token_logprobs(x, TARGETS, backend=backend).logprob.pow(2).sum()
+        inputs = _linear_inputs()
+        x = inputs[1].detach().t().contiguous().repeat(2, 1)[:5].requires_grad_() if op == "logits" else inputs[0]
+        y = (_logprobs(backend)(x) if op == "logits" else _linear(backend, True)(x, *inputs[1:]))[0].pow(2).sum()
         for _ in range(3):
             (x_grad,) = torch.autograd.grad(y, x, create_graph=True)
             y = x_grad.pow(2).sum()
@@ -41,27 +112,58 @@ def test_third_derivative_is_that_of_the_reference() -> None:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("want_entropy", [False, True])
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
-def test_opcheck(backend: str, requires_grad: bool) -> None:
+def test_opcheck(backend: str, want_entropy: bool, requires_grad: bool) -> None:
     logits = torch.randn(5, 17, requires_grad=requires_grad)
     namespace = torch.ops.entropy_fast
-    torch.library.opcheck(namespace.token_logprobs.default, (logits, TARGETS, -100, backend))
-    lse = namespace.token_logprobs(logits, TARGETS)[1].detach().requires_grad_(requires_grad)
+    torch.library.opcheck(namespace.token_logprobs.default, (logits, TARGETS, want_entropy, -100, False, backend))
+    saved = [
+        None if part is None else part.detach().requires_grad_(requires_grad)
+        for part in namespace.token_logprobs(logits, TARGETS, want_entropy)[1:]
+    ]
     grad_logprob = torch.randn(5, requires_grad=requires_grad)
-    grad_lse = torch.randn(5, dtype=torch.float64, requires_grad=requires_grad)
-    arguments = (grad_logprob, grad_lse, logits, TARGETS, lse, -100, backend)
+    others = [torch.randn(5, dtype=torch.float64, requires_grad=requires_grad) for _ in range(2)]
+    grads = (grad_logprob, others[0], others[1] if want_entropy else None)
+    arguments = (*grads, logits, TARGETS, *saved, -100, backend)
     torch.library.opcheck(namespace.token_logprobs_backward.default, arguments)
+    if not requires_grad:
+        torch.library.opcheck(namespace.token_logprobs_backward_.default, arguments)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("want_entropy", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_the_linear_op(backend: str, want_entropy: bool, requires_grad: bool) -> None:
+    namespace = torch.ops.entropy_fast
+    hidden, weight, bias = (t.detach().requires_grad_(requires_grad) for t in _linear_inputs(torch.float32))
+    for units in (False, True):
+        arguments = (hidden, weight, TARGETS, bias, 3.0, want_entropy, units, -100, backend)
+        if units or not requires_grad:
+            torch.library.opcheck(namespace.linear_token_logprobs.default, arguments)
+    result = [None if part is None else part.detach() for part in namespace.linear_token_logprobs(*arguments)]
+    grads = (torch.ones(5), torch.ones(5).double(), torch.ones(5).double() if want_entropy else None)
+    torch.library.opcheck(
+        namespace.linear_token_logprobs_backward.default,
+        (*grads, hidden, weight, bias, TARGETS, *result, 3.0, [True, True, True], -100, backend),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_compiles_without_a_graph_break(dtype: torch.dtype) -> None:
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return ops.token_logprobs(logits * 2, targets).logprob.sum()
+@pytest.mark.parametrize("op", ["logits", "linear"])
+def test_compiles_without_a_graph_break(op: str, dtype: torch.dtype) -> None:
+    def loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        if op == "linear":
+            result = ops.linear_token_logprobs(x * 2, weight, targets, want_entropy=True)
+        else:
+            result = ops.token_logprobs(x * 2, targets, want_entropy=True)
+        return result.logprob.sum() + result.entropy.sum()
 
     case = make_case(6, 33, dtype)
     eager, compiled = (case.logits.clone().requires_grad_() for _ in range(2))
-    loss(eager, case.targets).backward()
-    torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled, case.targets).backward()
+    weight = torch.randn(40, 33).to(dtype)
+    loss(eager, weight, case.targets).backward()
+    torch.compile(loss, backend="aot_eager", fullgraph=True)(compiled, weight, case.targets).backward()
     assert torch.equal(eager.grad, compiled.grad)
 
 
@@ -73,6 +175,66 @@ def test_gradient_of_one_output_alone(backend: str) -> None:
     expected = torch.softmax(logits.detach(), 1)
     expected[2] = 0
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backward_over_the_logits(backend: str) -> None:
+    source = torch.randn(5, 17, requires_grad=True)
+    expected = torch.autograd.grad(ops.token_logprobs(source * 1.0, TARGETS).logprob.sum(), source)[0]
+    logits = source * 1.0
+    loss = ops.token_logprobs(logits, TARGETS, overwrite_logits=True, backend=backend).logprob.sum()
+    (gradient,) = torch.autograd.grad(loss, source, retain_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(logits.detach(), expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, source)
+
+
+def test_logits_that_someone_else_needs_are_not_lost_unnoticed() -> None:
+    source = torch.randn(5, 17, requires_grad=True)
+    logits = torch.tanh(source)  # its derivative is taken from its result
+    loss = ops.token_logprobs(logits, TARGETS, overwrite_logits=True).logprob.sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_of_the_backward_leaves_the_logits_alone() -> None:
+    source = torch.randn(5, 17, requires_grad=True)
+    logits = source * 1.0
+    before = logits.detach().clone()
+    loss = ops.token_logprobs(logits, TARGETS, overwrite_logits=True).logprob.pow(2).sum()
+    (gradient,) = torch.autograd.grad(loss, source, create_graph=True)
+    torch.autograd.grad(gradient.pow(2).sum(), source)
+    assert torch.equal(logits.detach(), before)
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (1, None), (None, 1), (2, 0)])
+@pytest.mark.parametrize("want_entropy", [False, True])
+def test_vmap(want_entropy: bool, in_dims: tuple[int | None, int | None]) -> None:
+    logits, targets = torch.randn(3, 5, 17), torch.randint(0, 17, (3, 5))
+    arguments = (
+        logits[0] if in_dims[0] is None else logits.movedim(0, in_dims[0]),
+        targets[0] if in_dims[1] is None else targets.movedim(0, in_dims[1]),
+    )
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return tuple(part for part in ops.token_logprobs(x, y, want_entropy=want_entropy) if part is not None)
+
+    found = torch.vmap(function, in_dims=in_dims)(*arguments)
+    for index in range(3):
+        x = logits[0] if in_dims[0] is None else logits[index]
+        y = targets[0] if in_dims[1] is None else targets[index]
+        for part, expected in zip(found, function(x, y), strict=True):
+            assert torch.equal(part[index], expected)
+
+
+def test_autocast_casts_hidden_states_as_linear_does() -> None:
+    hidden, weight, _ = (tensor.detach() for tensor in _linear_inputs(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ops.linear_token_logprobs(hidden, weight, TARGETS).logprob
+        logits = torch.nn.functional.linear(hidden, weight)
+    torch.testing.assert_close(found, ops.token_logprobs(logits, TARGETS).logprob, rtol=2e-2, atol=2e-2)
+    assert torch.equal(found, ops.linear_token_logprobs(hidden.bfloat16(), weight.bfloat16(), TARGETS).logprob)
 
 
 def test_logits_may_require_no_gradient() -> None:

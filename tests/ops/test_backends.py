@@ -11,7 +11,7 @@ import torch
 
 from entropy_fast import ops
 from entropy_fast.errors import BackendUnavailableError, ConfigError, EntropyFastWarning
-from entropy_fast.ops import backends, native_backend, triton_backend
+from entropy_fast.ops import backends, native_backend, triton_loading
 
 LOGITS, TARGETS = torch.zeros(2, 3), torch.tensor([0, 1])
 
@@ -97,11 +97,11 @@ def test_cuda_without_kernels_in_the_library(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_missing_triton_is_a_reason_not_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    triton_backend._load.cache_clear()
+    triton_loading.load.cache_clear()
     try:
         assert "triton cannot be imported" in _record("triton").reason
     finally:
-        triton_backend._load.cache_clear()
+        triton_loading.load.cache_clear()
 
 
 def test_library_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:

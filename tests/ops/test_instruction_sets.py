@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernel_drivers import DRIVERS, REPOSITORY, compile_driver, read_results, run_driver, write_call
-from logprob_cases import DTYPES, assert_right, make_case, special_rows
+from every_op import EveryOp
+from kernel_calls import logprob_calls
+from kernel_drivers import CSRC, DRIVERS, REPOSITORY, compile_driver, run_image
+from logprob_cases import DTYPES, make_case
 
 from entropy_fast import _native
 
@@ -38,35 +40,34 @@ needs_x86_emulator = pytest.mark.skipif(
 @needs_x86_emulator
 @pytest.mark.parametrize(("model", "variant"), [("Nehalem", "baseline"), ("Haswell", "avx2")])
 def test_older_processors_run_what_they_can(model: str, variant: str, tmp_path: Path) -> None:
-    call, results = tmp_path / "call", tmp_path / "results"
-    for dtype in DTYPES:
-        case = make_case(4, 1100, dtype, padding=2)
-        write_call(case, call)
-        done = _emulated(model, [str(call), str(results)])
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == variant
-        assert_right(read_results(case, results), case)
+    calls, results = tmp_path / "calls", tmp_path / "results"
+    every_op = EveryOp()
+    calls.write_bytes(every_op.image.file_content())
+    done = _emulated(model, [str(calls), str(results)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == variant
+    every_op.assert_right(every_op.image.results(results.read_bytes()))
 
 
 @pytest.mark.slow
 @needs_x86_emulator
 def test_asking_for_more_than_the_processor_has_is_an_error(tmp_path: Path) -> None:
-    call = tmp_path / "call"
-    write_call(make_case(1, 8, DTYPES[0]), call)
-    done = _emulated("Nehalem", [str(call), str(tmp_path / "results")], ENTROPY_FAST_ISA="avx512")
+    calls = tmp_path / "calls"
+    calls.write_bytes(logprob_calls(make_case(1, 8, DTYPES[0])).image.file_content())
+    done = _emulated("Nehalem", [str(calls), str(tmp_path / "results")], ENTROPY_FAST_ISA="avx512")
     assert done.returncode == 1
     assert "ENTROPY_FAST_ISA=avx512, which this processor cannot run; it can run baseline" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not all(map(shutil.which, ("qemu-aarch64", "aarch64-linux-gnu-g++"))),
     reason="needs qemu-aarch64 and aarch64-linux-gnu-g++",
 )
 def test_aarch64(tmp_path: Path) -> None:
-    sources = [DRIVERS / "rows_driver.cpp", REPOSITORY / "csrc" / "cpu" / "token_logprobs_rows.cpp"]
+    sources = [DRIVERS / "rows_driver.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     flags = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-DENTROPY_FAST_VARIANT=baseline")
     driver = compile_driver("aarch64-linux-gnu-g++", sources, tmp_path / "rows", *flags)
+    every_op = EveryOp()
     command = ["qemu-aarch64", "-L", AARCH64_LIBRARIES, str(driver)]
-    for dtype in DTYPES:
-        for case in (make_case(5, 2011, dtype, padding=1), make_case(2, 1, dtype), special_rows(1500, dtype)):
-            assert_right(run_driver(command, case, tmp_path), case)
+    every_op.assert_right(run_image(command, every_op.image, tmp_path))

@@ -1,76 +1,114 @@
-// One call of token_logprobs, forward and backward, read from a file and its results written to another.
-// tests/_support/kernel_drivers.py writes and reads these files.
+// A call file: an image of memory, with calls of ops on it. tests/_support/kernel_drivers.py writes it, and reads the
+// blobs that the program writes back.
+//
+//     int64 blobs, relocations, calls
+//     int64 size of each blob
+//     int64 (blob, offset, target blob, target offset) of each relocation: an address to be written into a blob
+//     int64 (op, blob) of each call: the blob is the struct of the op
+//     the blobs
 #pragma once
 
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <vector>
 
+#include "precondition_accumulate.h"
+#include "softmax_block.h"
 #include "token_logprobs.h"
 
-struct CallFile {
-    int64_t element_type, rows, vocabulary, row_stride, ignore_index;
-    std::vector<char> logits, grad_logprob;
-    std::vector<int64_t> targets;
-    std::vector<double> grad_lse;
-    std::vector<char> logprob, grad_logits;
-    std::vector<double> lse;
-
-    entropy_fast::ElementType type() const { return static_cast<entropy_fast::ElementType>(element_type); }
-    size_t storage() const { return element_type == 0 ? 4 : element_type == 1 ? 8 : 2; }
-    size_t scalar() const { return element_type == 1 ? 8 : 4; }
-
-    entropy_fast::TokenLogprobsForward forward() {
-        return {logits.data(), targets.data(), logprob.data(), lse.data(), rows,
-                vocabulary,    row_stride,     ignore_index,   type()};
+class CallFile {
+  public:
+    explicit CallFile(const char* path) : file_(std::fopen(path, "rb")) {
+        if (file_ == nullptr) std::abort();
+        const int64_t blobs = number(), relocations = number(), calls = number();
+        for (int64_t i = 0; i < blobs; ++i) blobs_.push_back({number(), nullptr});
+        std::vector<int64_t> moves(4 * relocations);
+        for (int64_t& part : moves) part = number();
+        for (int64_t i = 0; i < calls; ++i) {
+            const int64_t op = number();
+            calls_.push_back({op, number()});
+        }
+        for (Blob& blob : blobs_) {
+            // To the byte where it ends, so that a sanitizer sees what is read or written beyond.
+            void* bytes = nullptr;
+            if (posix_memalign(&bytes, kAlignment, static_cast<size_t>(blob.size)) != 0) std::abort();
+            blob.bytes.reset(static_cast<char*>(bytes));
+            read(blob.bytes.get(), blob.size);
+        }
+        for (size_t i = 0; i < moves.size(); i += 4) {
+            const char* address = blobs_[moves[i + 2]].bytes.get() + moves[i + 3];
+            std::memcpy(blobs_[moves[i]].bytes.get() + moves[i + 1], &address, sizeof(address));
+        }
+        std::fclose(file_);
     }
-    entropy_fast::TokenLogprobsBackward backward() {
-        return {logits.data(), targets.data(), lse.data(), grad_logprob.data(), grad_lse.data(), grad_logits.data(),
-                rows,          vocabulary,     row_stride, ignore_index,        type()};
+
+    // Calls run(op's struct) for each call, in order.
+    template <typename Run>
+    void run(const Run& run) {
+        using namespace entropy_fast;
+        for (const Call& call : calls_) {
+            switch (call.op) {
+                case 0:
+                    run(*struct_of<TokenLogprobsForward>(call));
+                    break;
+                case 1:
+                    run(*struct_of<TokenLogprobsBackward>(call));
+                    break;
+                case 2:
+                    run(*struct_of<SoftmaxBlock>(call));
+                    break;
+                case 3:
+                    run(*struct_of<PreconditionAccumulate>(call));
+                    break;
+                default:
+                    std::abort();
+            }
+        }
     }
+
+    void write(const char* path) const {
+        std::FILE* file = std::fopen(path, "wb");
+        if (file == nullptr) std::abort();
+        for (const Blob& blob : blobs_) {
+            const auto size = static_cast<size_t>(blob.size);
+            if (std::fwrite(blob.bytes.get(), 1, size, file) != size) std::abort();
+        }
+        if (std::fclose(file) != 0) std::abort();
+    }
+
+  private:
+    static constexpr size_t kAlignment = 64;
+    struct Free {
+        void operator()(char* bytes) const { std::free(bytes); }
+    };
+    struct Blob {
+        int64_t size;
+        std::unique_ptr<char, Free> bytes;
+    };
+    struct Call {
+        int64_t op;
+        int64_t blob;
+    };
+
+    void read(void* to, int64_t size) {
+        if (std::fread(to, 1, static_cast<size_t>(size), file_) != static_cast<size_t>(size)) std::abort();
+    }
+    int64_t number() {
+        int64_t value = 0;
+        read(&value, sizeof(value));
+        return value;
+    }
+    template <typename Struct>
+    const Struct* struct_of(const Call& call) const {
+        const Blob& blob = blobs_[call.blob];
+        if (blob.size != sizeof(Struct)) std::abort();
+        return reinterpret_cast<const Struct*>(blob.bytes.get());
+    }
+
+    std::FILE* file_;
+    std::vector<Blob> blobs_;
+    std::vector<Call> calls_;
 };
-
-template <typename T>
-void read_exactly(std::FILE* file, T* to, size_t count) {
-    if (std::fread(to, sizeof(T), count, file) != count) std::abort();
-}
-
-template <typename T>
-void write_exactly(std::FILE* file, const T* from, size_t count) {
-    if (std::fwrite(from, sizeof(T), count, file) != count) std::abort();
-}
-
-inline CallFile read_call(const char* path) {
-    CallFile call;
-    std::FILE* file = std::fopen(path, "rb");
-    if (file == nullptr) std::abort();
-    read_exactly(file, &call.element_type, 1);
-    read_exactly(file, &call.rows, 1);
-    read_exactly(file, &call.vocabulary, 1);
-    read_exactly(file, &call.row_stride, 1);
-    read_exactly(file, &call.ignore_index, 1);
-    call.logits.resize(call.rows * call.row_stride * call.storage());
-    call.targets.resize(call.rows);
-    call.grad_logprob.resize(call.rows * call.scalar());
-    call.grad_lse.resize(call.rows);
-    read_exactly(file, call.logits.data(), call.logits.size());
-    read_exactly(file, call.targets.data(), call.targets.size());
-    read_exactly(file, call.grad_logprob.data(), call.grad_logprob.size());
-    read_exactly(file, call.grad_lse.data(), call.grad_lse.size());
-    std::fclose(file);
-    // All bits set is a NaN in every element type: what a kernel forgets to write is seen.
-    call.logprob.assign(call.rows * call.scalar(), static_cast<char>(0xff));
-    call.grad_logits.assign(call.rows * call.vocabulary * call.storage(), static_cast<char>(0xff));
-    call.lse.assign(call.rows, -__builtin_nan(""));
-    return call;
-}
-
-inline void write_results(const CallFile& call, const char* path) {
-    std::FILE* file = std::fopen(path, "wb");
-    if (file == nullptr) std::abort();
-    write_exactly(file, call.logprob.data(), call.logprob.size());
-    write_exactly(file, call.lse.data(), call.lse.size());
-    write_exactly(file, call.grad_logits.data(), call.grad_logits.size());
-    std::fclose(file);
-}

@@ -1,10 +1,28 @@
-// Runs the CPU row loops, in the baseline build, on a call file: for processors that only an emulator has.
+// Runs the CPU kernels on a call file: for processors that only an emulator has.
 #include "call_file.h"
-#include "cpu/variants.h"
+#include "cpu/precondition_accumulate.h"
+#include "cpu/softmax_block.h"
+#include "cpu/token_logprobs.h"
+
+namespace {
+
+struct Run {
+    void operator()(const entropy_fast::TokenLogprobsForward& call) const {
+        entropy_fast::cpu::token_logprobs_forward(call, 1);
+    }
+    void operator()(const entropy_fast::TokenLogprobsBackward& call) const {
+        entropy_fast::cpu::token_logprobs_backward(call, 1);
+    }
+    void operator()(const entropy_fast::SoftmaxBlock& call) const { entropy_fast::cpu::softmax_block(call, 1); }
+    void operator()(const entropy_fast::PreconditionAccumulate& call) const {
+        entropy_fast::cpu::precondition_accumulate(call, 1);
+    }
+};
+
+}  // namespace
 
 int main(int, char** arguments) {
-    CallFile call = read_call(arguments[1]);
-    entropy_fast::cpu::baseline::kernels.token_logprobs_forward(call.forward(), 0, call.rows);
-    entropy_fast::cpu::baseline::kernels.token_logprobs_backward(call.backward(), 0, call.rows);
-    write_results(call, arguments[2]);
+    CallFile file(arguments[1]);
+    file.run(Run{});
+    file.write(arguments[2]);
 }

@@ -1,0 +1,10 @@
+"""What one backward of Σ S_i tells about every sequence: inputs of each parameter's module, gradients of its outputs.
+
+Sequences do not interact, so the signal that reaches sequence i's rows is that of ∇S_i alone, and any coefficient can be put
+on it afterwards.
+"""
+
+from entropy_fast.engines.capture.modules import CapturedModules
+from entropy_fast.engines.capture.unit_gradients import UnitGradients
+
+__all__ = ["CapturedModules", "UnitGradients"]

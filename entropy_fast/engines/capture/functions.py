@@ -1,0 +1,163 @@
+"""Autograd functions that hand a parameter's gradient signal to a recorder in place of computing its gradient.
+
+Each computes what the module it stands for computes. Nothing is copied: a function saves what the module's own backward would
+have saved. The parameter stays an input, so that the output requires a gradient when nothing else does, but its own gradient
+is None.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Recorder", "captured_embedding", "captured_layer_norm", "captured_linear", "captured_rows"]
+
+
+class Recorder(Protocol):
+    """Receives signals during a backward; N rows of sequences, T positions."""
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """The gradient is Σ over positions of the outer products of ``left`` [N, T, a] and ``right`` [N, T, b]."""
+
+    def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
+        """The gradient is the sum of ``rows`` [N, T, b] into the places ``index`` [N, T] of a [places, b] parameter."""
+
+    def per_row(self, name: str, rows: Tensor) -> None:
+        """The gradient is the sum of ``rows`` [N, *parameter shape] over the first dimension."""
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b for ``weight`` [out, in], or x W + b for a transposed one [in, out]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        names: tuple[str | None, str | None],
+        transposed: bool,
+        recorder: Recorder,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.names, ctx.transposed, ctx.recorder = names, transposed, recorder
+        return F.linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        weight_name, bias_name = ctx.names
+        if weight_name is not None:
+            ctx.recorder.product(weight_name, *((x, dy) if ctx.transposed else (dy, x)))
+        if bias_name is not None:
+            ctx.recorder.per_row(bias_name, dy.flatten(1, -2).sum(1) if dy.dim() > 2 else dy)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            # Under autocast the product was taken in the output's dtype.
+            matrix = weight.to(dy.dtype)
+            dx = (dy @ (matrix.t() if ctx.transposed else matrix)).to(x.dtype)
+        return dx, None, None, None, None, None
+
+
+def captured_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    names: tuple[str | None, str | None],
+    recorder: Recorder,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """A linear map whose weight's and bias's signals go to ``recorder`` under ``names`` (None: it is frozen)."""
+    result: Tensor = _Linear.apply(x, weight, bias, names, transposed, recorder)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, index: Tensor, weight: Tensor, name: str, recorder: Recorder) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.name, ctx.recorder = name, recorder
+        return F.embedding(index, weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
+        (index,) = ctx.saved_tensors
+        ctx.recorder.scatter(ctx.name, index, dy)
+        return None, None, None, None
+
+
+def captured_embedding(index: Tensor, weight: Tensor, name: str, recorder: Recorder) -> Tensor:
+    """A look-up whose table's signal goes to ``recorder``."""
+    result: Tensor = _Embedding.apply(index, weight, name, recorder)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        names: tuple[str | None, str | None],
+        recorder: Recorder,
+    ) -> Tensor:
+        output, mean, rstd = torch.native_layer_norm(x, list(weight.shape), weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.names, ctx.recorder = names, recorder
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        weight_name, bias_name = ctx.names
+        if weight_name is not None:
+            normed = (x - mean) * rstd
+            ctx.recorder.per_row(weight_name, (dy * normed).flatten(1, -2).sum(1))
+        if bias_name is not None:
+            ctx.recorder.per_row(bias_name, dy.flatten(1, -2).sum(1))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+                dy, x, list(weight.shape), mean, rstd, weight, None, [True, False, False]
+            )
+        return dx, None, None, None, None, None
+
+
+def captured_layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    names: tuple[str | None, str | None],
+    recorder: Recorder,
+) -> Tensor:
+    """Layer normalisation over the last dimension whose weight's and bias's signals go to ``recorder``."""
+    result: Tensor = _LayerNorm.apply(x, weight, bias, eps, names, recorder)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows: int, between: int, name: str, recorder: Recorder) -> Tensor:
+        ctx.name, ctx.recorder, ctx.shape = name, recorder, weight.shape
+        return weight.view(1, *(1,) * between, -1).expand(rows, *(1,) * between, -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
+        ctx.recorder.per_row(ctx.name, dy.reshape(dy.shape[0], *ctx.shape))
+        return None, None, None, None, None
+
+
+def captured_rows(weight: Tensor, x: Tensor, name: str, recorder: Recorder) -> Tensor:
+    """A vector that multiplies the last dimension of ``x`` [N, ..., H], seen once per row: [N, 1, ..., H].
+
+    For modules that only ever broadcast it against their input.
+    """
+    result: Tensor = _Rows.apply(weight, x.shape[0], x.dim() - 2, name, recorder)  # type: ignore[no-untyped-call]
+    return result

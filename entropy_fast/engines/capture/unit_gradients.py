@@ -1,0 +1,139 @@
+"""Entropy and update gradients of a few units, put together from the signals of one backward.
+
+Legend: c_i and a_i coefficients of sequence i, X_u = Σ_{i in u} c_i ∇S_i, g_u = Σ_{i in u} a_i ∇S_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["UnitGradients"]
+
+
+class UnitGradients:
+    """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
+
+    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters), before any sum over positions.
+
+    Args:
+        parameters: by name.
+        n_units: U.
+
+    Attributes:
+        entropy: name to X ``[U, *shape]``, in fp32 or the parameter's dtype, whichever is wider.
+        update: name to g, likewise.
+        touched: names that have received a signal.
+        refused: names whose signal did not come by sequences.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], n_units: int) -> None:
+        self._parameters = parameters
+        self._n_units = n_units
+        self.entropy: dict[str, Tensor] = {}
+        self.update: dict[str, Tensor] = {}
+        self.touched: set[str] = set()
+        self.refused: set[str] = set()
+        self._batch: _Batch | None = None
+
+    def expect(self, unit: Sequence[int], coefficients: tuple[Tensor, Tensor], positions: int) -> None:
+        """Say whose signals come next.
+
+        Args:
+            unit: [N] unit of every row, rows of one unit next to one another.
+            coefficients: [N] c and a, fp64.
+            positions: T, in each row.
+        """
+        self._batch = _Batch(unit, torch.stack(coefficients), positions)
+
+    def pause(self) -> None:
+        """Ignore signals until the next `expect`."""
+        self._batch = None
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """See `Recorder.product`."""
+        rows = self._by_rows(name, left, right)
+        if rows is None or self._batch is None:
+            return
+        (left, right), scales = rows, self._scales(name, left.device)
+        into = self._sums(name)
+        for unit, begin, end in self._batch.runs:
+            part = right[begin:end].flatten(0, 1)
+            # Both coefficients in one product: the other factor is read once.
+            scaled = left[begin:end].unsqueeze(0) * scales[:, begin:end, None, None]
+            both = scaled.flatten(1, 2).to(part.dtype).permute(0, 2, 1).reshape(-1, part.shape[0]) @ part
+            for total, found in zip(into, both.view(2, left.shape[-1], -1), strict=True):
+                total[unit] += found
+
+    def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
+        """See `Recorder.scatter`."""
+        found = self._by_rows(name, index.unsqueeze(-1), rows)
+        if found is None or self._batch is None:
+            return
+        (places, values), scales = found, self._scales(name, rows.device)
+        for total, scale in zip(self._sums(name), scales, strict=True):
+            for unit, begin, end in self._batch.runs:
+                scaled = values[begin:end].to(total.dtype) * scale[begin:end, None, None]
+                total[unit].index_add_(0, places[begin:end].flatten(), scaled.flatten(0, 1))
+
+    def per_row(self, name: str, rows: Tensor) -> None:
+        """See `Recorder.per_row`."""
+        if self._batch is None:
+            return
+        if rows.shape[0] != self._batch.n_rows:
+            self.refused.add(name)
+            return
+        for total, scale in zip(self._sums(name), self._scales(name, rows.device), strict=True):
+            for unit, begin, end in self._batch.runs:
+                wide = rows[begin:end].to(total.dtype).flatten(1)
+                total[unit] += (scale[begin:end] @ wide).view(total.shape[1:])
+
+    def put(self, name: str, unit: int, which: str, gradient: Tensor) -> None:
+        """Add a gradient that was found in another way; ``which`` is ``X`` or ``Y``."""
+        entropy, update = self._sums(name)
+        (entropy if which == "X" else update)[unit] += gradient.to(entropy.dtype)
+
+    def _by_rows(self, name: str, *parts: Tensor) -> list[Tensor] | None:
+        """``[N, T, ·]`` views, or None where there is no such shape in them."""
+        batch = self._batch
+        if batch is None:
+            return None
+        shaped = []
+        for part in parts:
+            if part.dim() >= 3 and part.shape[0] == batch.n_rows:
+                shaped.append(part.flatten(1, -2))
+            elif part.dim() == 2 and part.shape[0] == batch.n_rows * batch.positions:
+                shaped.append(part.view(batch.n_rows, batch.positions, -1))
+            else:
+                self.refused.add(name)
+                return None
+        return shaped
+
+    def _sums(self, name: str) -> tuple[Tensor, Tensor]:
+        self.touched.add(name)
+        if name not in self.entropy:
+            parameter = self._parameters[name]
+            for store in (self.entropy, self.update):
+                dtype = torch.promote_types(parameter.dtype, torch.float32)
+                store[name] = torch.zeros(self._n_units, *parameter.shape, dtype=dtype, device=parameter.device)
+        return self.entropy[name], self.update[name]
+
+    def _scales(self, name: str, device: torch.device) -> Tensor:
+        assert self._batch is not None
+        dtype = torch.promote_types(self._parameters[name].dtype, torch.float32)
+        return self._batch.coefficients.to(device=device, dtype=dtype)
+
+
+class _Batch:
+    """The rows of the backward under way, and the runs of rows that belong to one unit."""
+
+    def __init__(self, unit: Sequence[int], coefficients: Tensor, positions: int) -> None:
+        self.n_rows, self.positions, self.coefficients = len(unit), positions, coefficients
+        self.runs: list[tuple[int, int, int]] = []
+        for row, number in enumerate(unit):
+            if self.runs and self.runs[-1][0] == number:
+                self.runs[-1] = (number, self.runs[-1][1], row + 1)
+            else:
+                self.runs.append((number, row, row + 1))

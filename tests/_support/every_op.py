@@ -1,0 +1,56 @@
+"""Calls of every CPU kernel in one image, and the judgement of their results."""
+
+from __future__ import annotations
+
+from kernel_calls import (
+    CHUNK,
+    accumulate_calls,
+    accumulate_case,
+    assert_accumulated,
+    assert_softmax_block,
+    logprob_calls,
+    softmax_calls,
+)
+from kernel_drivers import CallImage, CallResults
+from logprob_cases import DTYPES, assert_right, make_case, shaped_rows, special_rows
+
+
+class EveryOp:
+    """One image for all: the program that runs it is slow to start. Odd sizes, strides and alignments, and nothing at all."""
+
+    def __init__(self, guard: int = 64) -> None:
+        self.image = CallImage(guard)
+        self._logprobs = []
+        self._softmax = []
+        for dtype in DTYPES:
+            cases = (
+                make_case(4, 1100, dtype, padding=2),
+                make_case(5, 2011, dtype, padding=1, entropy=True),
+                make_case(2, 1, dtype, entropy=True),
+                make_case(0, 7, dtype, entropy=True),
+                make_case(40, 4099, dtype),
+                special_rows(1500, dtype),
+                shaped_rows(77, dtype),
+            )
+            for index, case in enumerate(cases):
+                self._logprobs.append(logprob_calls(case, self.image, in_place=index == 1, misaligned=index == 0))
+            for softcap in (0.0, 30.0):
+                self._softmax += [
+                    softmax_calls(dtype, softcap, self.image),
+                    softmax_calls(dtype, softcap, self.image, width=64, entropy=False),
+                    softmax_calls(dtype, softcap, self.image, width=3, weights=False, entropy=False),
+                    softmax_calls(dtype, softcap, self.image, rows=0),
+                ]
+        self._sums = []
+        for sizes in ((0, 1, 7, CHUNK + 1), ()):
+            for update in (True, False):
+                case = accumulate_case(sizes, update=update)
+                self._sums.append(accumulate_calls(case, self.image, misaligned=update))
+
+    def assert_right(self, results: CallResults) -> None:
+        for calls in self._logprobs:
+            assert_right(calls.outcome(results), calls.case)
+        for softmax in self._softmax:
+            assert_softmax_block(softmax, results)
+        for sums in self._sums:
+            assert_accumulated(*sums.outcome(results), sums.case)
