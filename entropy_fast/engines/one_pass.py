@@ -278,9 +278,8 @@ class OnePassEngine:
         """``[units of x, units of y]`` inner products, in fp64."""
         kernel = torch.zeros(x_stack[0].shape[0], y_stack[0].shape[0], dtype=torch.float64)
         for x, y in zip(x_stack, y_stack, strict=True):
-            for a, b in zip(
-                torch.split(x.flatten(1), _COLUMNS, 1), torch.split(y.flatten(1), _COLUMNS, 1), strict=True
-            ):
+            left, right = (torch.split(stack.reshape(len(stack), -1), _COLUMNS, 1) for stack in (x, y))
+            for a, b in zip(left, right, strict=True):
                 kernel += (a.double() @ b.double().t()).cpu()
         return kernel
 

@@ -70,6 +70,10 @@ class AccumulationTable:
         return self.owners.shape[0]
 
 
+# A few kilobytes each; nothing tells when a graph is gone.
+_captured: list[AccumulationTable] = []
+
+
 def accumulation_table(
     x: Sequence[Tensor],
     g: Sequence[Tensor],
@@ -80,8 +84,8 @@ def accumulation_table(
 ) -> AccumulationTable:
     """The table of these tensors, which must be contiguous, on one device and of a kind that is known.
 
-    On a GPU it is copied from pinned memory without waiting; a table that is captured into a CUDA graph is copied again on
-    every replay, from the same memory, so keep the results of the capture alive as long as the graph.
+    On a GPU it is copied from pinned memory without waiting. Where that copy is captured into a CUDA graph, every replay
+    copies again from the same memory: such tables are kept as long as the process lives.
     """
     rows, chunks = [], 0
     for entropy, update, moment, x_sum, y_sum in zip(x, g, v, X_sum, Y_sum, strict=True):
@@ -104,4 +108,7 @@ def accumulation_table(
         return AccumulationTable(*host, kinds, tensors)
     pinned = tuple(part.pin_memory() for part in host)
     entries_there, factors_there, owners_there = (part.to(device, non_blocking=True) for part in pinned)
-    return AccumulationTable(entries_there, factors_there, owners_there, kinds, (*tensors, pinned))
+    table = AccumulationTable(entries_there, factors_there, owners_there, kinds, (*tensors, pinned))
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table

@@ -197,8 +197,15 @@ def assert_fold_right(fast: FoldCase, dots: Tensor, before: FoldCase, update: bo
         assert_close_enough(f"x_sum[{index}]", *sums, sums[0].dtype)
     for index, sums in enumerate(zip(fast.y_sum, eager.y_sum, truth.y_sum, strict=True)):
         assert_close_enough(f"y_sum[{index}]", *sums, sums[0].dtype)
+    # Each y is rounded in the dtype of the sums, independently of the others; sums of products are rounded in float64.
+    alone = before.cast(torch.float64)
+    for total in (*alone.x_sum, *alone.y_sum):
+        total.zero_()
+    reference.precondition_accumulate(alone.x, alone.g, alone.v, alone.x_sum, alone.y_sum, **alone.factors())
     for index, (own, of_eager, of_truth) in enumerate(zip(dots.cpu(), *reversed(results), strict=True)):
-        # Rounding of y, in the dtype of the sums, is what limits a dot: relative to the sum of the sizes of its terms.
-        sums_of = truth.x[index].numel() ** 0.5 * torch.finfo(fast.x_sum[index].dtype).eps
-        excess = (own - of_truth).abs() - 2 * (of_eager - of_truth).abs() - 8 * sums_of - 1e-12 * of_truth.abs()
+        x, y = alone.x_sum[index], alone.y_sum[index]
+        terms = (x * y, x * before.y_sum[index].double(), y * before.x_sum[index].double())
+        rounding = 4 * torch.finfo(fast.x_sum[index].dtype).eps * torch.stack([part.norm() for part in terms])
+        rounding += 4 * torch.finfo(torch.float64).eps * torch.stack([part.abs().sum() for part in terms])
+        excess = (own - of_truth).abs() - 2 * (of_eager - of_truth).abs() - rounding
         assert (excess <= 0).all(), f"dots[{index}] {own}, the truth is {of_truth}"

@@ -25,6 +25,9 @@ class Recorder(Protocol):
     def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
         """The gradient is the sum of ``rows`` [N, T, b] into the places ``index`` [N, T] of a [places, b] parameter."""
 
+    def per_position(self, name: str, values: Tensor) -> None:
+        """The gradient is the sum of ``values`` [N, T, b] over rows and positions."""
+
     def per_row(self, name: str, rows: Tensor) -> None:
         """The gradient is the sum of ``rows`` [N, *parameter shape] over the first dimension."""
 
@@ -53,7 +56,7 @@ class _Linear(torch.autograd.Function):
         if weight_name is not None:
             ctx.recorder.product(weight_name, *((x, dy) if ctx.transposed else (dy, x)))
         if bias_name is not None:
-            ctx.recorder.per_row(bias_name, dy.flatten(1, -2).sum(1) if dy.dim() > 2 else dy)
+            ctx.recorder.per_position(bias_name, dy)
         dx = None
         if ctx.needs_input_grad[0]:
             # Under autocast the product was taken in the output's dtype.
@@ -78,21 +81,28 @@ def captured_linear(
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, index: Tensor, weight: Tensor, name: str, recorder: Recorder) -> Tensor:
+    def forward(
+        ctx: Any, index: Tensor, weight: Tensor, padding_index: int | None, name: str, recorder: Recorder
+    ) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.name, ctx.recorder = name, recorder
+        ctx.padding_index, ctx.name, ctx.recorder = padding_index, name, recorder
         return F.embedding(index, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
         (index,) = ctx.saved_tensors
+        if ctx.padding_index is not None:
+            # That row gets no gradient, as torch has it.
+            dy = dy.masked_fill((index == ctx.padding_index).unsqueeze(-1), 0.0)
         ctx.recorder.scatter(ctx.name, index, dy)
-        return None, None, None, None
+        return None, None, None, None, None
 
 
-def captured_embedding(index: Tensor, weight: Tensor, name: str, recorder: Recorder) -> Tensor:
+def captured_embedding(
+    index: Tensor, weight: Tensor, padding_index: int | None, name: str, recorder: Recorder
+) -> Tensor:
     """A look-up whose table's signal goes to ``recorder``."""
-    result: Tensor = _Embedding.apply(index, weight, name, recorder)  # type: ignore[no-untyped-call]
+    result: Tensor = _Embedding.apply(index, weight, padding_index, name, recorder)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -117,10 +127,9 @@ class _LayerNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         weight_name, bias_name = ctx.names
         if weight_name is not None:
-            normed = (x - mean) * rstd
-            ctx.recorder.per_row(weight_name, (dy * normed).flatten(1, -2).sum(1))
+            ctx.recorder.per_position(weight_name, dy * ((x - mean) * rstd))
         if bias_name is not None:
-            ctx.recorder.per_row(bias_name, dy.flatten(1, -2).sum(1))
+            ctx.recorder.per_position(bias_name, dy)
         dx = None
         if ctx.needs_input_grad[0]:
             dx, _, _ = torch.ops.aten.native_layer_norm_backward(

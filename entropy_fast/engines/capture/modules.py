@@ -35,29 +35,19 @@ class CapturedModules:
     """
 
     def __init__(self, module: nn.Module, names: Mapping[int, str], left_out: frozenset[str] = frozenset()) -> None:
-        wanted = {key: name for key, name in names.items() if name not in left_out}
-        makers = []
-        self.captured: set[str] = set()
-        unknown: set[str] = set()
+        holders = []
         for submodule in module.modules():
-            own = {
-                slot: wanted[id(p)] for slot, p in submodule._parameters.items() if p is not None and id(p) in wanted
-            }
-            if not own:
-                continue
-            maker = _maker(submodule, own)
-            if maker is None:
-                unknown.update(own.values())
-            else:
-                makers.append((submodule, maker))
-                self.captured.update(own.values())
-        # A tied parameter that one of its modules uses in an unknown way is not captured anywhere.
-        self.captured -= unknown
-        self._makers = [
-            (submodule, maker)
-            for submodule, maker in makers
-            if not unknown.intersection(wanted.get(id(p), "") for p in submodule._parameters.values() if p is not None)
-        ]
+            own = {slot: names[id(p)] for slot, p in submodule._parameters.items() if p is not None and id(p) in names}
+            if own:
+                holders.append((submodule, _maker(submodule, own), set(own.values())))
+        # A captured module hands nothing to ordinary autograd, so it is captured whole or not at all; and a parameter is
+        # captured in all its modules or in none.
+        refused = set(left_out)
+        refused.update(*(own for _, maker, own in holders if maker is None))
+        while any(own & refused and own - refused for _, _, own in holders):
+            refused.update(*(own for _, _, own in holders if own & refused))
+        self._makers = [(submodule, maker) for submodule, maker, own in holders if maker and not own & refused]
+        self.captured: set[str] = set().union(*(own for _, _, own in holders)) - refused
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:
@@ -65,16 +55,12 @@ class CapturedModules:
         changed = []
         try:
             for submodule, maker in self._makers:
-                own = submodule.__dict__.get("forward")
                 submodule.forward = maker(submodule.forward, recorder)
-                changed.append((submodule, own))
+                changed.append(submodule)
             yield
         finally:
-            for submodule, own in reversed(changed):
-                if own is None:
-                    del submodule.forward
-                else:
-                    submodule.forward = own
+            for submodule in changed:
+                del submodule.forward
 
 
 def uncaptured_uses(tensors: Sequence[Tensor], names: Sequence[str], captured: set[str]) -> set[str]:
@@ -85,18 +71,19 @@ def uncaptured_uses(tensors: Sequence[Tensor], names: Sequence[str], captured: s
 def _maker(module: nn.Module, own: Mapping[str, str]) -> Callable[[Forward, Recorder], Forward] | None:
     """How to make the capturing forward of a module whose trainable parameters are ``own`` (slot to name)."""
     weight, bias = own.get("weight"), own.get("bias")
-    if set(own) - {"weight", "bias"} or module._forward_hooks or module._forward_pre_hooks:
+    # A forward of the instance's own (some libraries place one) may do anything with its parameters.
+    if set(own) - {"weight", "bias"} or "forward" in module.__dict__:
         return None
     if type(module) is nn.Linear:
         return lambda _, recorder: lambda x: captured_linear(x, module.weight, module.bias, (weight, bias), recorder)
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return _transposed_linear(module, weight, bias)
+    if type(module) is nn.Embedding and weight and module.max_norm is None:
+        if module.sparse or module.scale_grad_by_freq:
+            return None
         return lambda _, recorder: (
-            lambda x: captured_linear(x, module.weight, module.bias, (weight, bias), recorder, transposed=True)
+            lambda index: captured_embedding(index, module.weight, module.padding_idx, weight, recorder)
         )
-    if type(module) is nn.Embedding and weight and module.max_norm is None and not module.sparse:
-        if module.padding_idx is None and not module.scale_grad_by_freq:
-            return lambda _, recorder: lambda index: captured_embedding(index, module.weight, weight, recorder)
-        return None
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
         return lambda _, recorder: (
             lambda x: captured_layer_norm(x, module.weight, module.bias, module.eps, (weight, bias), recorder)
@@ -105,6 +92,12 @@ def _maker(module: nn.Module, own: Mapping[str, str]) -> Callable[[Forward, Reco
     if is_rms_norm and weight and [p.dim() for p in module.parameters()] == [1]:
         return lambda forward, recorder: _with_weight_per_row(module, forward, weight, recorder)
     return None
+
+
+def _transposed_linear(module: Any, weight: str | None, bias: str | None) -> Callable[[Forward, Recorder], Forward]:
+    return lambda _, recorder: (
+        lambda x: captured_linear(x, module.weight, module.bias, (weight, bias), recorder, transposed=True)
+    )
 
 
 def _with_weight_per_row(module: nn.Module, forward: Forward, name: str, recorder: Recorder) -> Forward:

@@ -78,6 +78,13 @@ class UnitGradients:
                 scaled = values[begin:end].to(total.dtype) * scale[begin:end, None, None]
                 total[unit].index_add_(0, places[begin:end].flatten(), scaled.flatten(0, 1))
 
+    def per_position(self, name: str, values: Tensor) -> None:
+        """See `Recorder.per_position`."""
+        found = self._by_rows(name, values)
+        if found is not None:
+            # Sums of 16-bit numbers over positions are taken in the accumulator.
+            self.per_row(name, found[0].sum(1, dtype=self._dtype(name)))
+
     def per_row(self, name: str, rows: Tensor) -> None:
         """See `Recorder.per_row`."""
         if self._batch is None:
@@ -116,14 +123,16 @@ class UnitGradients:
         if name not in self.entropy:
             parameter = self._parameters[name]
             for store in (self.entropy, self.update):
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                store[name] = torch.zeros(self._n_units, *parameter.shape, dtype=dtype, device=parameter.device)
+                shape = (self._n_units, *parameter.shape)
+                store[name] = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
         return self.entropy[name], self.update[name]
 
     def _scales(self, name: str, device: torch.device) -> Tensor:
         assert self._batch is not None
-        dtype = torch.promote_types(self._parameters[name].dtype, torch.float32)
-        return self._batch.coefficients.to(device=device, dtype=dtype)
+        return self._batch.coefficients.to(device=device, dtype=self._dtype(name))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch.promote_types(self._parameters[name].dtype, torch.float32)
 
 
 class _Batch:
