@@ -97,6 +97,7 @@ PYBIND11_MODULE(_native, module) {
     define(module, "token_logprobs_forward_cpu", token_logprobs_forward_call, cpu::token_logprobs_forward);
     define(module, "token_logprobs_backward_cpu", token_logprobs_backward_call, cpu::token_logprobs_backward);
     define(module, "softmax_block_cpu", softmax_block_call, cpu::softmax_block);
+    define(module, "sums_of_blocks_cpu", sums_of_blocks_call, cpu::sums_of_blocks);
     define(module, "precondition_accumulate_cpu", precondition_accumulate_call, cpu::precondition_accumulate);
 #if ENTROPY_FAST_WITH_CUDA
     // The last argument of these is a stream, of those above the number of threads.

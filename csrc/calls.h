@@ -69,6 +69,18 @@ inline SoftmaxBlock softmax_block_call(Address logits, Address entropy_weights, 
             element_type};
 }
 
+inline SumsOfBlocks sums_of_blocks_call(Address sums, Address entropy_sums, Address products, Address entropy_products,
+                                        Address state, int64_t rows, int64_t width, ElementType element_type) {
+    return {pointer<void>(sums),
+            pointer<void>(entropy_sums),
+            pointer<const void>(products),
+            pointer<const void>(entropy_products),
+            pointer<const SoftmaxRow>(state),
+            rows,
+            width,
+            element_type};
+}
+
 inline PreconditionAccumulate precondition_accumulate_call(Address entries, Address factors, Address owners,
                                                            Address partial_dots, Address dots, int64_t tensors,
                                                            int64_t chunks, double x_scale, double g_scale,

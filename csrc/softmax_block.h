@@ -48,4 +48,18 @@ struct SoftmaxBlock {
     ElementType element_type;
 };
 
+// What a block does to the sums of weights times W: they are rescaled as above and, where the product of the block's
+// weights with its part of W is given, that is added. Rows whose factor is 1 and whose centre stayed are not touched
+// without a product.
+struct SumsOfBlocks {
+    void* sums;                    // [rows, width] of Scalar (float, or double for double products)
+    void* entropy_sums;            // likewise, or null
+    const void* products;          // [rows, width] of element_type, or null
+    const void* entropy_products;  // likewise; null exactly where products or entropy_sums is
+    const SoftmaxRow* state;       // [rows]
+    int64_t rows;
+    int64_t width;
+    ElementType element_type;
+};
+
 }  // namespace entropy_fast

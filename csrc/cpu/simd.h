@@ -188,6 +188,17 @@ struct BFloat16 {
     }
 };
 
+// Rounds to nearest, ties up, and takes numbers for granted: a third of the work. For weights of a product.
+template <typename Element>
+inline void store_weight(typename Element::Storage* to, typename Element::Vector value) {
+    Element::store(to, value);
+}
+
+template <>
+inline void store_weight<BFloat16>(BFloat16::Storage* to, f32v value) {
+    store_unaligned(to, __builtin_convertvector((bit_cast_vector<u32v>(value) + 0x8000u) >> 16, u16v));
+}
+
 struct Float16 {
     using Storage = uint16_t;
     using Scalar = float;
@@ -264,11 +275,16 @@ auto highest_lane(Vector vector) {
     return highest;
 }
 
-template <typename Vector>
-double sum_of_lanes(Vector vector) {
+inline double sum_of_lanes(f64v vector) {
     double sum = 0.0;
-    for (unsigned lane = 0; lane < sizeof(Vector) / sizeof(vector[0]); ++lane) sum += (double)vector[lane];
+    for (unsigned lane = 0; lane < sizeof(f64v) / sizeof(double); ++lane) sum += vector[lane];
     return sum;
+}
+
+inline double sum_of_lanes(f32v vector) {
+    f64v low, high;
+    widen(vector, &low, &high);
+    return sum_of_lanes(low + high);
 }
 
 }  // namespace

@@ -10,6 +10,9 @@ namespace {
 using entropy_fast::kRaiseThreshold;
 using entropy_fast::SoftmaxBlock;
 using entropy_fast::SoftmaxRow;
+using entropy_fast::SumsOfBlocks;
+
+constexpr int64_t kPrefetch = 1024;
 
 template <typename Element>
 struct Row {
@@ -33,7 +36,7 @@ void for_each_vector(const Row<Element>& row, const Visit& visit) {
 template <typename Element>
 void store(typename Element::Storage* to, typename Element::Vector value, int64_t count) {
     if (count == lanes<Element>()) {
-        Element::store(to, value);
+        store_weight<Element>(to, value);
     } else {
         store_tail<Element>(to, value, count);
     }
@@ -52,19 +55,26 @@ struct Highest {
 template <typename Element>
 Highest highest_of(const Row<Element>& row) {
     using Vector = typename Element::Vector;
-    // Two of them, for one comparison has to wait for the one before.
-    Vector highest = Vector{} - (typename Element::Scalar)__builtin_inf();
-    Vector second = highest;
-    Vector total = {};
-    for_each_vector(row, [&](int64_t column, int64_t, Vector z) {
-        if (column / lanes<Element>() % 2 == 0) {
-            highest = maximum(z, highest);
-        } else {
-            second = maximum(z, second);
+    // Four of them, for one comparison has to wait for the one before.
+    constexpr int64_t kLanes = lanes<Element>();
+    const Vector lowest = Vector{} - (typename Element::Scalar)__builtin_inf();
+    Vector highest[4] = {lowest, lowest, lowest, lowest};
+    int64_t column = 0;
+    for (; column + 4 * kLanes <= row.width; column += 4 * kLanes) {
+        for (int k = 0; k < 4; ++k) {
+            const auto* from = row.logits + column + k * kLanes;
+            // The product may have been another processor's: the last part of this row, and the next row, are fetched
+            // early.
+            __builtin_prefetch(from + kPrefetch);
+            highest[k] = maximum(Element::load(from), highest[k]);
         }
-    });
-    Highest result = {(double)highest_lane(maximum(highest, second)), false};
+    }
+    const Row<Element> remaining = {row.logits + column, nullptr, row.width - column, 0};
+    for_each_vector(remaining, [&](int64_t, int64_t, Vector z) { highest[0] = maximum(z, highest[0]); });
+    const Vector all = maximum(maximum(highest[0], highest[1]), maximum(highest[2], highest[3]));
+    Highest result = {(double)highest_lane(all), false};
     if (result.value == __builtin_inf()) {
+        Vector total = {};
         for_each_vector(row, [&](int64_t, int64_t, Vector z) { total += z - z == z - z ? Vector{} : z; });
         // Only now that there is an infinity does it matter whether there is a NaN too.
         for (int64_t lane = 0; lane < lanes<Element>(); ++lane) result.nan |= total[lane] != total[lane];
@@ -190,6 +200,54 @@ void process_rows(const SoftmaxBlock& call, int64_t begin, int64_t end) {
     }
 }
 
+// One row of the sums: rescaled, and the block's product added.
+template <typename Element, typename Sum>
+void update_row(typename Sum::Scalar* sums, typename Sum::Scalar* entropy_sums,
+                const typename Element::Storage* products, const typename Element::Storage* entropy_products,
+                int64_t width, typename Sum::Scalar factor, typename Sum::Scalar center_shift) {
+    using Vector = typename Sum::Vector;
+    constexpr int64_t kLanes = lanes<Sum>();
+    const auto step = [&](int64_t i, int64_t count) {
+        const auto load_sums = [&](const typename Sum::Scalar* from) {
+            return count == kLanes ? Sum::load(from + i) : load_partial<Sum>(from + i, count, 0);
+        };
+        const auto load_product = [&](const typename Element::Storage* from) {
+            if (!from) return Vector{};
+            return count == kLanes ? Element::load(from + i) : load_partial<Element>(from + i, count, 0);
+        };
+        const auto store_sums = [&](typename Sum::Scalar* to, Vector value) {
+            if (count == kLanes) return Sum::store(to + i, value);
+            store_tail<Sum>(to + i, value, count);
+        };
+        const Vector before = load_sums(sums);
+        if (entropy_sums) {
+            const Vector moved = (load_sums(entropy_sums) + center_shift * before) * factor;
+            store_sums(entropy_sums, moved + load_product(entropy_products));
+        }
+        store_sums(sums, before * factor + load_product(products));
+    };
+    int64_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) step(i, kLanes);
+    if (i < width) step(i, width - i);
+}
+
+template <typename Element, typename Sum>
+void update_rows(const SumsOfBlocks& call, int64_t begin, int64_t end) {
+    auto* sums = static_cast<typename Sum::Scalar*>(call.sums);
+    auto* entropy_sums = static_cast<typename Sum::Scalar*>(call.entropy_sums);
+    const auto* products = static_cast<const typename Element::Storage*>(call.products);
+    const auto* entropy_products = static_cast<const typename Element::Storage*>(call.entropy_products);
+    for (int64_t row = begin; row < end; ++row) {
+        const SoftmaxRow& state = call.state[row];
+        if (!products && state.factor == 1.0 && (state.center_shift == 0.0 || !entropy_sums)) continue;
+        const int64_t offset = row * call.width;
+        update_row<Element, Sum>(sums + offset, entropy_sums ? entropy_sums + offset : nullptr,
+                                 products ? products + offset : nullptr,
+                                 entropy_products ? entropy_products + offset : nullptr, call.width,
+                                 (typename Sum::Scalar)state.factor, (typename Sum::Scalar)state.center_shift);
+    }
+}
+
 }  // namespace
 
 namespace entropy_fast {
@@ -206,6 +264,19 @@ void softmax_block(const SoftmaxBlock& call, int64_t begin, int64_t end) {
             return process_rows<BFloat16>(call, begin, end);
         case ElementType::kFloat16:
             return process_rows<Float16>(call, begin, end);
+    }
+}
+
+void sums_of_blocks(const SumsOfBlocks& call, int64_t begin, int64_t end) {
+    switch (call.element_type) {
+        case ElementType::kFloat32:
+            return update_rows<Float32, Float32>(call, begin, end);
+        case ElementType::kFloat64:
+            return update_rows<Float64, Float64>(call, begin, end);
+        case ElementType::kBFloat16:
+            return update_rows<BFloat16, Float32>(call, begin, end);
+        case ElementType::kFloat16:
+            return update_rows<Float16, Float32>(call, begin, end);
     }
 }
 

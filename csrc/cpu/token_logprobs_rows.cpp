@@ -13,12 +13,9 @@ using entropy_fast::TokenLogprobsForward;
 
 // Exponentials are taken relative to the highest logit of the chunks so far, and summed up while the next highest is
 // looked for: a chunk that turns out to go more than kRaiseThreshold above is done again, from the first-level cache.
-constexpr int64_t kChunk = 2048;
+constexpr int64_t kChunk = 4096;
 constexpr int kAccumulators = 4;
 constexpr int kFold = 8;
-// How many elements ahead memory is asked for. Left to itself the processor looks no further than the exponentials it
-// is working on allow: with this it reads one and a half times as fast.
-constexpr int64_t kPrefetch = 1024;
 
 template <typename Element>
 typename Element::Scalar chunk_maximum(const typename Element::Storage* x, int64_t count) {
@@ -67,16 +64,21 @@ Sums chunk_sums(const typename Element::Storage* x, int64_t count, typename Elem
         if (kWeighted) total_weighted += (weighted[0] + weighted[1]) + (weighted[2] + weighted[3]);
         for (int k = 0; k < kAccumulators; ++k) sum[k] = weighted[k] = Vector{};
     };
-    int64_t i = 0;
-    while (i + kFold * kAccumulators * kLanes <= count) {
-        for (int step = 0; step < kFold; ++step, i += kAccumulators * kLanes) {
+    // Each accumulator has a part of the chunk of its own, a page from the next one: four streams, and every one asks
+    // for what it will read in the next chunk. One stream alone is read at two thirds of this speed, because the
+    // processor looks no further ahead than the exponentials it is working on allow.
+    const int64_t part = count / (kFold * kAccumulators * kLanes) * kFold * kLanes;
+    for (int64_t j = 0; j < part;) {
+        for (int step = 0; step < kFold; ++step, j += kLanes) {
             for (int k = 0; k < kAccumulators; ++k) {
-                __builtin_prefetch(x + i + k * kLanes + kPrefetch);
-                add(k, Element::load(x + i + k * kLanes));
+                const auto* from = x + k * part + j;
+                __builtin_prefetch(from + kChunk);
+                add(k, Element::load(from));
             }
         }
         fold();
     }
+    int64_t i = kAccumulators * part;
     for (int k = 0; i + kLanes <= count; i += kLanes, k = (k + 1) % kAccumulators) add(k, Element::load(x + i));
     if (i < count) add(kAccumulators - 1, load_tail<Element>(x + i, count - i));
     fold();

@@ -13,14 +13,16 @@ from entropy_fast.ops import native_backend
 from entropy_fast.ops.registration import accumulator
 from entropy_fast.reference import LinearTokenLogprobs
 
-__all__ = ["WORKSPACE_BYTES", "add_product", "block_logits", "linear_token_logprobs"]
+__all__ = ["WORKSPACE_BYTES", "block_logits", "linear_token_logprobs"]
 
-# What the blocks of logits and the accumulators take, beside the results. A quarter of it is one block of logits (for the
-# entropy there is another): large enough for a matrix product to run at full rate, small enough for the caches.
+# One block of logits by bytes an element: large enough for a matrix product to run at full rate, small enough for the caches.
+# Measured; products of 16-bit numbers, which are faster, want their factors nearer.
+_BLOCK_BYTES = {2: 2**21, 4: 2**23, 8: 2**23}
+# What the blocks (for the entropy there is another) and the accumulators take, beside the results.
 WORKSPACE_BYTES = 2**24
 # Every product has this many rows, the last ones filled up: BLAS libraries take other paths, with other roundings, for other
 # numbers of rows, and a row's result must not depend on how many others there are.
-_ROWS = 256
+_ROWS = 512
 
 
 def linear_token_logprobs(
@@ -61,7 +63,7 @@ def linear_token_logprobs(
 
 def _block_width(dtype: torch.dtype) -> int:
     """Tokens of one block, a number that depends on the dtype alone."""
-    return WORKSPACE_BYTES // (4 * _ROWS * dtype.itemsize)
+    return _BLOCK_BYTES[dtype.itemsize] // (_ROWS * dtype.itemsize)
 
 
 def block_logits(
@@ -93,7 +95,8 @@ def _rows(
     # Allocated once: fresh memory of this size would be mapped, and its pages cleared, for every block.
     width = min(_block_width(h.dtype), weight.shape[0])
     workspace = torch.empty(max(1, n_units), _ROWS * width, dtype=h.dtype)
-    product = torch.empty(h.shape, dtype=h.dtype)
+    # Sums are in the accumulator's dtype; products of narrower factors have to be added to them.
+    products = [torch.empty_like(h) for _ in sums] if h.dtype != dtype else []
     for begin in range(0, weight.shape[0], width):
         block = slice(begin, min(begin + width, weight.shape[0]))
         part = weight[block].to(h.dtype)
@@ -109,30 +112,18 @@ def _rows(
             softcap=softcap or 0.0,
             weights=n_units > 0,
         )
-        if sums:
-            _rescale(sums, state)
-        for total, weight_of in zip(sums, weights, strict=True):
-            add_product(total, weight_of, part, product)
+        if not sums:
+            continue
+        if products:
+            for weight_of, product in zip(weights, products, strict=True):
+                torch.mm(weight_of, part, out=product)
+            native_backend.sums_of_blocks(sums, products, state)
+        else:
+            native_backend.sums_of_blocks(sums, None, state)
+            for weight_of, total in zip(weights, sums, strict=True):
+                total.addmm_(weight_of, part)
     state[:n, 1].masked_fill_(~finite.squeeze(1), torch.nan)
     return _finish(state[:n], [total[:n] for total in sums], weight, targets, softcap)
-
-
-def _rescale(sums: list[Tensor], state: Tensor) -> None:
-    """What a risen maximum and a moved centre do to the sums so far."""
-    if len(sums) > 1:
-        sums[1].addcmul_(sums[0], state[:, 7:8].to(sums[0].dtype))
-    # Most blocks leave most rows' maximum alone; a factor of 1 changes no bit, so leaving them all out changes none.
-    if bool((state[:, 6] != 1).any()):
-        for total in sums:
-            total.mul_(state[:, 6:7].to(total.dtype))
-
-
-def add_product(total: Tensor, weights: Tensor, part: Tensor, workspace: Tensor | None = None) -> None:
-    """``total += weights @ part``, in the dtype of the factors (via ``workspace``) and then in that of ``total``."""
-    if total.dtype == weights.dtype:
-        total.addmm_(weights, part)
-    else:
-        total.add_(torch.mm(weights, part, out=workspace))
 
 
 def _finish(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast import reference
-from entropy_fast.ops.blockwise import WORKSPACE_BYTES, add_product, block_logits
+from entropy_fast.ops.blockwise import WORKSPACE_BYTES, block_logits
 from entropy_fast.ops.registration import accumulator
 from entropy_fast.ops.token_logprobs import overwrite_with_gradient
 from entropy_fast.reference import LinearTokenLogprobs
@@ -80,7 +80,7 @@ def gradient_of_weight(
         if slope is not None:
             z.mul_(slope)
         if of_weight is not None:
-            add_product(of_weight, z.t(), h)
+            of_weight += z.t() @ h
         if of_bias is not None:
             of_bias += z.sum(0, dtype=dtype)
     return (

@@ -24,6 +24,7 @@ __all__ = [
     "cuda_reason",
     "precondition_accumulate",
     "softmax_block",
+    "sums_of_blocks",
     "token_logprobs_backward",
     "token_logprobs_forward",
 ]
@@ -163,6 +164,19 @@ def softmax_block(
         softcap,
         weights,
         _element_type(logits.dtype),
+    )
+
+
+def sums_of_blocks(sums: list[Tensor], products: list[Tensor] | None, state: Tensor) -> None:
+    """Rescale the sums as the last block asks for, and add its products where they are given (csrc/softmax_block.h)."""
+    pairs = [*sums, None][:2], [*(products or ()), None, None][:2]
+    dtype = sums[0].dtype if products is None else products[0].dtype
+    _call(
+        "sums_of_blocks",
+        state.device,
+        *map(_address, (*pairs[0], *pairs[1], state)),
+        *sums[0].shape,
+        _element_type(dtype),
     )
 
 

@@ -23,8 +23,8 @@ from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend
 
 VARIANTS = _native.supported_variants()
-# Around the width of a vector (4 to 16), of four of them, and of a chunk (2048).
-VOCABULARIES = (1, 2, 3, 15, 16, 17, 63, 64, 65, 2047, 2048, 2049, 50257)
+# Around the width of a vector (4 to 16), of four of them, and of a chunk (4096).
+VOCABULARIES = (1, 2, 3, 15, 16, 17, 63, 64, 65, 4095, 4096, 4097, 50257)
 
 
 def run_native(case: Case, *, in_place: bool = False) -> Outcome:
