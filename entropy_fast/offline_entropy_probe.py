@@ -82,7 +82,7 @@ class OfflineEntropyProbe:
         if self.engine == OnePassEngine.name:
             one_pass = OnePassEngine(components)
             sums = one_pass.kernel_sums(batch)
-            self._note(one_pass)
+            self._note(one_pass, len(sums.unit_sizes))
         elif self.config.mode == "blocks":
             sums = components._compute_delta_h1_blocks(batch)
         else:
@@ -118,16 +118,18 @@ class OfflineEntropyProbe:
         if self.engine == OnePassEngine.name:
             one_pass = OnePassEngine(self.components)
             sums = one_pass.cross_sums(entropy, update)
-            self._note(one_pass)
+            self._note(one_pass, update.n_prompts)
         else:
             sums = self.components.compute_cross_sums(entropy, update)
         return assembly.two_batch_result(
             self.components, self.engine, entropy, update, {"entropy": empty_entropy, "update": empty_update}, sums
         )
 
-    def _note(self, one_pass: OnePassEngine) -> None:
-        message = one_pass.warn_of_slower_path()
-        self.components.notes = [] if message is None else [message]
+    def _note(self, one_pass: OnePassEngine, n_units: int) -> None:
+        self.components.plan = one_pass.plan(n_units)
+        self.components.notes = [] if one_pass.note is None else [one_pass.note]
+        if one_pass.note is not None:
+            warnings.warn(one_pass.note, EntropyFastWarning, stacklevel=3)
 
     def _prepare(self, rollouts: Rollouts) -> tuple[Rollouts, EmptyResponseReport]:
         batch, empty = rollouts.for_autograd().without_empty_responses()

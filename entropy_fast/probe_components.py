@@ -82,7 +82,8 @@ class ProbeComponents:
         self.leading_products: dict[str, float] = {}
         self.n_reached_by_alpha: int | None = None
         self.excluded: ExcludedElements | None = None
-        self.notes: list[str] = []  # what an engine wants said in the result
+        self.notes: list[str] = []  # these two are what an engine wants said in the result
+        self.plan: str | None = None
         self._on_progress = on_progress
 
     _assert_grad_context = staticmethod(assert_grad_context)
@@ -106,7 +107,7 @@ class ProbeComponents:
         """One forward of ``batch``: aligned token log-probs and S [n]; logits and S are checked to carry a graph."""
         self._assert_grad_context("ProbeComponents._teacher_force_logprobs")
         self.registry.check("ProbeComponents._teacher_force_logprobs")
-        with self._autocast():
+        with self.autocast():
             logits = model_logits(self.registry.module, batch)
         assert_attached("logits", logits, "ProbeComponents._teacher_force_logprobs", DETACHED_FIX)
         forward = align_logprobs(logits, batch)
@@ -123,10 +124,7 @@ class ProbeComponents:
         return sequence_coefficients(forward.sequence_logprobs, rows, rollouts, weights)
 
     def _build_probe_loss_X_from_S(self, S: Tensor, coefficients: Coefficients) -> Tensor:  # noqa: N802 (X, S: theory)
-        """L_X = Σ_i c_i S_i, whose gradient is Σ_n X_n over the prompts of ``S`` [n].
-
-        A sum, not a mean: the last, smaller microbatch needs no correction.
-        """
+        """L_X = Σ_i c_i S_i, a sum, whose gradient is Σ_n X_n over the prompts of ``S`` [n]."""
         return (coefficients.entropy.to(S.dtype) * S).sum()
 
     def _build_probe_loss_Y_from_S(self, S: Tensor, coefficients: Coefficients) -> Tensor:  # noqa: N802 (Y, S: theory)
@@ -388,7 +386,8 @@ class ProbeComponents:
             )
         return "the trainable parameters are not used by this forward (an inactive or disabled adapter?)."
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Context of every forward: autocast with the configured dtype, or nothing."""
         if self.config.autocast_dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.config.autocast_dtype)

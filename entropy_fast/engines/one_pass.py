@@ -10,24 +10,20 @@ module knows get their gradients from two backwards a unit over the same graph, 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.capture import CapturedModules, UnitGradients
-from entropy_fast.engines.capture.modules import uncaptured_uses
-from entropy_fast.engines.coefficients import Coefficients, SequenceTable, power_of_two_scale
+from entropy_fast.engines.capture import UnitGradients
+from entropy_fast.engines.capture_pass import CapturePass
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.engines.units import iter_microbatches, prompt_units
-from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.ops import precondition_accumulate
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.teacher_forcing import ForwardResult
 
 __all__ = ["OnePassEngine"]
 
@@ -47,13 +43,19 @@ class OnePassEngine:
 
     def __init__(self, components: ProbeComponents) -> None:
         self._components = components
-        self._left_out: frozenset[str] = frozenset()
-        self._modules = self._capture()
+        self._capture = CapturePass(components)
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """Trainable parameters on the slower path, in registry order."""
-        return tuple(n for n in self._components.registry.names if n not in self._modules.captured)
+    def note(self) -> str | None:
+        """What the result should say about parameters on the slower path; None when there are none."""
+        return self._capture.note
+
+    def plan(self, n_units: int) -> str:
+        """How the batch was gone through, and what was kept, in words."""
+        kept = (
+            "every unit's gradients kept" if self._fits(n_units) else "a second sweep for projections (memory_budget)"
+        )
+        return f"{self._capture.plan}; {kept}"
 
     def kernel_sums(self, rollouts: Rollouts) -> KernelSums:
         """Kernel sums over the units of ``config``, with the whole kernel K where gradients of all units fit the budget.
@@ -119,11 +121,6 @@ class OnePassEngine:
 
             self._sweep(update, update_units, project_update, stage="projections")
         return CrossKernelSums(x_dot_y, rows, columns)
-
-    def _capture(self) -> CapturedModules:
-        registry = self._components.registry
-        names = {id(p.tensor): p.name for p in registry.parameters}
-        return CapturedModules(registry.module, names, self._left_out)
 
     def _fits(self, n_units: int) -> bool:
         registry = self._components.registry
@@ -191,13 +188,12 @@ class OnePassEngine:
                 refused: set[str] = set()
                 for rows in iter_microbatches(rollouts, prompts, components.config.prompts_per_microbatch):
                     unit = [unit_of[int(prompt)] for prompt in rollouts.prompt_index[rows]]
-                    refused = self._microbatch(rollouts, rows, unit, gradients, tables)
+                    refused = self._capture.run(rollouts, rows, unit, gradients, tables)
                     if refused:
                         break
                 if refused:
                     # From the start: what was visited lacks these parameters.
-                    self._left_out |= refused
-                    self._modules = self._capture()
+                    self._capture.leave_out(refused)
                     start_again()
                     position = 0
                     continue
@@ -206,53 +202,6 @@ class OnePassEngine:
                 visit(numbers, gradients)
                 position += 1
                 components.report(stage or labels, prompts[-1] + 1, rollouts.n_prompts)
-
-    def _microbatch(
-        self,
-        rollouts: Rollouts,
-        rows: Tensor,
-        unit: list[int],
-        gradients: UnitGradients,
-        tables: dict[str, SequenceTable],
-    ) -> set[str]:
-        """Add one microbatch to ``gradients``; returns the names of parameters that turn out not to be capturable."""
-        components = self._components
-        registry = components.registry
-        with self._modules.recording(gradients):
-            gradients.pause()
-            forward = components._compute_aligned_batch_logprobs(rollouts, rows)
-            coefficients = components._coefficients(forward, rollouts, rows)
-            for table in tables.values():
-                table.put(rows, forward.sequence_logprobs, coefficients)
-            self._slower_path(forward, coefficients, unit, gradients)
-            gradients.expect(unit, (coefficients.entropy, coefficients.update), _positions(forward))
-            torch.autograd.backward(forward.sequence_logprobs.sum())
-            gradients.pause()
-        refused = gradients.refused | uncaptured_uses(registry.tensors, registry.names, self._modules.captured)
-        for parameter in registry.tensors:
-            parameter.grad = None
-        return refused
-
-    def _slower_path(
-        self, forward: ForwardResult, coefficients: Coefficients, unit: Sequence[int], gradients: UnitGradients
-    ) -> None:
-        """Gradients of the parameters that are not captured: two backwards a unit, over the same graph."""
-        left = [
-            (p.name, p.tensor) for p in self._components.registry.parameters if p.name not in self._modules.captured
-        ]
-        if not left:
-            return
-        S = forward.sequence_logprobs
-        member = torch.tensor(unit, device=S.device)
-        for number in sorted(set(unit)):
-            for which, values in (("X", coefficients.entropy), ("Y", coefficients.update)):
-                own = torch.where(member == number, values, 0.0)
-                scale = power_of_two_scale(own)
-                torch.autograd.backward(((scale * own).to(S.dtype) * S).sum(), retain_graph=True)
-                for name, parameter in left:
-                    if parameter.grad is not None:
-                        gradients.put(name, number, which, parameter.grad / scale)
-                        parameter.grad = None
 
     def _dots(self, gradients: UnitGradients, position: int, x_sum: GradientSum, y_sum: GradientSum) -> Tensor:
         """``[3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""
@@ -288,20 +237,9 @@ class OnePassEngine:
         components = self._components
         torch.rand(1, device=components.device)
         rows = next(iter_microbatches(rollouts, prompts, components.config.prompts_per_microbatch))
-        again = components._compute_aligned_batch_logprobs(rollouts, rows).sequence_logprobs.detach()
+        again = self._capture.forward(rollouts, rows).sequence_logprobs.detach()
         label = "X" if "X" in components.sequences else "Y"
         components.check_repeatable(components.sequences[label].sequence_logprobs[rows], again.double().cpu(), rows)
-
-    def warn_of_slower_path(self) -> str | None:
-        """A sentence about the parameters on the slower path, which is also a warning; None when there is none."""
-        if not self.left_out:
-            return None
-        message = (
-            f"{len(self.left_out)} of {len(self._components.registry.parameters)} trainable parameters are used in ways the "
-            f"one-pass engine does not know (the first: '{self.left_out[0]}'); their gradients took two backwards a prompt."
-        )
-        warnings.warn(message, EntropyFastWarning, stacklevel=4)
-        return message
 
 
 def _groups(units: list[list[int]], prompts: int) -> list[list[int]]:
@@ -316,7 +254,3 @@ def _groups(units: list[list[int]], prompts: int) -> list[list[int]]:
             groups.append([number])
             held = len(unit)
     return groups
-
-
-def _positions(forward: ForwardResult) -> int:
-    return forward.token_logprobs.shape[1] + 1

@@ -174,6 +174,7 @@ def _result(
             sampling={name: (batch.temperature, batch.top_p) for name, batch in batches.items()},
             unbiased_variance=unbiased_variance,
             warnings=tuple(notes),
+            plan=components.plan,
         ),
     )
 

@@ -91,6 +91,7 @@ class Diagnostics:
         sampling: temperature and top-p the rollouts were sampled with, per batch.
         unbiased_variance: unbiased variance of δH₁ where the whole kernel was kept; it can be negative for few prompts.
         warnings: everything that deserves a sentence.
+        plan: how the one-pass engine went through the batch, and why; None for the two-pass engine.
     """
 
     standard_errors: tuple[StandardError, ...]
@@ -102,6 +103,7 @@ class Diagnostics:
     sampling: dict[str, tuple[float | None, float | None]]
     unbiased_variance: float | None
     warnings: tuple[str, ...]
+    plan: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,8 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     summary.add_row("learning rate", Text(f"{result.learning_rate:.6g}"))
     summary.add_row("entropy", Text(result.entropy_functional))
     summary.add_row("engine, geometry, estimate", Text(f"{result.engine}, {result.geometry}, {result.estimate}"))
+    if result.diagnostics.plan is not None:
+        summary.add_row("plan", Text(result.diagnostics.plan))
     console.print(summary)
     console.print(Text(verdict(result), style="bold"))
     console.print(_errors(result))

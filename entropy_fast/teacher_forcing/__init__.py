@@ -2,5 +2,16 @@
 
 from entropy_fast.teacher_forcing.batch import PackedBatch, pack_rows
 from entropy_fast.teacher_forcing.forward import ForwardResult, align_logprobs, model_logits
+from entropy_fast.teacher_forcing.output_layer import OutputLayer, find_output_layer, hidden_logprobs, same_logprobs
 
-__all__ = ["ForwardResult", "PackedBatch", "align_logprobs", "model_logits", "pack_rows"]
+__all__ = [
+    "ForwardResult",
+    "OutputLayer",
+    "PackedBatch",
+    "align_logprobs",
+    "find_output_layer",
+    "hidden_logprobs",
+    "model_logits",
+    "pack_rows",
+    "same_logprobs",
+]

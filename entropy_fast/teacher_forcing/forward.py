@@ -12,7 +12,7 @@ from entropy_fast.errors import GraphDetachedError, ModelStateError
 from entropy_fast.ops import token_logprobs
 from entropy_fast.teacher_forcing.batch import PackedBatch
 
-__all__ = ["ForwardResult", "align_logprobs", "model_logits"]
+__all__ = ["ForwardResult", "align_logprobs", "model_logits", "result_of_values"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class ForwardResult:
         sequence_logprobs: [n] S_i = sum of response token log-probs, nats.
         token_logprobs: [n, T - 1] log-prob of the token in column t + 1, nats; 0 outside the loss mask.
         response_lengths: [n] int64.
-        logits: [n, k, V] what the model returned (columns ``first_scored - 1`` .. T - 2).
+        logits: [n, k, V] what the model returned (columns ``first_scored - 1`` .. T - 2); the hidden states [n, k, H] of
+            those columns where the output layer was not run by the model.
     """
 
     sequence_logprobs: Tensor
@@ -84,10 +85,26 @@ def align_logprobs(logits: Tensor, batch: PackedBatch) -> ForwardResult:
     Raises:
         GraphDetachedError: a log-prob is NaN, so no gradient means anything.
     """
-    n, width = batch.input_ids.shape
     start = batch.first_scored
     scored = batch.loss_mask[:, start:] == 1
     values = token_logprobs(logits[scored], batch.input_ids[:, start:][scored]).logprob
+    return result_of_values(values, scored, logits, batch)
+
+
+def result_of_values(values: Tensor, scored: Tensor, logits: Tensor, batch: PackedBatch) -> ForwardResult:
+    """Token log-probs back in their places, and summed by sequence.
+
+    Args:
+        values: [number of scored tokens] log-probs, in the order of ``scored``.
+        scored: [n, T - first_scored] bool, which tokens were scored.
+        logits: what the log-probs were taken from.
+        batch: the sequences.
+
+    Raises:
+        GraphDetachedError: a log-prob is NaN, so no gradient means anything.
+    """
+    n, width = batch.input_ids.shape
+    start = batch.first_scored
     if bool(torch.isnan(values.detach()).any()):
         raise GraphDetachedError(
             f"{int(torch.isnan(values.detach()).sum())} of {values.numel()} response-token log-probs are NaN.",

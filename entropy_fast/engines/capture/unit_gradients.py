@@ -58,13 +58,13 @@ class UnitGradients:
         if rows is None or self._batch is None:
             return
         (left, right), scales = rows, self._scales(name, left.device)
-        into = self._sums(name)
+        into = self._wanted_sums(name)
         for unit, begin, end in self._batch.runs:
             part = right[begin:end].flatten(0, 1)
             # Both coefficients in one product: the other factor is read once.
             scaled = left[begin:end].unsqueeze(0) * scales[:, begin:end, None, None]
             both = scaled.flatten(1, 2).to(part.dtype).permute(0, 2, 1).reshape(-1, part.shape[0]) @ part
-            for total, found in zip(into, both.view(2, left.shape[-1], -1), strict=True):
+            for total, found in zip(into, both.view(len(into), left.shape[-1], -1), strict=True):
                 total[unit] += found
 
     def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
@@ -73,7 +73,7 @@ class UnitGradients:
         if found is None or self._batch is None:
             return
         (places, values), scales = found, self._scales(name, rows.device)
-        for total, scale in zip(self._sums(name), scales, strict=True):
+        for total, scale in zip(self._wanted_sums(name), scales, strict=True):
             for unit, begin, end in self._batch.runs:
                 scaled = values[begin:end].to(total.dtype) * scale[begin:end, None, None]
                 total[unit].index_add_(0, places[begin:end].flatten(), scaled.flatten(0, 1))
@@ -92,7 +92,7 @@ class UnitGradients:
         if rows.shape[0] != self._batch.n_rows:
             self.refused.add(name)
             return
-        for total, scale in zip(self._sums(name), self._scales(name, rows.device), strict=True):
+        for total, scale in zip(self._wanted_sums(name), self._scales(name, rows.device), strict=True):
             for unit, begin, end in self._batch.runs:
                 wide = rows[begin:end].to(total.dtype).flatten(1)
                 total[unit] += (scale[begin:end] @ wide).view(total.shape[1:])
@@ -127,9 +127,13 @@ class UnitGradients:
                 store[name] = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
         return self.entropy[name], self.update[name]
 
+    def _wanted_sums(self, name: str) -> list[Tensor]:
+        assert self._batch is not None
+        return [total for total, wanted in zip(self._sums(name), self._batch.wanted, strict=True) if wanted]
+
     def _scales(self, name: str, device: torch.device) -> Tensor:
         assert self._batch is not None
-        return self._batch.coefficients.to(device=device, dtype=self._dtype(name))
+        return self._batch.coefficients[self._batch.wanted].to(device=device, dtype=self._dtype(name))
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.promote_types(self._parameters[name].dtype, torch.float32)
@@ -140,6 +144,8 @@ class _Batch:
 
     def __init__(self, unit: Sequence[int], coefficients: Tensor, positions: int) -> None:
         self.n_rows, self.positions, self.coefficients = len(unit), positions, coefficients
+        # What is 0 throughout adds nothing, and is not computed.
+        self.wanted: list[bool] = (coefficients != 0).any(1).tolist()
         self.runs: list[tuple[int, int, int]] = []
         for row, number in enumerate(unit):
             if self.runs and self.runs[-1][0] == number:

@@ -1,0 +1,144 @@
+"""One prompt's responses, its own tokens run once: the responses continue from a detached copy of its keys and values.
+
+Legend: c_i and a_i coefficients, K and V the prompt's keys and values, h_p its last hidden state, which predicts the first
+response token.
+
+A backward of Σ_i S_i through the responses gives their signals and every response's own ∂S_i/∂K, ∂S_i/∂V, ∂S_i/∂h_p. Those are
+summed with c_i and with a_i, and the two sums go back through the prompt's graph one after the other: what arrives there is
+already weighted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from entropy_fast.engines.capture.unit_gradients import UnitGradients
+from entropy_fast.ops import linear_token_logprobs
+from entropy_fast.teacher_forcing import OutputLayer, PackedBatch, hidden_logprobs
+from entropy_fast.teacher_forcing.output_layer import allowed_difference
+
+__all__ = [
+    "SharedPrefixForward",
+    "backward_through_prefix",
+    "forward_with_shared_prefix",
+    "prefix_length",
+    "same_with_shared_prefix",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedPrefixForward:
+    """The two forwards of one prompt with G responses.
+
+    Attributes:
+        sequence_logprobs: [G] S_i, with the graph of the responses.
+        token_logprobs: [G, R] log-probs of the tokens after the prompt, 0 where they are not scored.
+        prefix: what the responses continue from, with the prompt's graph: K and V of every layer [1, ...], and h_p [1, H].
+        leaves: the detached copies of them, one row a response.
+    """
+
+    sequence_logprobs: Tensor
+    token_logprobs: Tensor
+    prefix: tuple[Tensor, ...]
+    leaves: tuple[Tensor, ...]
+
+
+def prefix_length(batch: PackedBatch) -> int | None:
+    """Number of tokens before the first scored one, None unless it is the same in all rows, and the tokens too."""
+    first = batch.loss_mask.argmax(1)
+    length = int(first[0])
+    same = bool((first == length).all()) and bool((batch.input_ids[:, :length] == batch.input_ids[:1, :length]).all())
+    return length if same and length > 0 else None
+
+
+def forward_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int) -> SharedPrefixForward:
+    """Both forwards.
+
+    The cache is built without the model's configuration: with it, layers with a sliding window drop keys that the first
+    response tokens still see. Rows are padded on the right and the prompt is not padded, so no query is without keys and
+    distances in the cache are distances in the text.
+
+    Args:
+        layer: decoder and output layer.
+        batch: the responses of one prompt, whole sequences.
+        length: from `prefix_length`.
+    """
+    rows = batch.input_ids.shape[0]
+    cache: Any = DynamicCache()
+    ids = batch.input_ids[:1, :length]
+    before = layer.decoder(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        position_ids=batch.position_ids[:1, :length],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    states = [state for entry in cache.layers for state in (entry.keys, entry.values)]
+    prefix = (*states, before.last_hidden_state[:, -1])
+    leaves = tuple(t.detach().expand(rows, *t.shape[1:]).contiguous().requires_grad_() for t in prefix)
+    continued: Any = DynamicCache()
+    for index in range(len(states) // 2):
+        continued.update(leaves[2 * index], leaves[2 * index + 1], index)
+    targets = batch.input_ids[:, length:]
+    scored = batch.loss_mask[:, length:] == 1
+    after = layer.decoder(
+        input_ids=targets,
+        attention_mask=batch.attention_mask,
+        # Padding has a position too, which no real token sees.
+        position_ids=length + torch.arange(targets.shape[1], device=targets.device).expand(rows, -1),
+        past_key_values=continued,
+        use_cache=True,
+    )
+    hidden = torch.cat([leaves[-1].unsqueeze(1), after.last_hidden_state[:, :-1]], dim=1)
+    values = linear_token_logprobs(
+        hidden[scored], layer.weight, targets[scored], bias=layer.bias, softcap=layer.softcap
+    ).logprob
+    tokens = values.new_zeros(targets.shape).masked_scatter(scored, values)
+    return SharedPrefixForward(tokens.sum(-1), tokens, prefix, leaves)
+
+
+def same_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int) -> bool:
+    """Whether a model gives the same log-probs both ways; needs no graph. False for models whose state is something else."""
+    whole = hidden_logprobs(layer, batch)
+    try:
+        found = forward_with_shared_prefix(layer, batch, length).token_logprobs
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError):
+        return False
+    expected = whole.token_logprobs[:, length - 1 :]
+    return bool(((found - expected).abs() <= allowed_difference(whole.logits.dtype)).all())
+
+
+def backward_through_prefix(
+    forward: SharedPrefixForward, coefficients: tuple[Tensor, Tensor], unit: int, gradients: UnitGradients, length: int
+) -> None:
+    """The two backwards through the prompt's graph, after the one through the responses has filled the leaves' gradients.
+
+    Args:
+        forward: from `forward_with_shared_prefix`.
+        coefficients: [G] c and a, fp64.
+        unit: whose prompt it is.
+        gradients: the recorder.
+        length: tokens of the prompt.
+    """
+    pairs = [
+        (state, leaf.grad)
+        for state, leaf in zip(forward.prefix, forward.leaves, strict=True)
+        if state.requires_grad and leaf.grad is not None
+    ]
+    if not pairs:
+        return
+    zero, one = (torch.full((1,), value, dtype=torch.float64, device=coefficients[0].device) for value in (0.0, 1.0))
+    for which, weights in enumerate(coefficients):
+        cotangents = []
+        for state, grad in pairs:
+            wide = torch.promote_types(state.dtype, torch.float32)
+            summed = torch.tensordot(weights.to(device=grad.device, dtype=wide), grad.to(wide), dims=1)
+            cotangents.append(summed.unsqueeze(0).to(state.dtype))
+        gradients.expect([unit], (one, zero) if which == 0 else (zero, one), length)
+        torch.autograd.backward([state for state, _ in pairs], cotangents, retain_graph=which == 0)
+    gradients.pause()

@@ -1,0 +1,229 @@
+"""One microbatch by capture: which forward, what the recorder is told, and what is left to slower ways.
+
+Legend: S_i sequence log-prob, c_i and a_i coefficients, X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i.
+
+Three ways, the first that a model allows: a prompt's tokens once and its responses from their keys and values; whole
+sequences with log-probs taken from hidden states; whole sequences and the model's own logits. Each of the first two is held
+against the next one once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_fast.engines.capture import CapturedModules, UnitGradients
+from entropy_fast.engines.capture.modules import uncaptured_uses
+from entropy_fast.engines.capture.shared_prefix import (
+    backward_through_prefix,
+    forward_with_shared_prefix,
+    prefix_length,
+    same_with_shared_prefix,
+)
+from entropy_fast.engines.coefficients import (
+    Coefficients,
+    SequenceTable,
+    length_weights,
+    power_of_two_scale,
+    sequence_coefficients,
+)
+from entropy_fast.guards.grad_context import assert_attached
+from entropy_fast.guards.model_state import checkpointed_modules
+from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.teacher_forcing import (
+    ForwardResult,
+    OutputLayer,
+    PackedBatch,
+    find_output_layer,
+    hidden_logprobs,
+    pack_rows,
+    same_logprobs,
+)
+
+__all__ = ["CapturePass"]
+
+
+class CapturePass:
+    """Runs microbatches of one model.
+
+    Args:
+        components: model, options and guards.
+    """
+
+    def __init__(self, components: ProbeComponents) -> None:
+        self._components = components
+        self._left_out: frozenset[str] = frozenset()
+        self._modules = self._capture()
+        self._output_layer: OutputLayer | None = None
+        self._output_layer_tried = False
+        self._shares_prefix: bool | None = None  # not tried yet
+        self.prompts_shared = False  # whether that was done in the last microbatch
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Trainable parameters on the slower path, in registry order."""
+        return tuple(n for n in self._components.registry.names if n not in self._modules.captured)
+
+    @property
+    def note(self) -> str | None:
+        """A sentence about the parameters on the slower path; None when there are none."""
+        if not self.left_out:
+            return None
+        return (
+            f"{len(self.left_out)} of {len(self._components.registry.parameters)} trainable parameters are used in ways the "
+            f"one-pass engine does not know (the first: '{self.left_out[0]}'); their gradients took two backwards a prompt."
+        )
+
+    @property
+    def plan(self) -> str:
+        """Which way was taken, in words."""
+        total = len(self._components.registry.parameters)
+        captured = f"{total - len(self.left_out)} of {total} parameters captured"
+        if self._output_layer is None:
+            return f"whole sequences, the model's own logits; {captured}"
+        hidden = "log-probs from hidden states without logits"
+        if self.prompts_shared:
+            return f"every prompt's tokens run once for its responses, {hidden}; {captured}"
+        return f"whole sequences, {hidden}; {captured}"
+
+    def leave_out(self, names: set[str]) -> None:
+        """Put these parameters on the slower path from now on, and those that share a module with them."""
+        self._left_out |= names
+        self._modules = self._capture()
+
+    def run(
+        self,
+        rollouts: Rollouts,
+        rows: Tensor,
+        unit: list[int],
+        gradients: UnitGradients,
+        tables: dict[str, SequenceTable],
+    ) -> set[str]:
+        """Add one microbatch to ``gradients``; returns the names of parameters that turn out not to be capturable."""
+        components = self._components
+        with self._modules.recording(gradients):
+            gradients.pause()
+            self._try_output_layer(rollouts, rows[:1])
+            self.prompts_shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
+            if self.prompts_shared:
+                return self._refused(gradients)
+            forward = self.forward(rollouts, rows)
+            coefficients = components._coefficients(forward, rollouts, rows)
+            for table in tables.values():
+                table.put(rows, forward.sequence_logprobs, coefficients)
+            self._slower_path(forward, coefficients, unit, gradients)
+            gradients.expect(unit, (coefficients.entropy, coefficients.update), _positions(forward))
+            torch.autograd.backward(forward.sequence_logprobs.sum())
+            gradients.pause()
+        return self._refused(gradients)
+
+    def _refused(self, gradients: UnitGradients) -> set[str]:
+        """Parameters that turned out not to be capturable; ordinary gradients are removed."""
+        registry = self._components.registry
+        refused = gradients.refused | uncaptured_uses(registry.tensors, registry.names, self._modules.captured)
+        for parameter in registry.tensors:
+            parameter.grad = None
+        return refused
+
+    def _with_shared_prefix(
+        self,
+        rollouts: Rollouts,
+        rows: Tensor,
+        unit: list[int],
+        gradients: UnitGradients,
+        tables: dict[str, SequenceTable],
+    ) -> bool:
+        """The microbatch with every prompt's tokens run once; False when that cannot be done, and then nothing has been."""
+        components = self._components
+        if self._output_layer is None or self._shares_prefix is False or self.left_out:
+            return False
+        prompts = rollouts.prompt_index[rows]
+        parts = [(int(p), rows[prompts == p]) for p in dict.fromkeys(prompts.tolist())]
+        batches = [pack_rows(rollouts, own, components.device) for _, own in parts]
+        lengths = [prefix_length(batch) for batch in batches]
+        if self._shares_prefix is None:
+            self._shares_prefix = self._same_with_shared_prefix(batches[0], lengths[0])
+        if not self._shares_prefix or None in lengths:
+            return False
+        unit_of = dict(zip(prompts.tolist(), unit, strict=True))
+        for (prompt, own), batch, length in zip(parts, batches, lengths, strict=True):
+            assert length is not None
+            gradients.pause()
+            with components.autocast():
+                forward = forward_with_shared_prefix(self._output_layer, batch, length)
+            assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
+            weights = length_weights(rollouts, components.config.weighting)
+            coefficients = sequence_coefficients(forward.sequence_logprobs, own, rollouts, weights)
+            for table in tables.values():
+                table.put(own, forward.sequence_logprobs, coefficients)
+            both = (coefficients.entropy, coefficients.update)
+            gradients.expect([unit_of[prompt]] * len(own), both, batch.input_ids.shape[1] - length)
+            torch.autograd.backward(forward.sequence_logprobs.sum())
+            backward_through_prefix(forward, both, unit_of[prompt], gradients, length)
+        return True
+
+    def _same_with_shared_prefix(self, batch: PackedBatch, length: int | None) -> bool:
+        """Whether this model gives the same log-probs when responses continue from the prompt's keys and values."""
+        if length is None or self._output_layer is None or checkpointed_modules(self._components.model):
+            # With gradient checkpointing transformers drops the cache.
+            return False
+        with torch.no_grad(), self._components.autocast():
+            return same_with_shared_prefix(self._output_layer, batch, length)
+
+    def _try_output_layer(self, rollouts: Rollouts, rows: Tensor) -> None:
+        """Once: see whether log-probs may be taken from hidden states."""
+        if self._output_layer_tried:
+            return
+        self._output_layer_tried = True
+        components = self._components
+        layer = find_output_layer(components.registry.module)
+        if layer is not None:
+            with components.autocast():
+                first = pack_rows(rollouts, rows, components.device)
+                self._output_layer = layer if same_logprobs(components.registry.module, layer, first) else None
+
+    def forward(self, rollouts: Rollouts, rows: Tensor) -> ForwardResult:
+        """Log-probs of the given rows with their graph, without logits where the output layer allows that."""
+        components = self._components
+        if self._output_layer is None:
+            return components._compute_aligned_batch_logprobs(rollouts, rows)
+        batch = pack_rows(rollouts, rows, components.device)
+        components.registry.check("CapturePass")
+        with components.autocast():
+            forward = hidden_logprobs(self._output_layer, batch)
+        assert_attached("hidden states", forward.logits, "CapturePass", DETACHED_FIX)
+        assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
+        return forward
+
+    def _slower_path(
+        self, forward: ForwardResult, coefficients: Coefficients, unit: Sequence[int], gradients: UnitGradients
+    ) -> None:
+        """Gradients of the parameters that are not captured: two backwards a unit, over the same graph."""
+        left = [
+            (p.name, p.tensor) for p in self._components.registry.parameters if p.name not in self._modules.captured
+        ]
+        if not left:
+            return
+        S = forward.sequence_logprobs
+        member = torch.tensor(unit, device=S.device)
+        for number in sorted(set(unit)):
+            for which, values in (("X", coefficients.entropy), ("Y", coefficients.update)):
+                own = torch.where(member == number, values, 0.0)
+                scale = power_of_two_scale(own)
+                torch.autograd.backward(((scale * own).to(S.dtype) * S).sum(), retain_graph=True)
+                for name, parameter in left:
+                    if parameter.grad is not None:
+                        gradients.put(name, number, which, parameter.grad / scale)
+                        parameter.grad = None
+
+    def _capture(self) -> CapturedModules:
+        registry = self._components.registry
+        names = {id(p.tensor): p.name for p in registry.parameters}
+        return CapturedModules(registry.module, names, self._left_out)
+
+
+def _positions(forward: ForwardResult) -> int:
+    return forward.token_logprobs.shape[1] + 1

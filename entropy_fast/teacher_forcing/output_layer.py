@@ -1,0 +1,93 @@
+"""Log-probs without logits: the decoder's hidden states, and the output layer by `entropy_fast.ops.linear_token_logprobs`.
+
+For models whose logits are a frozen linear map of the decoder's hidden states, with a softcap or without. Whether a model is
+one of these is read off its modules and then tried: what else it may do to its logits shows in the numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from entropy_fast.ops import linear_token_logprobs
+from entropy_fast.teacher_forcing.batch import PackedBatch
+from entropy_fast.teacher_forcing.forward import ForwardResult, align_logprobs, model_logits, result_of_values
+
+__all__ = ["OutputLayer", "allowed_difference", "find_output_layer", "hidden_logprobs", "same_logprobs"]
+
+# Largest difference of a token's log-prob, nats: far below what a forgotten scale or bias does, above rounding.
+_ALLOWED = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ALLOWED_IN_16_BITS = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputLayer:
+    """A frozen output layer and the decoder before it.
+
+    Attributes:
+        decoder: the module whose ``last_hidden_state`` goes into the output layer.
+        weight: [V, H].
+        bias: [V], or None.
+        softcap: of the logits, or None.
+    """
+
+    decoder: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+
+def find_output_layer(module: nn.Module) -> OutputLayer | None:
+    """The output layer of a transformers model, under adapter wrappers too; None where it is trained or of another kind."""
+    unwrap = getattr(module, "get_base_model", None)
+    base = unwrap() if callable(unwrap) else module
+    if not isinstance(base, PreTrainedModel) or base.base_model is base:
+        return None
+    head = base.get_output_embeddings()
+    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
+        return None
+    return OutputLayer(base.base_model, head.weight, head.bias, getattr(base.config, "final_logit_softcapping", None))
+
+
+def hidden_logprobs(layer: OutputLayer, batch: PackedBatch) -> ForwardResult:
+    """As `align_logprobs` of `model_logits`, with logits of response tokens alone, a block at a time.
+
+    Raises:
+        GraphDetachedError: a log-prob is NaN.
+    """
+    output = layer.decoder(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    start = batch.first_scored
+    hidden = output.last_hidden_state[:, start - 1 : -1]
+    scored = batch.loss_mask[:, start:] == 1
+    values = linear_token_logprobs(
+        hidden[scored], layer.weight, batch.input_ids[:, start:][scored], bias=layer.bias, softcap=layer.softcap
+    ).logprob
+    return result_of_values(values, scored, hidden, batch)
+
+
+def same_logprobs(module: nn.Module, layer: OutputLayer, batch: PackedBatch) -> bool:
+    """Whether both ways give the same log-probs for ``batch``; needs no graph."""
+    with torch.no_grad():
+        try:
+            found = hidden_logprobs(layer, batch)
+        except (TypeError, AttributeError):
+            # The decoder takes other arguments, or returns something else.
+            return False
+        expected = align_logprobs(model_logits(module, batch), batch)
+    difference = (found.token_logprobs - expected.token_logprobs).abs()
+    return bool((difference <= allowed_difference(expected.logits.dtype)).all())
+
+
+def allowed_difference(dtype: torch.dtype) -> float:
+    """How far apart two ways to the same token's log-prob may be, nats, for logits or hidden states of this dtype."""
+    return _ALLOWED.get(dtype, _ALLOWED_IN_16_BITS)
