@@ -57,15 +57,18 @@ class UnitGradients:
         rows = self._by_rows(name, left, right)
         if rows is None or self._batch is None:
             return
-        (left, right), scales = rows, self._scales(name, left.device)
-        into = self._wanted_sums(name)
+        left, right = rows
+        scales, into = self._scales(name, left.device), self._wanted_sums(name)
+        # The factor with fewer columns takes the coefficients; with all of them in one product the other is read once.
+        turned = right.shape[-1] < left.shape[-1]
+        narrow, wide = (right, left) if turned else (left, right)
         for unit, begin, end in self._batch.runs:
-            part = right[begin:end].flatten(0, 1)
-            # Both coefficients in one product: the other factor is read once.
-            scaled = left[begin:end].unsqueeze(0) * scales[:, begin:end, None, None]
-            both = scaled.flatten(1, 2).to(part.dtype).permute(0, 2, 1).reshape(-1, part.shape[0]) @ part
-            for total, found in zip(into, both.view(len(into), left.shape[-1], -1), strict=True):
-                total[unit] += found
+            flat = wide[begin:end].flatten(0, 1)
+            scaled = narrow[begin:end].unsqueeze(2) * scales[:, begin:end].t()[:, None, :, None]
+            # [positions, labels * columns of narrow]
+            products = scaled.to(flat.dtype).flatten(0, 1).flatten(1).t() @ flat
+            for total, found in zip(into, products.view(len(into), narrow.shape[-1], -1), strict=True):
+                total[unit] += found.t() if turned else found
 
     def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
         """See `Recorder.scatter`."""
