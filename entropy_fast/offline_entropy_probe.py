@@ -127,7 +127,14 @@ class OfflineEntropyProbe:
 
     def _note(self, one_pass: OnePassEngine, n_units: int) -> None:
         self.components.plan = one_pass.plan(n_units)
-        self.components.notes = [] if one_pass.note is None else [one_pass.note]
+        notes = [] if one_pass.note is None else [one_pass.note]
+        if self.config.full_kernel and not one_pass.fits(n_units):
+            notes.append(
+                "full_kernel was asked for, but the gradients of all units do not fit memory_budget; K was not kept."
+            )
+        if self.config.conditional_variance == "alpha" or self.config.y_pass != "backward":
+            notes.append("conditional_variance and y_pass are options of the two-pass engine; they were not used.")
+        self.components.notes = notes
         if one_pass.note is not None:
             warnings.warn(one_pass.note, EntropyFastWarning, stacklevel=3)
 

@@ -169,9 +169,10 @@ void process_row(const Row<Element>& row, int64_t target, bool weights, SoftmaxR
         state->center = center;
         pass<false, true, true, kSoftcap, Element>(row, state->highest, center, nullptr, nullptr);
     }
-    if (weights && !(state->sum < infinity)) {
-        // The caller knows such rows by their sum. Their weights are 0, for some matrix products read past the end of a
-        // row and count on 0 times that being 0: a NaN would get into the row before.
+    if (weights && (!(state->sum < infinity) || state->highest == -infinity)) {
+        // Not finite, or nothing but -inf so far. The caller knows such rows by their sum. Their weights are 0, for
+        // some matrix products read past the end of a row and count on 0 times that being 0: a NaN would get into the
+        // row before.
         clear<Element>(row.logits, row.width);
         if (row.entropy_weights) clear<Element>(row.entropy_weights, row.width);
     } else if (here && weights) {

@@ -40,7 +40,7 @@ from entropy_fast.teacher_forcing import (
     find_output_layer,
     hidden_logprobs,
     pack_rows,
-    same_logprobs,
+    same_logits,
 )
 
 __all__ = ["CapturePass"]
@@ -60,7 +60,8 @@ class CapturePass:
         self._output_layer: OutputLayer | None = None
         self._output_layer_tried = False
         self._shares_prefix: bool | None = None  # not tried yet
-        self.prompts_shared = False  # whether that was done in the last microbatch
+        self._n_shared = self._n_whole = 0  # microbatches by the way they were gone through
+        self._prompts_shared = False  # in the last one
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -85,8 +86,11 @@ class CapturePass:
         if self._output_layer is None:
             return f"whole sequences, the model's own logits; {captured}"
         hidden = "log-probs from hidden states without logits"
-        if self.prompts_shared:
+        if self._n_shared and not self._n_whole:
             return f"every prompt's tokens run once for its responses, {hidden}; {captured}"
+        if self._n_shared:
+            share = f"{self._n_shared} of {self._n_shared + self._n_whole} microbatches"
+            return f"prompts' tokens run once for their responses in {share}, {hidden}; {captured}"
         return f"whole sequences, {hidden}; {captured}"
 
     def leave_out(self, names: set[str]) -> None:
@@ -107,8 +111,10 @@ class CapturePass:
         with self._modules.recording(gradients):
             gradients.pause()
             self._try_output_layer(rollouts, rows[:1])
-            self.prompts_shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
-            if self.prompts_shared:
+            self._prompts_shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
+            self._n_shared += self._prompts_shared
+            self._n_whole += not self._prompts_shared
+            if self._prompts_shared:
                 return self._refused(gradients)
             forward = self.forward(rollouts, rows)
             coefficients = components._coefficients(forward, rollouts, rows)
@@ -140,13 +146,16 @@ class CapturePass:
         components = self._components
         if self._output_layer is None or self._shares_prefix is False or self.left_out:
             return False
+        components.registry.check("CapturePass")
         prompts = rollouts.prompt_index[rows]
         parts = [(int(p), rows[prompts == p]) for p in dict.fromkeys(prompts.tolist())]
         batches = [pack_rows(rollouts, own, components.device) for _, own in parts]
         lengths = [prefix_length(batch) for batch in batches]
+        if None in lengths:
+            return False
         if self._shares_prefix is None:
             self._shares_prefix = self._same_with_shared_prefix(batches[0], lengths[0])
-        if not self._shares_prefix or None in lengths:
+        if not self._shares_prefix:
             return False
         unit_of = dict(zip(prompts.tolist(), unit, strict=True))
         for (prompt, own), batch, length in zip(parts, batches, lengths, strict=True):
@@ -164,6 +173,21 @@ class CapturePass:
             torch.autograd.backward(forward.sequence_logprobs.sum())
             backward_through_prefix(forward, both, unit_of[prompt], gradients, length)
         return True
+
+    def logprobs_again(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
+        """[n] S_i of the given rows from a forward of the kind that the last microbatch had, without a graph."""
+        if not self._prompts_shared or self._output_layer is None:
+            return self.forward(rollouts, rows).sequence_logprobs.detach()
+        again = torch.zeros(len(rows), dtype=torch.float64)
+        prompts = rollouts.prompt_index[rows]
+        with torch.no_grad(), self._components.autocast():
+            for prompt in dict.fromkeys(prompts.tolist()):
+                batch = pack_rows(rollouts, rows[prompts == prompt], self._components.device)
+                length = prefix_length(batch)
+                assert length is not None
+                found = forward_with_shared_prefix(self._output_layer, batch, length).sequence_logprobs
+                again[prompts == prompt] = found.double().cpu()
+        return again
 
     def _same_with_shared_prefix(self, batch: PackedBatch, length: int | None) -> bool:
         """Whether this model gives the same log-probs when responses continue from the prompt's keys and values."""
@@ -183,7 +207,7 @@ class CapturePass:
         if layer is not None:
             with components.autocast():
                 first = pack_rows(rollouts, rows, components.device)
-                self._output_layer = layer if same_logprobs(components.registry.module, layer, first) else None
+                self._output_layer = layer if same_logits(components.registry.module, layer, first) else None
 
     def forward(self, rollouts: Rollouts, rows: Tensor) -> ForwardResult:
         """Log-probs of the given rows with their graph, without logits where the output layer allows that."""

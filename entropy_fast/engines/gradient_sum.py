@@ -40,6 +40,12 @@ class GradientSum:
                 total.add_(gradient.to(device=total.device, dtype=total.dtype), alpha=1.0 / scale)
                 self.touched[index] = True
 
+    def clear(self) -> None:
+        """Back to empty."""
+        for tensor in self.tensors:
+            tensor.zero_()
+        self.touched[:] = [False] * len(self.touched)
+
     def norm(self) -> float:
         """Euclidean norm over all parameters, accumulated in fp64."""
         return math.sqrt(inner_product(self.tensors, self.tensors))

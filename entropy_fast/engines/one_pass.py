@@ -52,9 +52,7 @@ class OnePassEngine:
 
     def plan(self, n_units: int) -> str:
         """How the batch was gone through, and what was kept, in words."""
-        kept = (
-            "every unit's gradients kept" if self._fits(n_units) else "a second sweep for projections (memory_budget)"
-        )
+        kept = "every unit's gradients kept" if self.fits(n_units) else "a second sweep for projections (memory_budget)"
         return f"{self._capture.plan}; {kept}"
 
     def kernel_sums(self, rollouts: Rollouts) -> KernelSums:
@@ -67,7 +65,7 @@ class OnePassEngine:
         assert_grad_context("OnePassEngine.kernel_sums")
         components = self._components
         units = prompt_units(rollouts.n_prompts, components.config.blocks)
-        keep = self._fits(len(units))
+        keep = self.fits(len(units))
         sums, stack = self._sums_of(rollouts, units, keep, "XY")
         x_sum = components.finish_sum_X(sums[0], rollouts)
         y_sum = components.finish_sum_Y(sums[1], rollouts)
@@ -95,7 +93,7 @@ class OnePassEngine:
         assert_grad_context("OnePassEngine.cross_sums")
         components = self._components
         update_units = prompt_units(update.n_prompts, None)
-        keep = self._fits(len(update_units))
+        keep = self.fits(len(update_units))
         sums, stack = self._sums_of(update, update_units, keep, "Y")
         y_sum = components.finish_sum_Y(sums[1], update)
         x_total = self._empty_sum()
@@ -106,7 +104,8 @@ class OnePassEngine:
                 rows[number] = self._dots(gradients, position, x_total, y_sum)[1]
             self._add(x_total, gradients.entropy)
 
-        self._sweep(entropy, prompt_units(entropy.n_prompts, None), project_entropy, labels="X")
+        entropy_units = prompt_units(entropy.n_prompts, None)
+        self._sweep(entropy, entropy_units, project_entropy, labels="X", start_again=x_total.clear)
         x_sum = components.finish_sum_X(x_total, entropy)
         x_dot_y = components.compare_sums(x_sum, y_sum)
         columns = torch.zeros(update.n_prompts, dtype=torch.float64)
@@ -122,10 +121,12 @@ class OnePassEngine:
             self._sweep(update, update_units, project_update, stage="projections")
         return CrossKernelSums(x_dot_y, rows, columns)
 
-    def _fits(self, n_units: int) -> bool:
+    def fits(self, n_units: int) -> bool:
+        """Whether every unit's gradients fit the memory budget."""
         registry = self._components.registry
         bytes_each = sum(p.numel() * max(4, p.element_size()) for p in registry.tensors)
-        return 2 * n_units * bytes_each <= self._components.config.memory_budget
+        # X and g of every unit, and Y beside them.
+        return 3 * n_units * bytes_each <= self._components.config.memory_budget
 
     def _empty_sum(self) -> GradientSum:
         on_cpu = self._components.config.accumulate_on == "cpu"
@@ -140,22 +141,22 @@ class OnePassEngine:
         """Raw X_sum and g_sum, and with ``keep`` the stacks ``[units, *shape]`` of X and g, in registry order."""
         sums = self._empty_sum(), self._empty_sum()
         stacks: tuple[list[Tensor], list[Tensor]] = ([], [])
-        if keep:
-            for stack, total in zip(stacks, sums, strict=True):
+        for label, stack, total in zip("XY", stacks, sums, strict=True):
+            if keep and label in labels:
                 stack.extend(t.new_zeros(len(units), *t.shape) for t in total.tensors)
 
         def collect(numbers: list[int], gradients: UnitGradients) -> None:
             for total, stack, found in zip(sums, stacks, (gradients.entropy, gradients.update), strict=True):
                 self._add(total, found)
-                for index, name in enumerate(self._components.registry.names if keep else ()):
+                for index, name in enumerate(self._components.registry.names if stack else ()):
                     if name in found:
                         stack[index][numbers[0] : numbers[-1] + 1] = found[name].to(stack[index].device)
 
         def start_again() -> None:
             for total, stack in zip(sums, stacks, strict=True):
-                for tensor in (*total.tensors, *stack):
+                total.clear()
+                for tensor in stack:
                     tensor.zero_()
-                total.touched[:] = [False] * len(total.touched)
 
         self._sweep(rollouts, units, collect, labels=labels, start_again=start_again)
         return sums, stacks
@@ -198,7 +199,7 @@ class OnePassEngine:
                     position = 0
                     continue
                 if position == 0 and labels:
-                    self._check_repeatable(rollouts, prompts)
+                    self._check_repeatable(rollouts, prompts, labels[0])
                 visit(numbers, gradients)
                 position += 1
                 components.report(stage or labels, prompts[-1] + 1, rollouts.n_prompts)
@@ -232,13 +233,12 @@ class OnePassEngine:
                 kernel += (a.double() @ b.double().t()).cpu()
         return kernel
 
-    def _check_repeatable(self, rollouts: Rollouts, prompts: list[int]) -> None:
+    def _check_repeatable(self, rollouts: Rollouts, prompts: list[int], label: str) -> None:
         """Raise when a second forward of the first microbatch, from another random state, gives other log-probs."""
         components = self._components
         torch.rand(1, device=components.device)
         rows = next(iter_microbatches(rollouts, prompts, components.config.prompts_per_microbatch))
-        again = self._capture.forward(rollouts, rows).sequence_logprobs.detach()
-        label = "X" if "X" in components.sequences else "Y"
+        again = self._capture.logprobs_again(rollouts, rows)
         components.check_repeatable(components.sequences[label].sequence_logprobs[rows], again.double().cpu(), rows)
 
 

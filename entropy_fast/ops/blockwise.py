@@ -18,7 +18,8 @@ __all__ = ["WORKSPACE_BYTES", "block_logits", "linear_token_logprobs"]
 # One block of logits by bytes an element: large enough for a matrix product to run at full rate, small enough for the caches.
 # Measured; products of 16-bit numbers, which are faster, want their factors nearer.
 _BLOCK_BYTES = {2: 2**21, 4: 2**23, 8: 2**23}
-# What the blocks (for the entropy there is another) and the accumulators take, beside the results.
+# What the blocks take at most (for the entropy there is another). Beside them and the results there are a few arrays of
+# rows x H, and the part of the weights under work where it has to be cast.
 WORKSPACE_BYTES = 2**24
 # Every product has this many rows, the last ones filled up: BLAS libraries take other paths, with other roundings, for other
 # numbers of rows, and a row's result must not depend on how many others there are.

@@ -2,7 +2,7 @@
 
 from entropy_fast.teacher_forcing.batch import PackedBatch, pack_rows
 from entropy_fast.teacher_forcing.forward import ForwardResult, align_logprobs, model_logits
-from entropy_fast.teacher_forcing.output_layer import OutputLayer, find_output_layer, hidden_logprobs, same_logprobs
+from entropy_fast.teacher_forcing.output_layer import OutputLayer, find_output_layer, hidden_logprobs, same_logits
 
 __all__ = [
     "ForwardResult",
@@ -13,5 +13,5 @@ __all__ = [
     "hidden_logprobs",
     "model_logits",
     "pack_rows",
-    "same_logprobs",
+    "same_logits",
 ]

@@ -12,7 +12,7 @@ from entropy_fast.errors import GraphDetachedError, ModelStateError
 from entropy_fast.ops import token_logprobs
 from entropy_fast.teacher_forcing.batch import PackedBatch
 
-__all__ = ["ForwardResult", "align_logprobs", "model_logits", "result_of_values"]
+__all__ = ["ForwardResult", "align_logprobs", "model_logits", "refuse_nan", "result_of_values"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +105,7 @@ def result_of_values(values: Tensor, scored: Tensor, logits: Tensor, batch: Pack
     """
     n, width = batch.input_ids.shape
     start = batch.first_scored
-    if bool(torch.isnan(values.detach()).any()):
-        raise GraphDetachedError(
-            f"{int(torch.isnan(values.detach()).sum())} of {values.numel()} response-token log-probs are NaN.",
-            fix="look for NaN in the weights or adapter, or fp16 overflow (use bfloat16 autocast).",
-        )
+    refuse_nan(values)
     # masked_scatter and a row sum, not index_add: that one is not deterministic on CUDA.
     tokens = values.new_zeros(n, width - 1)
     tokens = torch.cat([tokens[:, : start - 1], tokens[:, start - 1 :].masked_scatter(scored, values)], dim=1)
@@ -119,6 +115,19 @@ def result_of_values(values: Tensor, scored: Tensor, logits: Tensor, batch: Pack
         response_lengths=batch.loss_mask.sum(-1),
         logits=logits,
     )
+
+
+def refuse_nan(values: Tensor) -> None:
+    """Raise when a log-prob is NaN.
+
+    Raises:
+        GraphDetachedError: one is, so no gradient means anything.
+    """
+    if bool(torch.isnan(values.detach()).any()):
+        raise GraphDetachedError(
+            f"{int(torch.isnan(values.detach()).sum())} of {values.numel()} response-token log-probs are NaN.",
+            fix="look for NaN in the weights or adapter, or fp16 overflow (use bfloat16 autocast).",
+        )
 
 
 def _forward_parameters(module: nn.Module) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from block_sums_calls import assert_block_sums, block_sums_calls
 from kernel_calls import (
     CHUNK,
     accumulate_calls,
@@ -41,6 +42,13 @@ class EveryOp:
                     softmax_calls(dtype, softcap, self.image, width=3, weights=False, entropy=False),
                     softmax_calls(dtype, softcap, self.image, rows=0),
                 ]
+        self._block_sums = [
+            block_sums_calls(dtype, self.image, width=width, entropy=entropy, with_products=with_products)
+            for dtype in DTYPES
+            for width in (1, 35, 64)
+            for entropy in (False, True)
+            for with_products in (False, True)
+        ]
         self._sums = []
         for sizes in ((0, 1, 7, CHUNK + 1), ()):
             for update in (True, False):
@@ -52,5 +60,7 @@ class EveryOp:
             assert_right(calls.outcome(results), calls.case)
         for softmax in self._softmax:
             assert_softmax_block(softmax, results)
+        for block_sums in self._block_sums:
+            assert_block_sums(block_sums, results)
         for sums in self._sums:
             assert_accumulated(*sums.outcome(results), sums.case)

@@ -26,6 +26,7 @@ OPS = {
     "token_logprobs_backward": (1, "@8P5qi0q"),
     "softmax_block": (2, "@4P4qd?i0q"),
     "precondition_accumulate": (3, "@5P2q2d?0q"),
+    "sums_of_blocks": (4, "@5P2qi0q"),
 }
 
 

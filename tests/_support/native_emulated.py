@@ -18,6 +18,7 @@ FUNCTIONS = (
     ("token_logprobs_backward_cpu", "@8P5qi0q"),
     ("softmax_block_cpu", "@4P4qd?i0q"),
     ("precondition_accumulate_cpu", "@5P2q2d?0q"),
+    ("sums_of_blocks_cpu", "@5P2qi0q"),
 )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator
 
 import peft
 import pytest
 import torch
+from engine_results import GROUPS, TOLERANCE, assert_same, distance, results
 from probe_models.architectures import (
     BUILDERS,
     add_lora,
@@ -19,46 +21,19 @@ from probe_models.architectures import (
     quantize_nf4,
     stepped_adamw,
 )
-from probe_models.batches import make_rollouts
+from probe_models.batches import make_rollouts, make_samples, pack
 from torch import Tensor, nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, fast_delta_h1
+from entropy_fast import OfflineEntropyProbe, ProbeConfig, fast_delta_h1
+from entropy_fast.engines import capture_pass
 from entropy_fast.engines.one_pass import OnePassEngine
-from entropy_fast.errors import ConfigError, EntropyFastWarning, GradientCoverageError, ModelStateError
-
-GROUPS = (2, 3, 2, 4)
-# The norms of these families compute in fp32 whatever the model's dtype is; gemma2 is in fp32 throughout.
-TOLERANCE = {"qwen2": 2e-6, "llama": 2e-6, "mistral": 2e-6, "gemma2": 1e-4}
-
-
-def results(model: nn.Module, seed: int = 5, **options: object) -> dict[str, DeltaH1Result]:
-    rollouts = make_rollouts(GROUPS, seed=seed)
-    optimizer = stepped_adamw(model)
-    config = ProbeConfig(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
-    return {
-        engine: OfflineEntropyProbe(model, optimizer, config=config, engine=engine).compute_delta_h1(rollouts)
-        for engine in ("two_pass", "one_pass")
-    }
-
-
-def distance(found: Tensor | None, expected: Tensor | None) -> float:
-    assert found is not None and expected is not None
-    return float((found - expected).norm() / expected.norm())
-
-
-def assert_same(found: DeltaH1Result, expected: DeltaH1Result, tolerance: float) -> None:
-    assert distance(found.kernel, expected.kernel) < tolerance
-    for name in ("diagonal", "row_sums", "column_sums"):
-        assert distance(getattr(found, name), getattr(expected, name)) < tolerance, name
-    size = float(expected.kernel.norm())
-    assert abs(found.x_dot_y - expected.x_dot_y) < tolerance * size
-    assert abs(found.delta_h1 - expected.delta_h1) < tolerance * size * found.learning_rate
-    assert found.std_error == pytest.approx(expected.std_error, rel=100 * tolerance)
-    assert found.diagnostics.coverage["X"].untouched == expected.diagnostics.coverage["X"].untouched
-    assert found.diagnostics.excluded == expected.diagnostics.excluded
-    for label in ("X", "Y"):
-        for a, b in zip(vars(found.sequences[label]).values(), vars(expected.sequences[label]).values(), strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+from entropy_fast.errors import (
+    ConfigError,
+    EntropyFastWarning,
+    GradientCoverageError,
+    ModelStateError,
+)
+from entropy_fast.geometry import AdamState
 
 
 @contextlib.contextmanager
@@ -148,12 +123,14 @@ def test_low_precision_is_no_worse_than_the_two_pass_engine(precision: str) -> N
     if precision == "nf4":
         base = quantize_nf4(base)
     model = add_lora(base)
+    # One optimizer, stepped once: the wide copy has the very weights and second moments.
+    state = AdamState.from_optimizer(stepped_adamw(model), model)
     truth = copy.deepcopy(model).double() if precision != "nf4" else None
     options = {"autocast_dtype": torch.bfloat16} if precision.startswith("bf16") else {}
     errors: dict[str, list[Tensor]] = {"one_pass": [], "two_pass": []}
     for seed in range(6):
-        both = results(model, seed=seed, **options)
-        exact = results(truth, seed=seed)["two_pass"] if truth is not None else None
+        both = results(model, seed=seed, optimizer=state, **options)
+        exact = results(truth, seed=seed, optimizer=state)["two_pass"] if truth is not None else None
         if exact is None:
             # A 4-bit base cannot be widened: the two engines must agree as fp32 does.
             assert distance(both["one_pass"].kernel, both["two_pass"].kernel) < 1e-4
@@ -265,3 +242,45 @@ def test_no_such_engine() -> None:
     with pytest.raises(ConfigError, match="'three_pass'"):
         OfflineEntropyProbe(model, stepped_adamw(model), engine="three_pass")
     assert OnePassEngine.name == "one_pass"
+
+
+def test_a_prompt_whose_coefficients_are_all_zero() -> None:
+    """Equal responses with equal rewards: neither entropy nor update comes from them."""
+    model = add_lora(build_model("gpt2", dtype=torch.float64)).double()
+    optimizer = stepped_adamw(model)
+    samples = make_samples(GROUPS, interleave=False)
+    same = [dataclasses.replace(s, response=samples[0].response, advantage=0.0) for s in samples[:2]]
+    rollouts = pack(same + samples[2:])
+    for way in (lambda *_: False, capture_pass.same_with_shared_prefix):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(capture_pass, "same_with_shared_prefix", way)
+            both = [
+                OfflineEntropyProbe(
+                    model, optimizer, config=ProbeConfig(full_kernel=True), engine=engine
+                ).compute_delta_h1(rollouts)
+                for engine in ("one_pass", "two_pass")
+            ]
+        assert_same(both[0], both[1], 1e-10)
+        assert both[0].diagonal[0] == 0
+
+
+def test_one_probe_many_calls() -> None:
+    model = add_lora(build_model("gpt2", dtype=torch.float64)).double()
+    probe = OfflineEntropyProbe(model, stepped_adamw(model), engine="one_pass")
+    large, small, other = (
+        make_rollouts(groups, seed=seed) for groups, seed in (((3, 4, 3), 1), ((2, 2), 2), ((2, 3), 3))
+    )
+    first = probe.run_mixed_probe(small, large)
+    probe.compute_delta_h1(large)
+    probe.run_mixed_probe(other, small)
+    assert probe.run_mixed_probe(small, large).delta_h1 == first.delta_h1
+
+
+def test_options_of_the_other_engine_are_named() -> None:
+    model = add_lora(build_model("gpt2"))
+    options = {"memory_budget": 0, "full_kernel": True, "conditional_variance": "alpha"}
+    config = ProbeConfig(**options)
+    probe = OfflineEntropyProbe(model, stepped_adamw(model), config=config, engine="one_pass")
+    notes = " ".join(probe.compute_delta_h1(make_rollouts(GROUPS)).diagnostics.warnings)
+    assert "K was not kept" in notes
+    assert "options of the two-pass engine" in notes

@@ -91,6 +91,14 @@ class TestAgainstTruth:
         few = dataclasses.replace(case, weight=weight[possible], targets=index[targets])
         assert_right(some, few)
 
+    def test_a_first_block_that_can_never_come(self, dtype: torch.dtype) -> None:
+        case = make_linear_case(5, 6, 4500, dtype, masked=0)
+        bias = torch.zeros(4500, dtype=dtype)
+        bias[:4200] = float("-inf")
+        targets = torch.arange(4300, 4305)
+        few = dataclasses.replace(case, weight=case.weight[4200:], targets=targets - 4200)
+        assert_right(run(dataclasses.replace(case, bias=bias, targets=targets)), few)
+
     def test_no_rows_and_no_kept_rows(self, dtype: torch.dtype) -> None:
         empty = make_linear_case(0, 5, 30, dtype)
         assert [tuple(part.shape) for part in run(empty)] == [(0,), (0,), (0,), (0, 5), (0, 5)]

@@ -118,8 +118,9 @@ class _LayerNorm(torch.autograd.Function):
         recorder: Recorder,
     ) -> Tensor:
         output, mean, rstd = torch.native_layer_norm(x, list(weight.shape), weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.names, ctx.recorder = names, recorder
+        # Autocast may have computed in a wider dtype than that of x.
+        ctx.save_for_backward(x.to(output.dtype), weight, mean, rstd)
+        ctx.names, ctx.recorder, ctx.dtype = names, recorder, x.dtype
         return output
 
     @staticmethod
@@ -135,6 +136,7 @@ class _LayerNorm(torch.autograd.Function):
             dx, _, _ = torch.ops.aten.native_layer_norm_backward(
                 dy, x, list(weight.shape), mean, rstd, weight, None, [True, False, False]
             )
+            dx = dx.to(ctx.dtype)
         return dx, None, None, None, None, None
 
 

@@ -36,10 +36,12 @@ class CapturedModules:
 
     def __init__(self, module: nn.Module, names: Mapping[int, str], left_out: frozenset[str] = frozenset()) -> None:
         holders = []
-        for submodule in module.modules():
+        for path, submodule in module.named_modules():
             own = {slot: names[id(p)] for slot, p in submodule._parameters.items() if p is not None and id(p) in names}
             if own:
-                holders.append((submodule, _maker(submodule, own), set(own.values())))
+                # Experts get tokens in an order of their own, which nothing in their shape tells.
+                routed = "experts" in path.split(".")
+                holders.append((submodule, None if routed else _maker(submodule, own), set(own.values())))
         # A captured module hands nothing to ordinary autograd, so it is captured whole or not at all; and a parameter is
         # captured in all its modules or in none.
         refused = set(left_out)
@@ -75,7 +77,9 @@ def _maker(module: nn.Module, own: Mapping[str, str]) -> Callable[[Forward, Reco
     if set(own) - {"weight", "bias"} or "forward" in module.__dict__:
         return None
     if type(module) is nn.Linear:
-        return lambda _, recorder: lambda x: captured_linear(x, module.weight, module.bias, (weight, bias), recorder)
+        return lambda _, recorder: (
+            lambda input: captured_linear(input, module.weight, module.bias, (weight, bias), recorder)
+        )
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return _transposed_linear(module, weight, bias)
     if type(module) is nn.Embedding and weight and module.max_norm is None:
@@ -96,19 +100,20 @@ def _maker(module: nn.Module, own: Mapping[str, str]) -> Callable[[Forward, Reco
 
 def _transposed_linear(module: Any, weight: str | None, bias: str | None) -> Callable[[Forward, Recorder], Forward]:
     return lambda _, recorder: (
-        lambda x: captured_linear(x, module.weight, module.bias, (weight, bias), recorder, transposed=True)
+        lambda input: captured_linear(input, module.weight, module.bias, (weight, bias), recorder, transposed=True)
     )
 
 
 def _with_weight_per_row(module: nn.Module, forward: Forward, name: str, recorder: Recorder) -> Forward:
     """The module's own forward, its weight exchanged for one that has a row for every sequence."""
 
-    def run(x: Tensor) -> Any:
+    def run(*arguments: Tensor, **options: Tensor) -> Any:
+        x = next(iter((*arguments, *options.values())))
         parameter = module._parameters["weight"]
         assert parameter is not None
         module._parameters["weight"] = captured_rows(parameter, x, name, recorder)  # type: ignore[assignment]
         try:
-            return forward(x)
+            return forward(*arguments, **options)
         finally:
             module._parameters["weight"] = parameter
 

@@ -18,8 +18,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from entropy_fast.engines.capture.unit_gradients import UnitGradients
+from entropy_fast.engines.coefficients import power_of_two_scale
 from entropy_fast.ops import linear_token_logprobs
 from entropy_fast.teacher_forcing import OutputLayer, PackedBatch, hidden_logprobs
+from entropy_fast.teacher_forcing.forward import refuse_nan
 from entropy_fast.teacher_forcing.output_layer import allowed_difference
 
 __all__ = [
@@ -67,6 +69,9 @@ def forward_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: i
         layer: decoder and output layer.
         batch: the responses of one prompt, whole sequences.
         length: from `prefix_length`.
+
+    Raises:
+        GraphDetachedError: a log-prob is NaN.
     """
     rows = batch.input_ids.shape[0]
     cache: Any = DynamicCache()
@@ -98,12 +103,19 @@ def forward_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: i
     values = linear_token_logprobs(
         hidden[scored], layer.weight, targets[scored], bias=layer.bias, softcap=layer.softcap
     ).logprob
+    refuse_nan(values)
     tokens = values.new_zeros(targets.shape).masked_scatter(scored, values)
     return SharedPrefixForward(tokens.sum(-1), tokens, prefix, leaves)
 
 
 def same_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int) -> bool:
-    """Whether a model gives the same log-probs both ways; needs no graph. False for models whose state is something else."""
+    """Whether a model gives the same log-probs both ways; needs no graph.
+
+    False for models whose state is something else than keys and values, and for those whose rotary frequencies depend on
+    how long the input of a forward is: one batch would not tell for another.
+    """
+    if _frequencies_depend_on_length(getattr(layer.decoder, "config", None)):
+        return False
     whole = hidden_logprobs(layer, batch)
     try:
         found = forward_with_shared_prefix(layer, batch, length).token_logprobs
@@ -111,6 +123,18 @@ def same_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int)
         return False
     expected = whole.token_logprobs[:, length - 1 :]
     return bool(((found - expected).abs() <= allowed_difference(whole.logits.dtype)).all())
+
+
+def _frequencies_depend_on_length(config: object) -> bool:
+    """Whether a configuration asks for rotary embeddings of type longrope or dynamic, for any kind of layer."""
+    found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            found.extend(value.values())
+        elif value in ("longrope", "dynamic"):
+            return True
+    return False
 
 
 def backward_through_prefix(
@@ -132,13 +156,16 @@ def backward_through_prefix(
     ]
     if not pairs:
         return
-    zero, one = (torch.full((1,), value, dtype=torch.float64, device=coefficients[0].device) for value in (0.0, 1.0))
     for which, weights in enumerate(coefficients):
+        # What goes through the graph is of ordinary size; the sums get it back scaled.
+        scale = power_of_two_scale(weights)
+        both = torch.zeros(2, 1, dtype=torch.float64, device=weights.device)
+        both[which] = 1.0 / scale
         cotangents = []
         for state, grad in pairs:
             wide = torch.promote_types(state.dtype, torch.float32)
-            summed = torch.tensordot(weights.to(device=grad.device, dtype=wide), grad.to(wide), dims=1)
+            summed = torch.tensordot((scale * weights).to(device=grad.device, dtype=wide), grad.to(wide), dims=1)
             cotangents.append(summed.unsqueeze(0).to(state.dtype))
-        gradients.expect([unit], (one, zero) if which == 0 else (zero, one), length)
+        gradients.expect([unit], (both[0], both[1]), length)
         torch.autograd.backward([state for state, _ in pairs], cotangents, retain_graph=which == 0)
     gradients.pause()

@@ -16,7 +16,8 @@ __all__ = ["UnitGradients"]
 class UnitGradients:
     """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
 
-    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters), before any sum over positions.
+    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions; a matrix
+    product then takes its factors in bfloat16 where they were that.
 
     Args:
         parameters: by name.
@@ -59,11 +60,16 @@ class UnitGradients:
             return
         left, right = rows
         scales, into = self._scales(name, left.device), self._wanted_sums(name)
+        if not into:
+            return
         # The factor with fewer columns takes the coefficients; with all of them in one product the other is read once.
         turned = right.shape[-1] < left.shape[-1]
         narrow, wide = (right, left) if turned else (left, right)
         for unit, begin, end in self._batch.runs:
             flat = wide[begin:end].flatten(0, 1)
+            if flat.dtype == torch.float16:
+                # Coefficients can be smaller than its smallest number.
+                flat = flat.float()
             scaled = narrow[begin:end].unsqueeze(2) * scales[:, begin:end].t()[:, None, :, None]
             # [positions, labels * columns of narrow]
             products = scaled.to(flat.dtype).flatten(0, 1).flatten(1).t() @ flat
@@ -78,8 +84,11 @@ class UnitGradients:
         (places, values), scales = found, self._scales(name, rows.device)
         for total, scale in zip(self._wanted_sums(name), scales, strict=True):
             for unit, begin, end in self._batch.runs:
-                scaled = values[begin:end].to(total.dtype) * scale[begin:end, None, None]
-                total[unit].index_add_(0, places[begin:end].flatten(), scaled.flatten(0, 1))
+                scaled = (values[begin:end].to(total.dtype) * scale[begin:end, None, None]).flatten(0, 1)
+                # Not index_add: that one is not deterministic on CUDA.
+                total[unit] += torch.ops.aten.embedding_dense_backward(
+                    scaled, places[begin:end].flatten(), total.shape[1], -1, False
+                )
 
     def per_position(self, name: str, values: Tensor) -> None:
         """See `Recorder.per_position`."""

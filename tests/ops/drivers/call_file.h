@@ -63,6 +63,9 @@ class CallFile {
                 case 3:
                     run(*struct_of<PreconditionAccumulate>(call));
                     break;
+                case 4:
+                    run(*struct_of<SumsOfBlocks>(call));
+                    break;
                 default:
                     std::abort();
             }

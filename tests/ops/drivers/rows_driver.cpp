@@ -14,6 +14,7 @@ struct Run {
         entropy_fast::cpu::token_logprobs_backward(call, 1);
     }
     void operator()(const entropy_fast::SoftmaxBlock& call) const { entropy_fast::cpu::softmax_block(call, 1); }
+    void operator()(const entropy_fast::SumsOfBlocks& call) const { entropy_fast::cpu::sums_of_blocks(call, 1); }
     void operator()(const entropy_fast::PreconditionAccumulate& call) const {
         entropy_fast::cpu::precondition_accumulate(call, 1);
     }

@@ -48,6 +48,7 @@ struct Run {
     }
     // There is no CUDA kernel of this op.
     void operator()(const entropy_fast::SoftmaxBlock&) const { std::abort(); }
+    void operator()(const entropy_fast::SumsOfBlocks&) const { std::abort(); }
 };
 
 }  // namespace

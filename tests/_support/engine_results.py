@@ -1,0 +1,49 @@
+"""The same batch by both engines, and the comparison of what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from probe_models.architectures import stepped_adamw
+from probe_models.batches import make_rollouts
+from torch import Tensor, nn
+
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig
+from entropy_fast.geometry import AdamState
+
+GROUPS = (2, 3, 2, 4)
+# The norms of these families compute in fp32 whatever the model's dtype is; gemma2 is in fp32 throughout.
+TOLERANCE = {"qwen2": 2e-6, "llama": 2e-6, "mistral": 2e-6, "gemma2": 1e-4}
+
+
+def results(
+    model: nn.Module, seed: int = 5, optimizer: torch.optim.Optimizer | AdamState | None = None, **options: object
+) -> dict[str, DeltaH1Result]:
+    """By engine. Without an ``optimizer`` one is made, which steps and so changes the model."""
+    rollouts = make_rollouts(GROUPS, seed=seed)
+    optimizer = optimizer or stepped_adamw(model)
+    config = ProbeConfig(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
+    return {
+        engine: OfflineEntropyProbe(model, optimizer, config=config, engine=engine).compute_delta_h1(rollouts)
+        for engine in ("two_pass", "one_pass")
+    }
+
+
+def distance(found: Tensor | None, expected: Tensor | None) -> float:
+    assert found is not None and expected is not None
+    return float((found - expected).norm() / expected.norm())
+
+
+def assert_same(found: DeltaH1Result, expected: DeltaH1Result, tolerance: float) -> None:
+    assert distance(found.kernel, expected.kernel) < tolerance
+    for name in ("diagonal", "row_sums", "column_sums"):
+        assert distance(getattr(found, name), getattr(expected, name)) < tolerance, name
+    size = float(expected.kernel.norm())
+    assert abs(found.x_dot_y - expected.x_dot_y) < tolerance * size
+    assert abs(found.delta_h1 - expected.delta_h1) < tolerance * size * found.learning_rate
+    assert found.std_error == pytest.approx(expected.std_error, rel=100 * tolerance)
+    assert found.diagnostics.coverage["X"].untouched == expected.diagnostics.coverage["X"].untouched
+    assert found.diagnostics.excluded == expected.diagnostics.excluded
+    for label in ("X", "Y"):
+        for a, b in zip(vars(found.sequences[label]).values(), vars(expected.sequences[label]).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
