@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_fast import reference
 from entropy_fast.ops.blockwise import WORKSPACE_BYTES, block_logits
 from entropy_fast.ops.registration import accumulator
-from entropy_fast.ops.token_logprobs import overwrite_with_gradient
+from entropy_fast.ops.token_logprobs import Backward, overwrite_with_gradient
 from entropy_fast.reference import LinearTokenLogprobs
 
 __all__ = ["SecondDerivatives", "Upstream", "gradient_of_hidden", "gradient_of_weight", "second_derivatives"]
@@ -74,9 +74,8 @@ def gradient_of_weight(
         z = block_logits(h, part, bias, softcap)
         slope = None if softcap is None else 1.0 - (z / softcap).square()
         of_entropy, own_entropy = (None if t is None else t[rows] for t in (grads[2], entropy))
-        overwrite_with_gradient(
-            grads[0][rows], grads[1][rows], of_entropy, z, targets[rows], lse[rows], own_entropy, ignore_index
-        )
+        upstream = (grads[0][rows], grads[1][rows], of_entropy)
+        overwrite_with_gradient(Backward(*upstream, z, targets[rows], lse[rows], own_entropy, ignore_index))
         if slope is not None:
             z.mul_(slope)
         if of_weight is not None:

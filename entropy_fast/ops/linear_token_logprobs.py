@@ -7,7 +7,7 @@ above: a backward, or any number of them, only scales rows. The output layer cos
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -137,56 +137,67 @@ def _check_arguments(
         )
 
 
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    want_entropy: bool = False,
-    unit_gradients: bool = False,
-    ignore_index: int = -100,
-    backend: str = AUTO,
-) -> LinearTokenLogprobs:
-    _check_arguments(hidden, weight, targets, bias, softcap)
-    check_targets("linear_token_logprobs", targets, weight.shape[0], ignore_index)
-    chosen = resolve_backend(backend, hidden.device, _BACKENDS)
+class _Forward(NamedTuple):
+    """Arguments of the op, in the order of its schema; the dispatcher leaves out trailing ones that have their default."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    want_entropy: bool = False
+    unit_gradients: bool = False
+    ignore_index: int = -100
+    backend: str = AUTO
+
+
+class _Backward(NamedTuple):
+    """Arguments of the backward op: upstream gradients, the forward's inputs and results, and which inputs want a gradient."""
+
+    grad_logprob: Tensor
+    grad_lse: Tensor
+    grad_entropy: Tensor | None
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    logprob: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    unit_logprob: Tensor | None
+    unit_entropy: Tensor | None
+    softcap: float | None
+    wanted: list[bool]
+    ignore_index: int = -100
+    backend: str = AUTO
+
+
+def _forward(*arguments: Any) -> LinearTokenLogprobs:
+    call = _Forward(*arguments)
+    _check_arguments(call.hidden, call.weight, call.targets, call.bias, call.softcap)
+    check_targets("linear_token_logprobs", call.targets, call.weight.shape[0], call.ignore_index)
+    chosen = resolve_backend(call.backend, call.hidden.device, _BACKENDS)
     count_call(chosen, _OP)
     runs: dict[str, Callable[..., LinearTokenLogprobs]] = {
         "reference": reference.linear_token_logprobs,
         "native": blockwise.linear_token_logprobs,
         "triton": triton_backend.linear_token_logprobs,
     }
-    return runs[chosen](
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        softcap=softcap,
-        want_entropy=want_entropy,
-        unit_gradients=unit_gradients,
-        ignore_index=ignore_index,
-    )
+    options = call._asdict()
+    inputs = [options.pop(name) for name in ("hidden", "weight", "targets")]
+    del options["backend"]
+    return runs[chosen](*inputs, **options)
 
 
-def _fake_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    want_entropy: bool = False,
-    unit_gradients: bool = False,
-    ignore_index: int = -100,
-    backend: str = AUTO,
-) -> LinearTokenLogprobs:
-    rows, dtype = hidden.shape[0], accumulator(hidden)
+def _fake_forward(*arguments: Any) -> LinearTokenLogprobs:
+    call = _Forward(*arguments)
+    hidden, rows, dtype = call.hidden, call.hidden.shape[0], accumulator(call.hidden)
     return LinearTokenLogprobs(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=torch.float64),
-        hidden.new_empty(rows, dtype=torch.float64) if want_entropy else None,
-        hidden.new_empty(hidden.shape, dtype=dtype) if unit_gradients else None,
-        hidden.new_empty(hidden.shape, dtype=dtype) if unit_gradients and want_entropy else None,
+        hidden.new_empty(rows, dtype=torch.float64) if call.want_entropy else None,
+        hidden.new_empty(hidden.shape, dtype=dtype) if call.unit_gradients else None,
+        hidden.new_empty(hidden.shape, dtype=dtype) if call.unit_gradients and call.want_entropy else None,
     )
 
 
@@ -219,66 +230,35 @@ def _differentiate(
     return of_hidden, of_weight, None, of_bias, None, None, None, None, None
 
 
-def _backward(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logprob: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    unit_logprob: Tensor | None,
-    unit_entropy: Tensor | None,
-    softcap: float | None,
-    wanted: list[bool],
-    ignore_index: int = -100,
-    backend: str = AUTO,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    count_call(resolve_backend(backend, hidden.device, _BACKENDS), _BACKWARD_OP)
+def _backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    call = _Backward(*arguments)
+    count_call(resolve_backend(call.backend, call.hidden.device, _BACKENDS), _BACKWARD_OP)
+    upstream = call[:3]
     of_hidden = of_weight = of_bias = None
-    if wanted[0]:
-        assert unit_logprob is not None
-        result = LinearTokenLogprobs(logprob, lse, entropy, unit_logprob, unit_entropy)
+    if call.wanted[0]:
+        assert call.unit_logprob is not None
+        result = LinearTokenLogprobs(*call[7:12])
         of_hidden = linear_gradients.gradient_of_hidden(
-            (grad_logprob, grad_lse, grad_entropy), hidden, weight, targets, result, softcap, ignore_index
+            upstream, call.hidden, call.weight, call.targets, result, call.softcap, call.ignore_index
         )
-    if wanted[1] or wanted[2]:
+    if call.wanted[1] or call.wanted[2]:
         of_weight, of_bias = linear_gradients.gradient_of_weight(
-            (grad_logprob, grad_lse, grad_entropy),
-            hidden,
-            weight,
-            bias,
-            targets,
-            (lse, entropy),
-            softcap,
-            (wanted[1], wanted[2]),
-            ignore_index,
+            upstream,
+            call.hidden,
+            call.weight,
+            call.bias,
+            call.targets,
+            (call.lse, call.entropy),
+            call.softcap,
+            (call.wanted[1], call.wanted[2]),
+            call.ignore_index,
         )
     return of_hidden, of_weight, of_bias
 
 
-def _fake_backward(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    logprob: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    unit_logprob: Tensor | None,
-    unit_entropy: Tensor | None,
-    softcap: float | None,
-    wanted: list[bool],
-    ignore_index: int = -100,
-    backend: str = AUTO,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    candidates = zip(wanted, (hidden, weight, bias), strict=True)
+def _fake_backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    call = _Backward(*arguments)
+    candidates = zip(call.wanted, (call.hidden, call.weight, call.bias), strict=True)
     of_hidden, of_weight, of_bias = (torch.empty_like(t) if want and t is not None else None for want, t in candidates)
     return of_hidden, of_weight, of_bias
 

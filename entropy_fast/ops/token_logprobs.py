@@ -13,7 +13,7 @@ from entropy_fast.ops import native_backend, triton_backend
 from entropy_fast.ops.backends import AUTO, count_call, resolve_backend
 from entropy_fast.ops.registration import accumulator, register
 
-__all__ = ["TokenLogprobs", "check_targets", "overwrite_with_gradient", "token_logprobs"]
+__all__ = ["Backward", "TokenLogprobs", "check_targets", "overwrite_with_gradient", "token_logprobs"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _OP = "entropy_fast::token_logprobs"
@@ -119,143 +119,108 @@ def _dense_rows(logits: Tensor) -> Tensor:
     return logits if logits.shape[1] <= 1 or logits.stride(1) == 1 else logits.contiguous()
 
 
-def _forward(
-    logits: Tensor,
-    targets: Tensor,
-    want_entropy: bool = False,
-    ignore_index: int = -100,
-    overwrite_logits: bool = False,
-    backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    _check_arguments(logits, targets)
-    check_targets("token_logprobs", targets, logits.shape[1], ignore_index)
-    chosen = resolve_backend(backend, logits.device)
+class _Forward(NamedTuple):
+    """Arguments of the op, in the order of its schema; the dispatcher leaves out trailing ones that have their default."""
+
+    logits: Tensor
+    targets: Tensor
+    want_entropy: bool = False
+    ignore_index: int = -100
+    overwrite_logits: bool = False
+    backend: str = AUTO
+
+
+class Backward(NamedTuple):
+    """Arguments of the backward ops: upstream gradients, the forward's inputs, and its ``lse`` and ``entropy`` (float64)."""
+
+    grad_logprob: Tensor
+    grad_lse: Tensor
+    grad_entropy: Tensor | None
+    logits: Tensor
+    targets: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    ignore_index: int = -100
+    backend: str = AUTO
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    call = _Forward(*arguments)
+    _check_arguments(call.logits, call.targets)
+    check_targets("token_logprobs", call.targets, call.logits.shape[1], call.ignore_index)
+    chosen = resolve_backend(call.backend, call.logits.device)
     count_call(chosen, _OP)
     if chosen == "reference":
-        return reference.token_logprobs(logits, targets, want_entropy=want_entropy, ignore_index=ignore_index)
-    results = _fake_forward(logits, targets, want_entropy)
+        return reference.token_logprobs(
+            call.logits, call.targets, want_entropy=call.want_entropy, ignore_index=call.ignore_index
+        )
+    results = _fake_forward(*arguments)
     run = triton_backend if chosen == "triton" else native_backend
-    run.token_logprobs_forward(_dense_rows(logits), targets.contiguous(), *results, ignore_index)
+    run.token_logprobs_forward(_dense_rows(call.logits), call.targets.contiguous(), *results, call.ignore_index)
     return results
 
 
-def _fake_forward(
-    logits: Tensor,
-    targets: Tensor,
-    want_entropy: bool = False,
-    ignore_index: int = -100,
-    overwrite_logits: bool = False,
-    backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows = logits.shape[0]
-    lse = logits.new_empty(rows, dtype=torch.float64)
-    return logits.new_empty(rows, dtype=accumulator(logits)), lse, torch.empty_like(lse) if want_entropy else None
+def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    call = _Forward(*arguments)
+    rows = call.logits.shape[0]
+    lse = call.logits.new_empty(rows, dtype=torch.float64)
+    logprob = call.logits.new_empty(rows, dtype=accumulator(call.logits))
+    return logprob, lse, torch.empty_like(lse) if call.want_entropy else None
 
 
-def _backward(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    ignore_index: int = -100,
-    backend: str = AUTO,
-) -> Tensor:
-    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    _fill_gradient(
-        grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ignore_index, backend, grad_logits
-    )
+def _backward(*arguments: Any) -> Tensor:
+    grad_logits = _fake_backward(*arguments)
+    _fill_gradient(Backward(*arguments), grad_logits)
     return grad_logits
 
 
-def _backward_in_place(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    ignore_index: int = -100,
-    backend: str = AUTO,
-) -> None:
-    _fill_gradient(grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ignore_index, backend, logits)
+def _backward_in_place(*arguments: Any) -> None:
+    call = Backward(*arguments)
+    _fill_gradient(call, call.logits)
 
 
-def _fill_gradient(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    ignore_index: int,
-    backend: str,
-    grad_logits: Tensor,
-) -> None:
-    chosen = resolve_backend(backend, logits.device)
-    count_call(chosen, _BACKWARD_OP)
-    if chosen == "reference":
-        grad_logits.copy_(
-            reference.token_logprobs_backward(
-                grad_logprob,
-                grad_lse,
-                logits,
-                targets,
-                lse,
-                grad_entropy=grad_entropy,
-                entropy=entropy,
-                ignore_index=ignore_index,
-            )
-        )
-        return
-    run = triton_backend if chosen == "triton" else native_backend
-    run.token_logprobs_backward(
-        grad_logprob.contiguous(),
-        grad_lse.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(),
-        _dense_rows(logits),
-        targets.contiguous(),
-        lse.contiguous(),
-        None if grad_entropy is None or entropy is None else entropy.contiguous(),
-        grad_logits,
-        ignore_index,
-    )
-
-
-def _fake_backward(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    ignore_index: int = -100,
-    backend: str = AUTO,
-) -> Tensor:
+def _fake_backward(*arguments: Any) -> Tensor:
+    logits = Backward(*arguments).logits
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-def overwrite_with_gradient(
-    grad_logprob: Tensor,
-    grad_lse: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    targets: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    ignore_index: int,
-    backend: str = AUTO,
-) -> None:
-    """Write the gradient with respect to ``logits`` over them."""
-    arguments = (grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ignore_index, backend)
-    _token_logprobs_backward_in_place(*arguments)
+def _fill_gradient(call: Backward, grad_logits: Tensor) -> None:
+    chosen = resolve_backend(call.backend, call.logits.device)
+    count_call(chosen, _BACKWARD_OP)
+    if chosen == "reference":
+        gradient = reference.token_logprobs_backward(
+            call.grad_logprob,
+            call.grad_lse,
+            call.logits,
+            call.targets,
+            call.lse,
+            grad_entropy=call.grad_entropy,
+            entropy=call.entropy,
+            ignore_index=call.ignore_index,
+        )
+        grad_logits.copy_(gradient)
+        return
+    # The kernels take the entropy and its gradient, or neither.
+    of_entropy = None if call.grad_entropy is None else call.grad_entropy.contiguous()
+    run = triton_backend if chosen == "triton" else native_backend
+    run.token_logprobs_backward(
+        call.grad_logprob.contiguous(),
+        call.grad_lse.contiguous(),
+        of_entropy,
+        _dense_rows(call.logits),
+        call.targets.contiguous(),
+        call.lse.contiguous(),
+        None if of_entropy is None or call.entropy is None else call.entropy.contiguous(),
+        grad_logits,
+        call.ignore_index,
+    )
+
+
+def overwrite_with_gradient(call: Backward) -> None:
+    """Write the gradient with respect to the logits over them."""
+    _token_logprobs_backward_in_place(*call)
     # Whoever else saved these logits for a backward is told so by torch.
-    torch.autograd.graph.increment_version(logits)
+    torch.autograd.graph.increment_version(call.logits)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor | None]) -> None:
@@ -265,15 +230,15 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _differentiate(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor | None) -> tuple[Any, ...]:
     logits, targets, lse, entropy = ctx.saved_tensors
-    arguments = (grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ctx.ignore_index, ctx.backend)
+    call = Backward(grad_logprob, grad_lse, grad_entropy, logits, targets, lse, entropy, ctx.ignore_index, ctx.backend)
     if torch.is_grad_enabled():
         # The graph of this backward needs the logits, in later backwards too.
         ctx.overwrite_logits = False
     if ctx.overwrite_logits and _dense_rows(logits) is logits:
-        overwrite_with_gradient(*arguments)
+        overwrite_with_gradient(call)
         gradient = logits.detach()
     else:
-        gradient = _token_logprobs_backward(*arguments)
+        gradient = _token_logprobs_backward(*call)
     return gradient, None, None, None, None, None
 
 
