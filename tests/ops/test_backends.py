@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from entropy_fast import ops
+from entropy_fast import _native, ops
 from entropy_fast.errors import BackendUnavailableError, ConfigError, EntropyFastWarning
 from entropy_fast.ops import backends, native_backend, triton_loading
 
@@ -49,6 +49,27 @@ def test_cpu_tensors_run_natively_unless_told_otherwise(monkeypatch: pytest.Monk
     monkeypatch.setenv("ENTROPY_FAST_BACKEND", "reference")
     assert backends.resolve_backend(None, torch.device("cpu")) == "reference"
     assert backends.resolve_backend("native", torch.device("cpu")) == "native"
+
+
+def test_cpu_kernels_run_on_the_openmp_threads_of_the_process() -> None:
+    """Found by name, so that it makes no difference which library was loaded first."""
+    script = """
+import ctypes, sys
+if sys.argv[1] == "torch":
+    import torch
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("entropy_fast._native", sys.argv[2])
+native = module_from_spec(spec)
+spec.loader.exec_module(native)
+print(native.uses_openmp(), hasattr(ctypes.CDLL(None), "GOMP_parallel"))
+"""
+    for first, expected in (("torch", None), ("nothing", "False")):
+        command = [sys.executable, "-c", script, first, _native.__file__]
+        used, there = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout.split()
+        assert used == there
+        assert expected in (None, used)
+    detail = _record("native").detail
+    assert "OpenMP" in detail or "threads of its own" in detail
 
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
