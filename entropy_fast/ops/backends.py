@@ -13,7 +13,7 @@ import torch
 from entropy_fast.errors import BackendUnavailableError, ConfigError, EntropyFastWarning
 from entropy_fast.ops import native_backend, triton_backend
 
-__all__ = ["AUTO", "BACKENDS", "BackendRecord", "backend_report", "count_call", "resolve_backend"]
+__all__ = ["AUTO", "BACKENDS", "BackendRecord", "backend_report", "count_call", "requested", "resolve_backend"]
 
 AUTO = "auto"
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -84,11 +84,16 @@ def backend_report() -> list[BackendRecord]:
     return records
 
 
-def resolve_backend(requested: str | None, device: torch.device, offered: tuple[str, ...] = BACKENDS) -> str:
+def requested(backend: str | None) -> str:
+    """A caller's ``backend=`` as ops hand it on: None is ``"auto"``."""
+    return AUTO if backend is None else backend
+
+
+def resolve_backend(wanted: str | None, device: torch.device, offered: tuple[str, ...] = BACKENDS) -> str:
     """The backend that an op on ``device`` runs on.
 
     Args:
-        requested: a name, or None or ``"auto"`` for the environment variable ``ENTROPY_FAST_BACKEND`` and, where that
+        wanted: a name, or None or ``"auto"`` for the environment variable ``ENTROPY_FAST_BACKEND`` and, where that
             is unset, the best available one.
         device: where the op's tensors are.
         offered: the backends that have the op.
@@ -101,23 +106,23 @@ def resolve_backend(requested: str | None, device: torch.device, offered: tuple[
         BackendUnavailableError: it was asked for by name and cannot run here.
     """
     origin = "backend"
-    if requested is None or requested == AUTO:
+    if wanted is None or wanted == AUTO:
         origin = _ENVIRONMENT_VARIABLE
-        requested = os.environ.get(_ENVIRONMENT_VARIABLE) or AUTO
-    if requested == AUTO:
+        wanted = os.environ.get(_ENVIRONMENT_VARIABLE) or AUTO
+    if wanted == AUTO:
         return _best(device.type, offered)
-    if requested not in BACKENDS:
+    if wanted not in BACKENDS:
         raise ConfigError(
-            f"{origin} is {requested!r}; expected one of {', '.join(BACKENDS)} or {AUTO}.",
+            f"{origin} is {wanted!r}; expected one of {', '.join(BACKENDS)} or {AUTO}.",
             fix=f"use one of these names, or leave {origin} unset to have one chosen by device.",
         )
-    why_not = _REASONS[requested](device.type) if requested in offered else "it does not have this op"
+    why_not = _REASONS[wanted](device.type) if wanted in offered else "it does not have this op"
     if why_not:
         raise BackendUnavailableError(
-            f"{origin} asks for {requested!r}, which cannot run on {device}: {why_not}.",
+            f"{origin} asks for {wanted!r}, which cannot run on {device}: {why_not}.",
             fix=f"see `entropy-fast doctor`, or leave {origin} unset to have a backend chosen by device.",
         )
-    return requested
+    return wanted
 
 
 def _best(device_type: str, offered: tuple[str, ...]) -> str:

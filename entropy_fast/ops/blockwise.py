@@ -47,7 +47,7 @@ def linear_token_logprobs(
     n_units = unit_gradients * (1 + want_entropy)
     units = [torch.zeros(hidden.shape, dtype=dtype) for _ in range(n_units)]
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    for chosen in torch.split(kept, _ROWS):
+    for chosen in torch.split(kept, _ROWS) if len(kept) else ():
         found, found_units = _rows(hidden[chosen], weight, targets[chosen], bias, softcap, n_units)
         scalars[:, chosen] = found
         for whole, part in zip(units, found_units, strict=True):

@@ -17,7 +17,14 @@ from entropy_fast.ops.registration import accumulator
 from entropy_fast.ops.token_logprobs import Backward, overwrite_with_gradient
 from entropy_fast.reference import LinearTokenLogprobs
 
-__all__ = ["SecondDerivatives", "Upstream", "gradient_of_hidden", "gradient_of_weight", "second_derivatives"]
+__all__ = [
+    "SecondDerivatives",
+    "Upstream",
+    "gradient_of_hidden",
+    "gradient_of_weight",
+    "logits_dtype",
+    "second_derivatives",
+]
 
 # Of logprob, lse and entropy, each [rows]; the last is None when there is no entropy.
 Upstream = tuple[Tensor, Tensor, Tensor | None]
@@ -51,6 +58,12 @@ def gradient_of_hidden(
     return total.to(hidden.dtype)
 
 
+def logits_dtype(backend: str, hidden: torch.dtype) -> torch.dtype:
+    """In which dtype a backend has logits of hidden states of that dtype."""
+    wide = backend == "triton" or (backend == "native" and hidden == torch.float16)
+    return torch.promote_types(hidden, torch.float32) if wide else hidden
+
+
 def gradient_of_weight(
     grads: Upstream,
     hidden: Tensor,
@@ -61,16 +74,20 @@ def gradient_of_weight(
     softcap: float | None,
     wanted: tuple[bool, bool],
     ignore_index: int,
+    dtype_of_logits: torch.dtype,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of ``weight`` [V, H] and ``bias`` [V]: the logits once more, a few whole rows at a time."""
+    """Gradients of ``weight`` [V, H] and ``bias`` [V]: the logits once more, a few whole rows at a time.
+
+    ``dtype_of_logits`` must be what the forward had them in, or they do not go with its ``lse``.
+    """
     lse, entropy = normaliser
     dtype = accumulator(hidden)
     of_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wanted[0] else None
     of_bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device) if wanted[1] else None
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    part = weight.to(hidden.dtype)
+    part = weight.to(dtype_of_logits)
     for rows in torch.split(kept, _rows_at_once(weight.shape[0], hidden.dtype)):
-        h = hidden[rows]
+        h = hidden[rows].to(dtype_of_logits)
         z = block_logits(h, part, bias, softcap)
         slope = None if softcap is None else 1.0 - (z / softcap).square()
         of_entropy, own_entropy = (None if t is None else t[rows] for t in (grads[2], entropy))

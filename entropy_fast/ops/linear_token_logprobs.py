@@ -15,8 +15,9 @@ from torch import Tensor
 from entropy_fast import reference
 from entropy_fast.errors import ConfigError
 from entropy_fast.ops import blockwise, linear_gradients, triton_backend
-from entropy_fast.ops.backends import AUTO, count_call, resolve_backend
-from entropy_fast.ops.registration import accumulator, register
+from entropy_fast.ops.backends import AUTO, count_call, requested, resolve_backend
+from entropy_fast.ops.linear_gradients import logits_dtype
+from entropy_fast.ops.registration import accumulator, refuse_forward_mode, register
 from entropy_fast.ops.token_logprobs import TokenLogprobs, check_targets
 from entropy_fast.reference import LinearTokenLogprobs
 
@@ -66,12 +67,12 @@ def linear_token_logprobs(
         BackendUnavailableError: the backend was asked for by name and cannot run here, or does not have this op.
     """
     _check_arguments(hidden, weight, targets, bias, softcap)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.is_floating_point():
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    refuse_forward_mode("linear_token_logprobs", hidden, weight, bias)
+    hidden = _autocast(hidden)
     needs_units = torch.is_grad_enabled() and hidden.requires_grad
     result = LinearTokenLogprobs(
         *_linear_token_logprobs(
-            hidden, weight, targets, bias, softcap, want_entropy, needs_units, ignore_index, backend or AUTO
+            hidden, weight, targets, bias, softcap, want_entropy, needs_units, ignore_index, requested(backend)
         )
     )
     entropy = None if result.entropy is None else result.entropy.to(result.logprob.dtype)
@@ -95,12 +96,21 @@ def linear_token_logprobs_with_units(
     and ``unit_entropy`` (None without ``want_entropy``) are ``[rows, H]`` in the dtype of ``logprob``.
     """
     _check_arguments(hidden, weight, targets, bias, softcap)
+    hidden = _autocast(hidden)
     with torch.no_grad():
         return LinearTokenLogprobs(
             *_linear_token_logprobs(
-                hidden, weight, targets, bias, softcap, want_entropy, True, ignore_index, backend or AUTO
+                hidden, weight, targets, bias, softcap, want_entropy, True, ignore_index, requested(backend)
             )
         )
+
+
+def _autocast(hidden: Tensor) -> Tensor:
+    """As ``F.linear`` has it under autocast, which leaves float64 alone."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64 or not hidden.is_floating_point():
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(device))
 
 
 def _check_arguments(
@@ -124,6 +134,11 @@ def _check_arguments(
             f"linear_token_logprobs got {', '.join(map(str, dtypes))} and {targets.dtype} targets; expected float32, "
             "float64, bfloat16 or float16, and int64.",
             fix="convert them first; a quantised output layer has to be dequantised.",
+        )
+    if weight.shape[0] == 0:
+        raise ConfigError(
+            "linear_token_logprobs got a weight without rows: a vocabulary of 0.",
+            fix="pass the output layer's [V, H] weight.",
         )
     devices = {tensor.device for tensor in (hidden, weight, targets, bias) if tensor is not None}
     if len(devices) > 1:
@@ -212,7 +227,8 @@ def _differentiate(
     ctx: Any, grad_logprob: Tensor, grad_lse: Tensor, grad_entropy: Tensor | None, *_units: Tensor | None
 ) -> tuple[Any, ...]:
     hidden, weight, bias, targets, *result = ctx.saved_tensors
-    wants_hidden, wants_weight, _, wants_bias = ctx.needs_input_grad[:4]
+    # As short as the call was: the dispatcher leaves out trailing arguments that have their default.
+    wants_hidden, wants_weight, _, wants_bias = (*ctx.needs_input_grad, False)[:4]
     of_hidden, of_weight, of_bias = _linear_token_logprobs_backward(
         grad_logprob,
         grad_lse,
@@ -232,7 +248,8 @@ def _differentiate(
 
 def _backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     call = _Backward(*arguments)
-    count_call(resolve_backend(call.backend, call.hidden.device, _BACKENDS), _BACKWARD_OP)
+    chosen = resolve_backend(call.backend, call.hidden.device, _BACKENDS)
+    count_call(chosen, _BACKWARD_OP)
     upstream = call[:3]
     of_hidden = of_weight = of_bias = None
     if call.wanted[0]:
@@ -252,6 +269,7 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | N
             call.softcap,
             (call.wanted[1], call.wanted[2]),
             call.ignore_index,
+            logits_dtype(chosen, call.hidden.dtype),
         )
     return of_hidden, of_weight, of_bias
 

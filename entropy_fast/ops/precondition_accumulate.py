@@ -6,6 +6,7 @@ and y over earlier calls.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from entropy_fast import reference
 from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend, triton_backend
 from entropy_fast.ops.accumulation_table import accumulation_table, kind_of
-from entropy_fast.ops.backends import AUTO, count_call, resolve_backend
+from entropy_fast.ops.backends import AUTO, count_call, requested, resolve_backend
 from entropy_fast.ops.registration import register
 
 __all__ = ["precondition_accumulate"]
@@ -83,7 +84,7 @@ def precondition_accumulate(
         x_scale,
         g_scale,
         update,
-        backend or AUTO,
+        requested(backend),
     )
     return result
 
@@ -122,10 +123,10 @@ def _check_arguments(
                 f"device for all tensors, x and g of one floating dtype and contiguous sums in {sum_dtype}.",
                 fix="keep the sums in float32 (float64 for float64 gradients), on the device of the gradients.",
             )
-    sums = [t.data_ptr() for t in (*X_sum, *Y_sum) if t.numel() and t.device.type != "meta"]
-    if len(set(sums)) < len(sums):
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*X_sum, *Y_sum) if t.numel() and not t.is_meta)
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
         raise ConfigError(
-            "precondition_accumulate got the same memory as two of its sums.", fix="give every sum a tensor of its own."
+            "precondition_accumulate got sums that share memory.", fix="give every sum a tensor of its own."
         )
 
 

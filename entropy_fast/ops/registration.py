@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["accumulator", "register"]
+from entropy_fast.errors import ConfigError
+
+__all__ = ["accumulator", "refuse_forward_mode", "register"]
 
 
 def register(
@@ -34,6 +37,23 @@ def register(
     namespace, op = name.split("::")
     callable_op: Callable[..., Any] = getattr(getattr(torch.ops, namespace), op).default
     return callable_op
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise when a tensor carries a tangent: these ops have no forward derivative, and torch would go on with 0.
+
+    Raises:
+        ConfigError: one does.
+    """
+    # Where torch keeps no such number, every tensor is asked.
+    if getattr(forward_ad, "_current_level", 0) < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ConfigError(
+                f"{op} got a tensor with a tangent (torch.func.jvp, forward_ad); it has derivatives in reverse mode only.",
+                fix="use the function of the same name in entropy_fast.reference, which has both.",
+            )
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:

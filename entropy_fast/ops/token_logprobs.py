@@ -10,8 +10,8 @@ from torch import Tensor
 from entropy_fast import reference
 from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend, triton_backend
-from entropy_fast.ops.backends import AUTO, count_call, resolve_backend
-from entropy_fast.ops.registration import accumulator, register
+from entropy_fast.ops.backends import AUTO, count_call, requested, resolve_backend
+from entropy_fast.ops.registration import accumulator, refuse_forward_mode, register
 
 __all__ = ["Backward", "TokenLogprobs", "check_targets", "overwrite_with_gradient", "token_logprobs"]
 
@@ -55,7 +55,8 @@ def token_logprobs(
         targets: ``[rows]`` int64 on the same device, each in ``[0, vocabulary)`` or equal to ``ignore_index``.
         want_entropy: whether the entropy is computed, in the same pass.
         ignore_index: rows with this target are not read; they give 0 and pass no gradient.
-        overwrite_logits: let the backward write the gradient over the logits instead of allocating it. Whoever else
+        overwrite_logits: let the backward write the gradient over the logits instead of allocating it, where no two rows
+            share memory. Whoever else
             still needs the logits then (a second backward, a softcap's tanh) gets torch's error about tensors modified in
             place. A backward under ``create_graph`` leaves them alone.
         backend: ``reference``, ``native``, ``triton`` or ``cuda``; None for the environment variable
@@ -71,8 +72,9 @@ def token_logprobs(
         BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
     _check_arguments(logits, targets)
+    refuse_forward_mode("token_logprobs", logits)
     logprob, lse, entropy = _token_logprobs(
-        logits, targets, want_entropy, ignore_index, overwrite_logits, AUTO if backend is None else backend
+        logits, targets, want_entropy, ignore_index, overwrite_logits, requested(backend)
     )
     return TokenLogprobs(logprob, lse.to(logprob.dtype), None if entropy is None else entropy.to(logprob.dtype))
 
@@ -89,6 +91,11 @@ def _check_arguments(logits: Tensor, targets: Tensor) -> None:
             f"token_logprobs got {logits.dtype} logits and {targets.dtype} targets; expected float32, float64, "
             "bfloat16 or float16, and int64.",
             fix="convert them first.",
+        )
+    if logits.shape[1] == 0 and logits.shape[0] > 0:
+        raise ConfigError(
+            f"token_logprobs got logits of shape {tuple(logits.shape)}: a vocabulary of 0.",
+            fix="pass [rows, vocabulary].",
         )
     if logits.device != targets.device:
         raise ConfigError(
@@ -113,6 +120,11 @@ def check_targets(op: str, targets: Tensor, vocabulary: int, ignore_index: int) 
             f"ignore_index = {ignore_index}.",
             fix="check that the tokens belong to this model's vocabulary, and what marks the masked positions.",
         )
+
+
+def _rows_of_their_own(logits: Tensor) -> bool:
+    """Whether every element has its own place in memory, and rows are contiguous."""
+    return _dense_rows(logits) is logits and (logits.shape[0] <= 1 or logits.stride(0) >= logits.shape[1])
 
 
 def _dense_rows(logits: Tensor) -> Tensor:
@@ -234,7 +246,7 @@ def _differentiate(ctx: Any, grad_logprob: Tensor, grad_lse: Tensor, grad_entrop
     if torch.is_grad_enabled():
         # The graph of this backward needs the logits, in later backwards too.
         ctx.overwrite_logits = False
-    if ctx.overwrite_logits and _dense_rows(logits) is logits:
+    if ctx.overwrite_logits and _rows_of_their_own(logits):
         overwrite_with_gradient(call)
         gradient = logits.detach()
     else:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from logprob_cases import make_case
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from entropy_fast import ops
+from entropy_fast.errors import ConfigError
 
 TARGETS = torch.tensor([1, 2, -100, 4, 16])
 BACKENDS = ("native", "reference")
@@ -239,3 +241,86 @@ def test_autocast_casts_hidden_states_as_linear_does() -> None:
 
 def test_logits_may_require_no_gradient() -> None:
     assert not ops.token_logprobs(torch.zeros(5, 17), TARGETS).logprob.requires_grad
+
+
+@pytest.mark.parametrize("inputs", ["weight", "hidden", "both"])
+def test_gradients_of_a_call_with_defaults_alone(inputs: str) -> None:
+    """The dispatcher leaves out what has its default, also of what it says about needed gradients."""
+    found = []
+    for way in ("op", "plain"):
+        hidden, weight, _ = (tensor.detach() for tensor in _linear_inputs())
+        hidden.requires_grad_(inputs != "weight")
+        weight.requires_grad_(inputs != "hidden")
+        targets = torch.arange(5)
+        if way == "op":
+            loss = ops.linear_token_logprobs(hidden, weight, targets).logprob.sum()
+        else:
+            loss = torch.log_softmax(hidden @ weight.t(), 1).gather(1, targets[:, None]).sum()
+        loss.backward()
+        found.append([tensor.grad for tensor in (hidden, weight) if tensor.requires_grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_forward_mode_is_refused_and_not_taken_for_zero() -> None:
+    hidden, weight, _ = (tensor.detach() for tensor in _linear_inputs())
+    calls = {
+        "token_logprobs": lambda x: ops.token_logprobs(x, TARGETS.clamp_min(0) % 4).logprob,
+        "linear_token_logprobs": lambda x: ops.linear_token_logprobs(x, weight, TARGETS).logprob,
+    }
+    for name, call in calls.items():
+        with pytest.raises(ConfigError, match=f"{name} got a tensor with a tangent"):
+            torch.func.jvp(call, (hidden,), (torch.ones_like(hidden),))
+        with forward_ad.dual_level(), pytest.raises(ConfigError, match=r"entropy_fast\.reference"):
+            call(forward_ad.make_dual(hidden, torch.ones_like(hidden)))
+        with forward_ad.dual_level():
+            call(hidden)
+
+
+@pytest.mark.parametrize("spread", [lambda x: x.expand(5, 17), lambda x: x.as_strided((5, 17), (1, 1))])
+def test_rows_that_share_memory_are_not_overwritten(spread: Callable[[Tensor], Tensor]) -> None:
+    gradients = []
+    for overwrite in (False, True):
+        source = torch.linspace(-1, 1, 21)[None].requires_grad_()
+        logits = spread((source * 1.0)[:, :17] if spread(source[:, :17]).stride(0) == 0 else source * 1.0)
+        ops.token_logprobs(logits, TARGETS, overwrite_logits=overwrite).logprob.sum().backward()
+        gradients.append(source.grad)
+    assert torch.equal(*gradients)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    hidden, weight, _ = (tensor.detach() for tensor in _linear_inputs())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear_token_logprobs(hidden, weight, TARGETS).logprob.dtype == torch.float64
+        narrow = ops.linear_token_logprobs_with_units(hidden.float(), weight.float(), TARGETS)
+    expected = ops.linear_token_logprobs_with_units(hidden.bfloat16(), weight.bfloat16(), TARGETS)
+    assert torch.equal(narrow.logprob, expected.logprob)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weight_gradients_of_16_bits_are_those_of_eager_code(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 64, generator=generator).to(dtype)
+    weight = torch.randn(500, 64, generator=generator).to(dtype)
+    targets = torch.randint(0, 500, (64,), generator=generator)
+    errors = {}
+    truth = weight.double().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.double() @ truth.t(), targets, reduction="sum").backward()
+    for way in ("op", "eager"):
+        leaf = weight.clone().requires_grad_()
+        if way == "op":
+            (-ops.linear_token_logprobs(hidden, leaf, targets).logprob.sum()).backward()
+        else:
+            torch.nn.functional.cross_entropy((hidden @ leaf.t()).float(), targets, reduction="sum").backward()
+        errors[way] = float((leaf.grad.double() - truth.grad).norm() / truth.grad.norm())
+    assert errors["op"] <= 2 * errors["eager"]
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_vocabulary_of_nothing(rows: int) -> None:
+    targets = torch.full((rows,), -100)
+    if rows:
+        with pytest.raises(ConfigError, match="a vocabulary of 0"):
+            ops.token_logprobs(torch.zeros(rows, 0), targets)
+    with pytest.raises(ConfigError, match="a vocabulary of 0"):
+        ops.linear_token_logprobs(torch.zeros(rows, 3), torch.zeros(0, 3), targets)
