@@ -123,6 +123,9 @@ def _check_arguments(
                 f"device for all tensors, x and g of one floating dtype and contiguous sums in {sum_dtype}.",
                 fix="keep the sums in float32 (float64 for float64 gradients), on the device of the gradients.",
             )
+    if torch.compiler.is_compiling():
+        # There are no addresses yet, and asking for one would cut the graph.
+        return
     places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*X_sum, *Y_sum) if t.numel() and not t.is_meta)
     if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
         raise ConfigError(

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +34,29 @@ def register(
         The callable op.
     """
     torch.library.define(name, schema)
-    torch.library.impl(name, "CompositeExplicitAutograd", implementation)
+    torch.library.impl(name, "CompositeExplicitAutograd", _out_of_sight(implementation))
     torch.library.register_fake(name, fake)
     namespace, op = name.split("::")
     callable_op: Callable[..., Any] = getattr(getattr(torch.ops, namespace), op).default
     return callable_op
+
+
+def _out_of_sight(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation, never traced by torch.compile: addresses and foreign calls are not for it.
+
+    Without importing the compiler where nobody else has, which takes seconds.
+    """
+
+    @functools.cache
+    def disabled() -> Callable[..., Any]:
+        hidden: Callable[..., Any] = torch.compiler.disable(implementation)  # type: ignore[no-untyped-call]
+        return hidden
+
+    @functools.wraps(implementation)
+    def run(*arguments: Any) -> Any:
+        return (disabled() if "torch._dynamo" in sys.modules else implementation)(*arguments)
+
+    return run
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:

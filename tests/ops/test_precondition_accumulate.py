@@ -221,8 +221,21 @@ def test_opcheck_and_compilation() -> None:
         return ops.precondition_accumulate(*part.lists(), **part.factors(), backend="native").sum(0)
 
     expected = step(eager)
-    assert torch.equal(torch.compile(step, backend="aot_eager")(compiled), expected)
+    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(compiled), expected)
     assert all(torch.equal(a, b) for a, b in zip(eager.Y_sum, compiled.Y_sum, strict=True))
+
+
+def test_a_graph_break_around_the_op() -> None:
+    """Then the op runs eagerly while the compiler looks on; it must not look inside."""
+    eager, compiled = (make_call([5, 70], [KINDS[0]]) for _ in range(2))
+
+    def step(part: Call) -> Tensor:
+        torch._dynamo.graph_break()
+        dots = ops.precondition_accumulate(*part.lists(), **part.factors(), backend="native")
+        torch._dynamo.graph_break()
+        return dots.sum(0)
+
+    assert torch.equal(torch.compile(step, backend="aot_eager")(compiled), step(eager))
 
 
 @pytest.mark.parametrize(
