@@ -18,8 +18,8 @@ from entropy_fast.engines.capture import CapturedModules, UnitGradients
 from entropy_fast.engines.capture.modules import uncaptured_uses
 from entropy_fast.engines.capture.shared_prefix import (
     backward_through_prefix,
-    frequencies_depend_on_length,
     forward_with_shared_prefix,
+    frequencies_depend_on_length,
     prefix_length,
     same_with_shared_prefix,
 )
@@ -30,9 +30,9 @@ from entropy_fast.engines.coefficients import (
     power_of_two_scale,
     sequence_coefficients,
 )
-from entropy_fast.guards.grad_context import assert_attached
 from entropy_fast.engines.packed import PackedPass
 from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, trial_rows
+from entropy_fast.guards.grad_context import assert_attached
 from entropy_fast.guards.model_state import checkpointed_modules, reentrant_checkpointing
 from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
 from entropy_fast.rollouts import Rollouts

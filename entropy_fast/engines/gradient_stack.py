@@ -109,7 +109,7 @@ def kernel_of(x_stack: Sequence[Tensor], y_stack: Sequence[Tensor]) -> tuple[Ten
         whole = x.shape[1] // _COLUMNS * _COLUMNS
         found = (x[:, whole:].double() @ y[:, whole:].double().t()).cpu()
         if whole:
-            left, right = (t[:, :whole].unflatten(1, (-1, _COLUMNS)).transpose(0, 1) for t in (x, y))
+            left, right = (t[:, :whole].view(len(t), -1, _COLUMNS).transpose(0, 1) for t in (x, y))
             found += (left @ right.transpose(1, 2)).double().sum(0).cpu()
         kernel += found
         diagonals[index] = found.diagonal().sum()

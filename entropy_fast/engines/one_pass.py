@@ -77,7 +77,9 @@ class OnePassEngine:
         if config.prompts_per_microbatch is not None:
             reasons = [f"prompts_per_microbatch={config.prompts_per_microbatch} was asked for"]
         elif self._capture.packs:
-            reasons = [f"products reach their full rate at about {self._costs.full_rate_tokens} tokens, more only takes memory"]
+            reasons = [
+                f"products reach their full rate at about {self._costs.full_rate_tokens} tokens, more only takes memory"
+            ]
         else:
             reasons = ["one prompt at a time, since padded rows are not packed"]
         if not self._stored:

@@ -21,7 +21,7 @@ from entropy_fast.guards.model_state import checkpointed_modules
 __all__ = ["CostModel", "Plan", "cut"]
 
 # Tokens in one forward at which matrix products run at their full rate; more of them only take memory. Measured on a CPU.
-_FULL_RATE = {"cpu": 1536}
+_FULL_RATE = {"cpu": 3072}
 _FULL_RATE_ELSEWHERE = 16384
 
 
@@ -82,8 +82,9 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
     """In and out features of a linear map, quantised or not."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        return int(module.weight.shape[0]), int(module.nf)  # type: ignore[union-attr, arg-type]
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, torch.Tensor):
+        return weight.shape[0], weight.shape[1]
     return None
 
 

@@ -29,6 +29,8 @@ def plan_of(result: DeltaH1Result) -> str:
     return result.diagnostics.plan.way
 
 
+PACKED = "packed without padding, every prompt's tokens run once"
+PACKED_WHOLE = "packed without padding, whole sequences"
 SHARED = "every prompt's tokens run once"
 WHOLE = "whole sequences, log-probs from hidden states"
 LOGITS = "whole sequences, the model's own logits"
@@ -36,33 +38,41 @@ LOGITS = "whole sequences, the model's own logits"
 
 @pytest.mark.parametrize("family", BUILDERS)
 def test_the_ways_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts shared, whole sequences from hidden states, and from logits: one kernel, and the plan says which it was."""
+    """Every way through a microbatch leads to one kernel, and the plan says which it was."""
     dtype = torch.float32 if family == "gemma2" else torch.float64
     model = add_lora(build_model(family, dtype=dtype)).to(dtype)
     optimizer = stepped_adamw(model)
-    shared = results(model, optimizer=optimizer)["one_pass"]
-    assert plan_of(shared).startswith(SHARED)
+
+    def run(expected: str) -> DeltaH1Result:
+        result = results(model, optimizer=optimizer)["one_pass"]
+        assert plan_of(result).startswith(expected)
+        return result
+
+    packed = run(PACKED)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_pass, "reentrant_checkpointing", lambda *_: "as if")
+        others = [run(PACKED_WHOLE)]
+    monkeypatch.setattr(capture_pass, "same_packed", lambda *_: False)
+    others.append(run(SHARED))
     monkeypatch.setattr(capture_pass, "same_with_shared_prefix", lambda *_: False)
-    whole = results(model, optimizer=optimizer)["one_pass"]
-    assert plan_of(whole).startswith(WHOLE)
+    others.append(run(WHOLE))
     monkeypatch.setattr(capture_pass, "same_logits", lambda *_: False)
-    logits = results(model, optimizer=optimizer)["one_pass"]
-    assert plan_of(logits).startswith(LOGITS)
-    for other in (whole, logits):
-        assert_same(shared, other, TOLERANCE.get(family, 1e-10))
+    others.append(run(LOGITS))
+    for other in others:
+        assert_same(packed, other, TOLERANCE.get(family, 1e-10))
 
 
-def test_a_trained_output_layer_goes_through_the_models_own_logits() -> None:
-    assert plan_of(results(build_model("gpt2", dtype=torch.float64))["one_pass"]).startswith(LOGITS)
-
-
-def test_checkpointing_goes_through_whole_sequences() -> None:
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_packing_under_checkpointing(reentrant: bool) -> None:
+    """Reentrant checkpointing loses the graph of a prompt's keys and values, so whole sequences are packed there."""
     model = add_lora(build_model("gpt2", dtype=torch.float64)).double()
-    enable_checkpointing(model, reentrant=False)
+    enable_checkpointing(model, reentrant=reentrant)
     try:
-        assert plan_of(results(model)["one_pass"]).startswith(WHOLE)
+        both = results(model)
     finally:
         disable_checkpointing(model)
+    assert plan_of(both["one_pass"]).startswith(PACKED_WHOLE if reentrant else PACKED)
+    assert_same(both["one_pass"], both["two_pass"], 1e-10)
 
 
 def test_an_output_layer_that_does_more_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

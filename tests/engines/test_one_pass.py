@@ -116,30 +116,28 @@ def test_two_batches(budget: int) -> None:
     assert distance(found.column_sums, expected.column_sums) < 1e-10
 
 
-@pytest.mark.parametrize("precision", ["fp32", "nf4", "bf16 autocast"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16 autocast"])
 def test_low_precision_is_no_worse_than_the_two_pass_engine(precision: str) -> None:
-    """Against fp64 of the same weights; errors pooled over 24 prompts."""
-    base = build_model("qwen2")
-    if precision == "nf4":
-        base = quantize_nf4(base)
-    model = add_lora(base)
-    # One optimizer, stepped once: the wide copy has the very weights and second moments.
-    state = AdamState.from_optimizer(stepped_adamw(model), model)
-    truth = copy.deepcopy(model).double() if precision != "nf4" else None
+    """Against fp64 of the same weights, pooled over draws of the weights: one draw rounds the same way in all its prompts."""
     options = {"autocast_dtype": torch.bfloat16} if precision.startswith("bf16") else {}
     errors: dict[str, list[Tensor]] = {"one_pass": [], "two_pass": []}
-    for seed in range(6):
-        both = results(model, seed=seed, optimizer=state, **options)
-        exact = results(truth, seed=seed, optimizer=state)["two_pass"] if truth is not None else None
-        if exact is None:
-            # A 4-bit base cannot be widened: the two engines must agree as fp32 does.
-            assert distance(both["one_pass"].kernel, both["two_pass"].kernel) < 1e-4
-            continue
-        for engine, result in both.items():
-            errors[engine].append((result.kernel - exact.kernel).norm() / exact.kernel.norm())
-    if truth is not None:
-        pooled = {engine: float(torch.stack(values).square().mean().sqrt()) for engine, values in errors.items()}
-        assert pooled["one_pass"] <= 1.5 * pooled["two_pass"], pooled
+    for seed in range(12):
+        model = add_lora(build_model("qwen2", seed=seed), seed=seed)
+        # One optimizer, stepped once: the wide copy has the very weights and second moments.
+        state = AdamState.from_optimizer(stepped_adamw(model), model)
+        exact = results(copy.deepcopy(model).double(), seed=seed, optimizer=state)["two_pass"].kernel
+        for engine, result in results(model, seed=seed, optimizer=state, **options).items():
+            errors[engine].append((result.kernel - exact).norm() / exact.norm())
+    pooled = {engine: float(torch.stack(values).square().mean().sqrt()) for engine, values in errors.items()}
+    assert pooled["one_pass"] <= 1.5 * pooled["two_pass"], pooled
+
+
+def test_four_bit_base() -> None:
+    """It cannot be widened: the two engines must agree as fp32 does."""
+    model = add_lora(quantize_nf4(build_model("qwen2")))
+    with no_slower_path():
+        both = results(model)
+    assert distance(both["one_pass"].kernel, both["two_pass"].kernel) < 1e-4
 
 
 class _Tied(nn.Module):

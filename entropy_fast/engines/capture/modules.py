@@ -19,6 +19,7 @@ from entropy_fast.engines.capture.functions import (
     captured_linear,
     captured_rows,
 )
+from entropy_fast.engines.capture.lora import lora_parts
 
 __all__ = ["CapturedModules"]
 
@@ -48,8 +49,19 @@ class CapturedModules:
         refused.update(*(own for _, maker, own in holders if maker is None))
         while any(own & refused and own - refused for _, _, own in holders):
             refused.update(*(own for _, _, own in holders if own & refused))
-        self._makers = [(submodule, maker) for submodule, maker, own in holders if maker and not own & refused]
         self.captured: set[str] = set().union(*(own for _, _, own in holders)) - refused
+        fused: set[int] = set()
+        self._makers: list[tuple[nn.Module, Callable[[Forward, Recorder], Forward]]] = []
+        for submodule in module.modules():
+            found = lora_parts(submodule, names, self.captured)
+            if found is not None:
+                fused |= found[0]
+                self._makers.append((submodule, found[1]))
+        self._makers.extend(
+            (submodule, maker)
+            for submodule, maker, own in holders
+            if maker and not own & refused and id(submodule) not in fused
+        )
 
     @contextlib.contextmanager
     def recording(self, recorder: Recorder) -> Iterator[None]:

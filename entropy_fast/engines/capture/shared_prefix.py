@@ -27,8 +27,8 @@ from entropy_fast.teacher_forcing.output_layer import allowed_difference
 __all__ = [
     "SharedPrefixForward",
     "backward_through_prefix",
-    "frequencies_depend_on_length",
     "forward_with_shared_prefix",
+    "frequencies_depend_on_length",
     "prefix_length",
     "same_with_shared_prefix",
 ]

@@ -89,22 +89,42 @@ class UnitGradients:
         if rows is None or self._batch is None:
             return
         left, right = rows
-        scales, into = self._scales(name, left.device), self._wanted_sums(name)
+        into = self._wanted_sums(name)
         if not into:
             return
         # The factor with fewer columns takes the coefficients; with all of them in one product the other is read once.
         turned = right.shape[-1] < left.shape[-1]
         narrow, wide = (right, left) if turned else (left, right)
-        for unit, begin, end in self._batch.runs:
-            flat = wide[begin:end].flatten(0, 1)
-            if flat.dtype == torch.float16:
-                # Coefficients can be smaller than its smallest number.
-                flat = flat.float()
-            scaled = narrow[begin:end].unsqueeze(2) * scales[:, begin:end].t()[:, None, :, None]
-            # [positions, labels * columns of narrow]
-            products = scaled.to(flat.dtype).flatten(0, 1).flatten(1).t() @ flat
-            for total, found in zip(into, products.view(len(into), narrow.shape[-1], -1), strict=True):
-                total[unit] += found.t() if turned else found
+        inner, columns = narrow.shape[1:]
+        scales = self._scales_by_column(name, left.device, inner, columns)
+        # [rows * inner, labels * columns of narrow]
+        scaled = torch.cat([narrow.flatten(0, 1)] * len(into), 1).to(scales.dtype) * scales
+        flat = wide.flatten(0, 1)
+        if flat.dtype == torch.float16:
+            # Coefficients can be smaller than its smallest number.
+            flat = flat.float()
+        # Coefficients are applied in fp32: what rounding their products to 16 bits leaves goes along as a second factor, since
+        # terms of different signs nearly cancel in X.
+        rounded = scaled.to(flat.dtype)
+        if flat.dtype == torch.bfloat16:
+            rounded = torch.cat([rounded, (scaled - rounded).to(flat.dtype)], 1)
+        rounded = rounded.t()
+        runs = self._batch.runs
+        products = flat.new_empty(len(runs), rounded.shape[0], flat.shape[1])
+        for place, (_, begin, end) in enumerate(runs):
+            span = slice(begin * inner, end * inner)
+            torch.mm(rounded[:, span], flat[span], out=products[place])
+        if rounded.shape[0] > scaled.shape[1]:
+            products = products[:, : scaled.shape[1]].to(scaled.dtype) + products[:, scaled.shape[1] :]
+        for place, total in enumerate(into):
+            found = products[:, place * columns : (place + 1) * columns]
+            if turned:
+                found = found.transpose(1, 2)
+            if self._batch.units_in_order and len(runs) == len(total):
+                total.add_(found)
+            else:
+                for (unit, _, _), one in zip(runs, found, strict=True):
+                    total[unit].add_(one)
 
     def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
         """See `Recorder.scatter`."""
@@ -193,6 +213,16 @@ class UnitGradients:
             batch.scales[device, dtype] = batch.coefficients[batch.wanted].to(device=device, dtype=dtype)
         return batch.scales[device, dtype]
 
+    def _scales_by_column(self, name: str, device: torch.device, inner: int, columns: int) -> Tensor:
+        """[rows * inner, labels * columns] coefficients spread over what they multiply; made once for each shape."""
+        batch, dtype = self._batch, self._dtype(name)
+        assert batch is not None
+        key = (device, dtype, inner, columns)
+        if key not in batch.spread:
+            scales = self._scales(name, device)
+            batch.spread[key] = scales.t().repeat_interleave(columns, 1).repeat_interleave(inner, 0)
+        return batch.spread[key]
+
     def _dtype(self, name: str) -> torch.dtype:
         return torch.promote_types(self._parameters[name].dtype, torch.float32)
 
@@ -210,6 +240,8 @@ class _Batch:
         # What is 0 throughout adds nothing, and is not computed.
         self.wanted: list[bool] = (coefficients != 0).any(1).tolist()
         self.scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.units_in_order = [unit for unit, _, _ in runs] == list(range(len(runs)))
+        self.spread: dict[tuple[torch.device, torch.dtype, int, int], Tensor] = {}
 
 
 def _runs(unit: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -10,39 +10,24 @@ with a_i, in place of sending their plain sum back: that would no longer know th
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from entropy_fast.engines.packed.layout import PackedGroup
+from entropy_fast.engines.packed.scores import AttentionOptions, attend, attend_backward, causal_mask
 
-__all__ = ["AttentionGroups", "AttentionOptions", "PrefixStates", "packed_attention"]
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionOptions:
-    """What a layer asks of its attention.
-
-    Attributes:
-        scale: of the scores.
-        window: keys further back than this (counting the query's own) are not seen; None for all.
-        softcap: scores are ``softcap * tanh(scores / softcap)``; None for none.
-    """
-
-    scale: float
-    window: int | None
-    softcap: float | None
+__all__ = ["AttentionGroups", "PrefixStates", "packed_attention"]
 
 
 class PrefixStates:
     """K_p and V_p of one layer, and what comes back to them.
 
     Args:
-        key, value: [1, heads, P, D] packed, with the graph of the prompts' forward.
+        key: [1, heads, P, D] packed, with the graph of the prompts' forward.
+        value: likewise.
 
     Attributes:
         key, value: the same.
@@ -81,7 +66,7 @@ class AttentionGroups:
         self.device = device
         self.parts: list[_Part] = []
         self.tails = tails
-        self._masks: dict[tuple[int, int, int | None], Tensor | None] = {}
+        self._masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = {}
         for group in groups:
             spans = group.tails if tails else (group.prefix,)
             lengths = [end - begin for begin, end in spans]
@@ -89,7 +74,9 @@ class AttentionGroups:
                 continue
             begin, width = spans[0][0], max(lengths)
             even = all(length == width for length in lengths)
-            places = torch.stack([(first - begin + torch.arange(width)).clamp(max=sum(lengths) - 1) for first, _ in spans])
+            places = torch.stack(
+                [(first - begin + torch.arange(width)).clamp(max=sum(lengths) - 1) for first, _ in spans]
+            )
             kept = torch.cat([torch.arange(n) + r * width for r, n in enumerate(lengths)])
             self.parts.append(
                 _Part(
@@ -102,19 +89,12 @@ class AttentionGroups:
                 )
             )
 
-    def mask(self, prefix: int, width: int, window: int | None) -> Tensor:
-        """[width, prefix + width] bool: which keys a query sees."""
-        key = (prefix, width, window)
+    def mask(self, prefix: int, width: int, repeat: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """`causal_mask`, made once for each shape."""
+        key = (prefix, width, repeat, window, dtype)
         if key not in self._masks:
-            query = prefix + torch.arange(width, device=self.device)[:, None]
-            column = torch.arange(prefix + width, device=self.device)[None]
-            seen = column <= query
-            if window is not None:
-                seen &= column > query - window
-            self._masks[key] = seen
-        found = self._masks[key]
-        assert found is not None
-        return found
+            self._masks[key] = causal_mask(prefix, width, repeat, window, dtype, self.device)
+        return self._masks[key]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +108,31 @@ class _Part:
     places: Tensor | None  # [G * width] into the span; None where all sequences have the same length
     kept: Tensor | None  # [tokens] into G * width
 
-    def padded(self, packed: Tensor) -> Tensor:
-        """[heads, N, D] to [G, heads, width, D] of the group."""
-        own = packed[:, self.begin : self.end]
+    def padded(self, packed: Tensor, key_heads: int) -> Tensor:
+        """[N, heads, D] to [G, key heads, heads that share one * width, D] of the group."""
+        own = packed[self.begin : self.end]
         if self.places is not None:
-            own = own.index_select(1, self.places)
-        return own.view(own.shape[0], -1, self.width, own.shape[-1]).transpose(0, 1)
+            own = own.index_select(0, self.places)
+        own = own.view(-1, self.width, key_heads, own.shape[1] // key_heads, own.shape[2])
+        return own.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def packed(self, padded: Tensor) -> Tensor:
-        """[G, heads, width, D] to [heads, tokens of the group, D]."""
-        flat = padded.transpose(0, 1).flatten(1, 2)
-        return flat if self.kept is None else flat.index_select(1, self.kept)
+        """The other way: [tokens of the group, heads, D]; what is padding is dropped."""
+        count, key_heads, length, size = padded.shape
+        rows = padded.view(count, key_heads, length // self.width, self.width, size)
+        rows = rows.permute(0, 3, 1, 2, 4).reshape(count * self.width, -1, size)
+        return rows if self.kept is None else rows.index_select(0, self.kept)
+
+    def padded_gradient(self, above: Tensor, key_heads: int) -> Tensor:
+        """As `padded`, with zeros in padded places, which repeat a real token."""
+        if self.kept is None:
+            return self.padded(above, key_heads)
+        own = above[self.begin : self.end]
+        count = len(self.places) if self.places is not None else 0
+        rows = own.new_zeros(count, *own.shape[1:])
+        rows[self.kept] = own
+        rows = rows.view(-1, self.width, key_heads, own.shape[1] // key_heads, own.shape[2])
+        return rows.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def packed_attention(
@@ -153,7 +147,9 @@ def packed_attention(
     """Causal attention within every sequence, and of tails to their prefixes.
 
     Args:
-        query: [1, heads, N, D]; ``key`` and ``value`` [1, key heads, N, D] of the same tokens.
+        query: [1, heads, N, D].
+        key: [1, key heads, N, D] of the same tokens.
+        value: likewise.
         groups: where the sequences are.
         prefix: keys and values that the sequences of each group continue from; None where there are none.
         weights: filled before the backward with one tensor [2, n] of c and a by row of the microbatch.
@@ -178,72 +174,55 @@ class _PackedAttention(torch.autograd.Function):
         weights: Sequence[Tensor],
         options: AttentionOptions,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.groups, ctx.prefix, ctx.weights, ctx.options = groups, prefix, weights, options
-        heads, tokens = query.shape[1:3]
-        output = query.new_empty(heads, tokens, value.shape[-1])
+        by_token = [t[0].transpose(0, 1) for t in (query, key, value)]
+        output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+        log_sums = []
         for part in groups.parts:
-            q, k, v = (part.padded(t[0]) for t in (query, key, value))
-            k, v = _continued(part, prefix, k, v)
-            found = _attend(q, k, v, groups.mask(k.shape[2] - part.width, part.width, options.window), options)
-            output[:, part.begin : part.end] = part.packed(found)
-        return output.transpose(0, 1).unsqueeze(0)
+            q, k, v, mask = _inputs(part, by_token, groups, prefix, options)
+            found, known = attend(q, k, v, mask, options)
+            output[part.begin : part.end] = part.packed(found)
+            log_sums.append(known)
+        output = output.unsqueeze(0)
+        ctx.save_for_backward(query, key, value, output, *log_sums)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
         groups, prefix, options = ctx.groups, ctx.prefix, ctx.options
-        found = [torch.zeros_like(t) for t in (query, key, value)]
-        above = gradient[0].transpose(0, 1)
-        for part in groups.parts:
-            q, k, v = (part.padded(t[0]) for t in (query, key, value))
-            k, v = _continued(part, prefix, k, v)
+        # Read once: under gradient checkpointing every reading asks for the saved tensors anew.
+        query, key, value, output, *all_log_sums = ctx.saved_tensors
+        by_token = [t[0].transpose(0, 1) for t in (query, key, value)]
+        found = [torch.empty_like(t) for t in by_token]
+        for part, log_sums in zip(groups.parts, all_log_sums, strict=True):
+            q, k, v, mask = _inputs(part, by_token, groups, prefix, options)
             length = k.shape[2] - part.width
-            with torch.enable_grad():
-                q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-                again = _attend(q, k, v, groups.mask(length, part.width, options.window), options)
-            # Padded places repeat a real token, and get no gradient.
-            of = _padded_gradient(part, above, again)
-            dq, dk, dv = torch.autograd.grad(again, (q, k, v), of)
+            above = part.padded_gradient(gradient[0], k.shape[1])
+            again = None if log_sums is None else part.padded(output[0], k.shape[1])
+            dq, dk, dv = attend_backward(q, k, v, mask, options, above, again, log_sums)
             if length and prefix is not None and prefix.key.requires_grad:
                 begin, end = part.group.rows
                 prefix.add(part.group, ctx.weights[0][:, begin:end], dk[:, :, :length], dv[:, :, :length])
             for total, own in zip(found, (dq, dk[:, :, length:], dv[:, :, length:]), strict=True):
-                total[0, :, part.begin : part.end] = part.packed(own)
-        return found[0], found[1], found[2], None, None, None, None
+                total[part.begin : part.end] = part.packed(own.contiguous())
+        dq, dk, dv = (t.transpose(0, 1).unsqueeze(0) for t in found)
+        return dq, dk, dv, None, None, None, None
 
 
-def _padded_gradient(part: _Part, above: Tensor, like: Tensor) -> Tensor:
-    own = above[:, part.begin : part.end]
-    if part.kept is None:
-        return part.padded(above)
-    flat = own.new_zeros(own.shape[0], like.shape[0] * part.width, own.shape[-1])
-    flat[:, part.kept] = own
-    return flat.view(own.shape[0], -1, part.width, own.shape[-1]).transpose(0, 1)
-
-
-def _continued(part: _Part, prefix: PrefixStates | None, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values [G, heads, P + width, D] with those of the prefix before a group's own."""
+def _inputs(
+    part: _Part,
+    by_token: Sequence[Tensor],
+    groups: AttentionGroups,
+    prefix: PrefixStates | None,
+    options: AttentionOptions,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Padded q [G, key heads, T, D], k and v [G, key heads, S, D] with the prefix's before the group's own, and the mask."""
+    key_heads = by_token[1].shape[1]
+    q, k, v = (part.padded(t, key_heads) for t in by_token)
     begin, end = part.group.prefix
-    if prefix is None or begin == end:
-        return key, value
-    before = [t.detach()[:, :, begin:end].expand(key.shape[0], -1, -1, -1) for t in (prefix.key, prefix.value)]
-    return torch.cat([before[0], key], 2), torch.cat([before[1], value], 2)
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: AttentionOptions) -> Tensor:
-    """[G, heads, width, D] outputs. Queries that share a key head stand in one line: keys are read once for all of them."""
-    count, heads, width, size = query.shape
-    shared = heads // key.shape[1]
-    folded = query.reshape(count, key.shape[1], shared * width, size)
-    mask = mask.repeat(shared, 1)
-    if options.softcap is None:
-        found = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=options.scale)
-    else:
-        scores = folded @ key.transpose(2, 3) * options.scale
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-        scores = scores.masked_fill(~mask, -math.inf)
-        # In fp32 or wider, as transformers has it.
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        found = torch.softmax(scores, -1, dtype=wide).to(value.dtype) @ value
-    return found.reshape(count, heads, width, value.shape[-1])
+    if prefix is not None and begin != end:
+        before = [t.detach()[:, :, begin:end].expand(k.shape[0], -1, -1, -1) for t in (prefix.key, prefix.value)]
+        k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+    repeat = q.shape[2] // part.width
+    mask = groups.mask(k.shape[2] - part.width, part.width, repeat, options.window, q.dtype)
+    return q, k, v, mask

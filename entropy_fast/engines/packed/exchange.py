@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from entropy_fast.engines.packed.attention import AttentionGroups, AttentionOptions, PrefixStates, packed_attention
+from entropy_fast.engines.packed.attention import AttentionGroups, PrefixStates, packed_attention
 from entropy_fast.engines.packed.layout import PackedLayout
+from entropy_fast.engines.packed.scores import AttentionOptions
 
-__all__ = ["PackedRun", "attention_exchanged"]
+__all__ = ["PackedRun", "attention_configurations", "attention_exchanged"]
 
 # What a layer may pass to its attention that changes nothing here.
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "output_attentions", "use_cache"})
@@ -62,7 +62,9 @@ class PackedRun:
         """
         unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in _HARMLESS]
         if unknown or dropout or attention_mask is not None or query.shape[0] != 1:
-            raise NotImplementedError(f"attention of {type(module).__name__}: {', '.join(unknown) or 'mask or dropout'}")
+            raise NotImplementedError(
+                f"attention of {type(module).__name__}: {', '.join(unknown) or 'mask or dropout'}"
+            )
         device = query.device.type
         if torch.is_autocast_enabled(device) and query.dtype != torch.float64:
             # As scaled_dot_product_attention has it; the backward runs outside of autocast.
@@ -78,17 +80,16 @@ class PackedRun:
         return found, None
 
 
+def attention_configurations(module: nn.Module) -> list[Any]:
+    """The configurations under ``module`` that say which attention function its layers use."""
+    found = (getattr(submodule, "config", None) for submodule in module.modules())
+    return list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
+
+
 @contextlib.contextmanager
-def attention_exchanged(module: nn.Module, run: PackedRun) -> Iterator[None]:
-    """Let every attention layer under ``module`` that asks transformers for its attention function get that of ``run``."""
+def attention_exchanged(configurations: Sequence[Any], run: PackedRun) -> Iterator[None]:
+    """Let every layer that these configurations belong to get its attention function from ``run``."""
     name = f"entropy_fast_packed_{uuid.uuid4().hex}"
-    configurations: Sequence[Any] = list(
-        {
-            id(config): config
-            for config in (getattr(m, "config", None) for m in module.modules())
-            if hasattr(config, "_attn_implementation_internal")
-        }.values()
-    )
     before = [config._attn_implementation_internal for config in configurations]
     AttentionInterface.register(name, run.attention)
     try:

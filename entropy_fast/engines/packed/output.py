@@ -14,7 +14,7 @@ from torch import Tensor
 from entropy_fast.engines.capture import UnitGradients
 from entropy_fast.engines.coefficients import Coefficients, length_weights, sequence_coefficients
 from entropy_fast.engines.packed.layout import PackedLayout
-from entropy_fast.ops import linear_token_logprobs, linear_token_logprobs_with_units, token_logprobs
+from entropy_fast.ops import linear_token_logprobs_with_units, token_logprobs
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing.forward import refuse_nan
@@ -42,10 +42,7 @@ class OutputSignals:
 
 
 def packed_logprobs(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
-    """[M] log-probs of ``targets`` [M] from their hidden states [M, H]; carries a graph where that is asked for."""
-    if head.frozen is not None:
-        layer = head.frozen
-        return linear_token_logprobs(hidden, layer.weight, targets, bias=layer.bias, softcap=layer.softcap).logprob
+    """[M] log-probs of ``targets`` [M] by way of logits, from their hidden states [M, H]; with their graph."""
     logits = head.module(hidden[None])[0]
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from entropy_fast.engines.capture import UnitGradients
 from entropy_fast.engines.coefficients import power_of_two_scale
-from entropy_fast.engines.packed.exchange import PackedRun, attention_exchanged
+from entropy_fast.engines.packed.exchange import PackedRun, attention_configurations, attention_exchanged
 from entropy_fast.engines.packed.layout import PackedGroup, PackedLayout, pack_microbatch
 from entropy_fast.engines.packed.output import OutputSignals, output_signals, packed_logprobs, wanted_weights
 from entropy_fast.guards.grad_context import assert_attached
@@ -38,13 +38,14 @@ class PackedPass:
     def __init__(self, components: ProbeComponents, head: OutputHead, *, share: bool) -> None:
         self._components = components
         self._head = head
+        self._configurations = attention_configurations(head.decoder)
         self.share = share
 
     def logprobs(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
         """[M] log-probs of the scored tokens of the given rows, without a graph."""
         layout = self._layout(rollouts, rows, [0] * len(rows))
         run = PackedRun(layout, self._components.device)
-        with torch.no_grad(), self._components.autocast(), attention_exchanged(self._head.decoder, run):
+        with torch.no_grad(), self._components.autocast(), attention_exchanged(self._configurations, run):
             before, after = self._forward(layout, run, None)
             return packed_logprobs(self._head, _scored(layout, before, after), layout.targets)
 
@@ -65,7 +66,7 @@ class PackedPass:
         """
         layout = self._layout(rollouts, rows, unit)
         run = PackedRun(layout, self._components.device)
-        with attention_exchanged(self._head.decoder, run):
+        with attention_exchanged(self._configurations, run):
             with self._components.autocast():
                 before, after = self._forward(layout, run, gradients)
             attached = after if after.requires_grad or not before.requires_grad else before
