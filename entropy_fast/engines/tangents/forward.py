@@ -89,7 +89,7 @@ class ForwardWithTangents:
         scored = batch.loss_mask[:, batch.first_scored :] == 1
         targets = batch.input_ids[:, batch.first_scored :][scored]
         along = {id(p): t for p, t in zip(self._parameters, direction, strict=True)}
-        with self._tangents(direction, along), naming_the_operator():
+        with self._tangents(direction, along), naming_the_operator(self._module):
             layer = self.output_layer
             if layer is None:
                 out = model_logits(self._module, batch)

@@ -22,8 +22,8 @@ _FUNCTION = "You must implement the jvp function"
 
 
 @contextlib.contextmanager
-def naming_the_operator() -> Iterator[None]:
-    """Forwards in this context fail with the operator's and the module's name where an operation has no forward derivative.
+def naming_the_operator(model: nn.Module) -> Iterator[None]:
+    """Forwards of ``model`` in this context fail with an operation's and a module's name where there is no forward derivative.
 
     Raises:
         ForwardDerivativeError: one has none. Other errors pass as they are.
@@ -34,21 +34,22 @@ def naming_the_operator() -> Iterator[None]:
         found = _OPERATOR.search(str(error))
         if found is None and _FUNCTION not in str(error):
             raise
-        function, module = _where(error.__traceback__)
+        function, module = _where(error.__traceback__, model)
         operator = found.group(1) if found else f"the autograd function {function}"
         raise ForwardDerivativeError(
-            f"engine 'jvp': {operator} has no forward derivative (it runs in {module}).", fix=FORWARD_DERIVATIVE_FIX
+            f"engine 'jvp': {operator} has no forward derivative (it is used by {module}).", fix=FORWARD_DERIVATIVE_FIX
         ) from error
 
 
-def _where(traceback: TracebackType | None) -> tuple[str, str]:
-    """The class of the innermost autograd function, and the innermost module, that were running."""
+def _where(traceback: TracebackType | None, model: nn.Module) -> tuple[str, str]:
+    """The class of the innermost autograd function, and the innermost module of the model, that were running."""
     function, module = "of unknown name", "the model"
+    names = {id(m): name for name, m in model.named_modules()}
     while traceback is not None:
         values = traceback.tb_frame.f_locals
         own = values.get("self")
-        if isinstance(own, nn.Module):
-            module = f"a {type(own).__name__}"
+        if isinstance(own, nn.Module) and names.get(id(own)):
+            module = f"'{names[id(own)]}', a {type(own).__name__}"
         if traceback.tb_frame.f_code.co_name == "apply" and isinstance(values.get("cls"), type):
             function = str(values["cls"].__name__)
         traceback = traceback.tb_next
