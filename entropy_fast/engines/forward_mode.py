@@ -151,9 +151,8 @@ class ForwardModeEngine:
             gradient.mul_(wanted / length if length > 0 else 0.0)
             expected += length * wanted
         direction, scale = self._direction(total.tensors)
-        # Another random state, so that randomness nobody switched off shows.
-        torch.rand(1, device=components.device)
         found = forward.run(pack_rows(rollouts, rows, components.device), direction)
+        # The random state has moved on between the two, so randomness nobody switched off shows.
         first, second = (s.detach().double().cpu() for s in (reverse.sequence_logprobs, found.sequence_logprobs))
         components.check_repeatable(first, second, rows)
         value = float(found.tokens.double().sum()) / scale

@@ -207,6 +207,8 @@ def deep_model(layers: int) -> nn.Module:
 def peaks(layers: int) -> tuple[int, int]:
     """Live bytes of a forward with tangents, and of an ordinary forward with its graph."""
     model = deep_model(layers)
+    # Without no_grad in the forward with tangents, this alone would make it keep a graph.
+    model.enable_input_require_grads()
     rollouts = make_rollouts((4, 4))
     batch = pack_rows(rollouts, torch.arange(8), torch.device("cpu"))
     parameters = list(model.parameters())

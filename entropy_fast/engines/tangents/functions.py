@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from entropy_fast.engines.tangents.parameters import tangent_of
@@ -21,7 +20,10 @@ _SCORE_BYTES = 2**25
 
 
 class FunctionsWithTangents(TorchFunctionMode):
-    """Inside a ``dual_level``: attention and look-ups go by the rules here, everything else as torch has it."""
+    """Attention and look-ups go by the rules here, everything else as torch has it.
+
+    For use inside a ``dual_level`` and ``sdpa_kernel(SDPBackend.MATH)``.
+    """
 
     def __torch_function__(
         self,
@@ -58,27 +60,26 @@ def _attention(
     each = max(query.shape[:-2].numel(), 1) * n_keys * max(4, query.element_size())
     step = max(1, _SCORE_BYTES // max(each, 1))
     parts = []
-    with sdpa_kernel(SDPBackend.MATH):
-        for begin in range(0, n_queries, step):
-            end = min(begin + step, n_queries)
-            mask, last = attn_mask, n_keys
-            if is_causal:
-                # Of a block of queries, which the kernel's own causal mask would take for the first ones.
-                last = min(end, n_keys)
-                places = torch.arange(last, device=query.device)
-                mask = places <= torch.arange(begin, end, device=query.device).unsqueeze(1)
-            elif mask is not None and mask.shape[-2] != 1:
-                mask = mask[..., begin:end, :]
-            parts.append(
-                F.scaled_dot_product_attention(
-                    query[..., begin:end, :],
-                    key[..., :last, :],
-                    value[..., :last, :],
-                    attn_mask=mask,
-                    dropout_p=dropout_p,
-                    **options,
-                )
+    for begin in range(0, n_queries, step):
+        end = min(begin + step, n_queries)
+        mask, last = attn_mask, n_keys
+        if is_causal:
+            # Of a block of queries, which the kernel's own causal mask would take for the first ones.
+            last = min(end, n_keys)
+            places = torch.arange(last, device=query.device)
+            mask = places <= torch.arange(begin, end, device=query.device).unsqueeze(1)
+        elif mask is not None and mask.shape[-2] != 1:
+            mask = mask[..., begin:end, :]
+        parts.append(
+            F.scaled_dot_product_attention(
+                query[..., begin:end, :],
+                key[..., :last, :],
+                value[..., :last, :],
+                attn_mask=mask,
+                dropout_p=dropout_p,
+                **options,
             )
+        )
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-2)
 
 
