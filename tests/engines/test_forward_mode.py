@@ -6,11 +6,13 @@ import copy
 import json
 import math
 
+import peft
 import pytest
 import torch
 from engine_results import TOLERANCE, distance
 from probe_models.architectures import (
     BUILDERS,
+    ROPE_SHAPE,
     add_lora,
     build_model,
     disable_checkpointing,
@@ -23,10 +25,11 @@ from probe_models.cases import case_of, mute_adapters
 from probe_models.oracle import _preconditioner, kernel_by_definition
 from rich.console import Console
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, Rollouts, fast_delta_h1
 from entropy_fast.engines.forward_mode import ForwardModeEngine
-from entropy_fast.errors import ConfigError, GraphDetachedError, ModelStateError
+from entropy_fast.errors import ConfigError, ForwardDerivativeError, GraphDetachedError, ModelStateError
 from entropy_fast.geometry import AdamState
 from entropy_fast.report.terminal import print_result
 from entropy_fast.run_folder.result_files import result_document
@@ -218,6 +221,49 @@ def test_the_model_s_own_logits_where_the_output_layer_is_of_another_kind() -> N
     found, expected = two_batches(model, stepped_adamw(model))
     assert_same(found, expected, 1e-10)
     assert "the model's own logits" in (found.diagnostics.plan or "")
+
+
+ADAPTERS: dict[str, dict[str, object]] = {
+    "weight decomposed": {"use_dora": True, "target_modules": ["q_proj"]},
+    "on the output layer": {"target_modules": ["lm_head"]},
+    "on the embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "with a trained copy of the output layer": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_other_adapters(kind: str) -> None:
+    base = build_model("qwen2", dtype=torch.float64)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM", **ADAPTERS[kind])).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(3))
+    samples = [Sample(s.group, s.prompt, (*s.response, 0, 5), s.advantage) for s in make_samples(GROUPS)]
+    update = make_rollouts((3, 2), seed=2)
+    found, expected = two_batches(model, stepped_adamw(model), batches=(pack(samples), update))
+    assert_same(found, expected, TOLERANCE["qwen2"])
+    assert ("the model's own logits" in (found.diagnostics.plan or "")) == ("output layer" in kind)
+
+
+def test_several_adapters_at_once() -> None:
+    model = add_lora(build_model("gpt2", dtype=torch.float64))
+    model.add_adapter("second", peft.LoraConfig(r=3, use_rslora=True, target_modules=["c_fc"], fan_in_fan_out=True))
+    model.base_model.set_adapter(["default", "second"])
+    model.double()
+    assert_same(*two_batches(model, stepped_adamw(model)), 1e-10)
+
+
+def test_experts() -> None:
+    """Whose fast path has no forward derivative, and whose plain one has."""
+    shape = {**ROPE_SHAPE, "num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    fast = MixtralForCausalLM(MixtralConfig(**shape, experts_implementation="grouped_mm"))
+    plain = MixtralForCausalLM(MixtralConfig(**shape, experts_implementation="eager"))
+    with pytest.raises(ForwardDerivativeError, match="_grouped_mm has no forward derivative") as caught:
+        two_batches(fast, stepped_adamw(fast), engines=("jvp",))
+    assert "experts_implementation='eager'" in caught.value.fix
+    found, expected = two_batches(plain.double(), stepped_adamw(plain))
+    assert_same(found, expected, TOLERANCE["mistral"])
 
 
 def test_coefficients_that_are_all_zero() -> None:

@@ -15,7 +15,7 @@ __all__ = ["FORWARD_DERIVATIVE_FIX", "naming_the_operator"]
 
 FORWARD_DERIVATIVE_FIX = (
     "use engine='one_pass' or 'two_pass', which need reverse mode only; or load the model with attn_implementation='sdpa' or "
-    "'eager' and with torch's own operations in place of fused kernels."
+    "'eager', experts_implementation='eager' for mixtures of experts, and torch's own operations in place of fused kernels."
 )
 _OPERATOR = re.compile(r"Trying to use forward AD with (\S+)")
 _FUNCTION = "You must implement the jvp function"
