@@ -62,6 +62,7 @@ def attention_by_hand(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 def test_attention_by_blocks_of_queries(mask: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n, heads, length, keys, width = 2, 4, 7, 7 if mask == "causal" else 9, 8
     monkeypatch.setattr(functions, "_SCORE_BYTES", block * n * heads * keys * 8)
+    monkeypatch.setattr(functions, "_FEWEST_QUERIES", 1)
     inputs = [draw(n, heads, length, width, seed=1), draw(n, 2, keys, width, seed=2), draw(n, 2, keys, width, seed=3)]
     tangents = [draw(*t.shape, seed=10 + k) for k, t in enumerate(inputs)]
     chosen: Tensor | None = None

@@ -15,8 +15,10 @@ from entropy_fast.engines.tangents.parameters import tangent_of
 
 __all__ = ["FunctionsWithTangents"]
 
-# Of the scores of one block of queries; the math kernel has about six arrays of this size at once, tangents included.
-_SCORE_BYTES = 2**25
+# Of the scores of one block of queries; the math kernel has about seven arrays of this size at once, tangents included.
+_SCORE_BYTES = 2**23
+# A block has at least as many: with fewer, large batches would go through a kernel launch for every query.
+_FEWEST_QUERIES = 64
 
 
 class FunctionsWithTangents(TorchFunctionMode):
@@ -54,11 +56,11 @@ def _attention(
     """Attention by torch's math kernel, which has a forward derivative, for a few queries at a time.
 
     The fused kernels have none. The math kernel holds all scores of the queries it is given, ``[..., queries, keys]``, so it is
-    given as many as fit `_SCORE_BYTES`.
+    given as many as fit `_SCORE_BYTES`, and `_FEWEST_QUERIES` at least.
     """
     n_queries, n_keys = query.shape[-2], key.shape[-2]
     each = max(query.shape[:-2].numel(), 1) * n_keys * max(4, query.element_size())
-    step = max(1, _SCORE_BYTES // max(each, 1))
+    step = max(_FEWEST_QUERIES, _SCORE_BYTES // max(each, 1))
     parts = []
     for begin in range(0, n_queries, step):
         end = min(begin + step, n_queries)
