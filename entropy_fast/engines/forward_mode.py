@@ -11,31 +11,22 @@ not known.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.coefficients import length_weights, power_of_two_scale, sequence_coefficients
+from entropy_fast.engines.coefficients import length_weights, sequence_coefficients
 from entropy_fast.engines.directional_derivatives import DirectionalDerivatives
-from entropy_fast.engines.gradient_routes import gradients_by_backward
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.kernel_sums import CrossKernelSums
 from entropy_fast.engines.tangents import ForwardWithTangents
-from entropy_fast.engines.tangents.refusals import FORWARD_DERIVATIVE_FIX
-from entropy_fast.errors import ForwardDerivativeError
+from entropy_fast.engines.tangents.agreement import check_against_reverse_mode, scaled_direction
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing import pack_rows
 
 __all__ = ["ForwardModeEngine"]
-
-# Of a derivative along the gradient itself, where nothing cancels. Above TF32's rounding, and above that of 16 bits.
-_AGREEMENT = 2e-3
-_AGREEMENT_IN_16_BITS = 0.05
-_COARSE = (torch.bfloat16, torch.float16, torch.int8)
 
 
 class ForwardModeEngine:
@@ -86,7 +77,7 @@ class ForwardModeEngine:
             self._forward = ForwardWithTangents(
                 components.registry.module, components.registry.tensors, components.autocast, packed
             )
-            self._check_against_reverse_mode(self._forward, entropy, first, y_sum)
+            check_against_reverse_mode(components, entropy, first, y_sum.tensors)
             return self._sweep(self._forward, entropy, y_sum, update.n_prompts)
 
     def _sweep(
@@ -94,7 +85,7 @@ class ForwardModeEngine:
     ) -> CrossKernelSums:
         """All of E, every microbatch by one forward. ``y_sum`` is scaled in place and of no use afterwards."""
         components = self._components
-        direction, scale = self._direction(y_sum.tensors)
+        direction, scale = scaled_direction(y_sum.tensors, components.registry.tensors)
         table = components.new_table("X", rollouts)
         weights = length_weights(rollouts, components.config.weighting)
         tokens = torch.zeros(rollouts.input_ids.shape, dtype=torch.float64)
@@ -124,62 +115,6 @@ class ForwardModeEngine:
                 weights=components.preconditioner.learning_rate * table.entropy / rollouts.n_prompts,
             ),
         )
-
-    def _check_against_reverse_mode(
-        self, forward: ForwardWithTangents, rollouts: Rollouts, rows: Tensor, y_sum: GradientSum
-    ) -> None:
-        """Raise unless both modes agree on one derivative of one prompt's Σ_i S_i.
-
-        Along the gradient g_p of every parameter p, with the length of its update: Σ_p ‖g_p‖ ‖Y_p‖, in which nothing cancels,
-        so that a use of a parameter which forward mode goes past without a word is missed by what it may contribute.
-
-        Raises:
-            ForwardDerivativeError: they do not agree.
-            GradientCoverageError: no parameter receives a gradient.
-            ModelStateError: the two forwards give different log-probs.
-        """
-        components = self._components
-        reverse = components._compute_aligned_batch_logprobs(rollouts, rows)
-        gradients = gradients_by_backward(reverse.sequence_logprobs.sum(), components.registry)
-        total = GradientSum.zeros(components.registry.tensors, None)
-        total.add(gradients)
-        components._record_coverage("X", total, rollouts)
-        components.coverage["X"] = dataclasses.replace(components.coverage["X"], norm=None, one_prompt=True)
-        expected = 0.0
-        for gradient, update in zip(total.tensors, y_sum.tensors, strict=True):
-            length, wanted = (float(t.double().norm()) for t in (gradient, update))
-            gradient.mul_(wanted / length if length > 0 else 0.0)
-            expected += length * wanted
-        direction, scale = self._direction(total.tensors)
-        found = forward.run(pack_rows(rollouts, rows, components.device), direction)
-        # The random state has moved on between the two, so randomness nobody switched off shows.
-        first, second = (s.detach().double().cpu() for s in (reverse.sequence_logprobs, found.sequence_logprobs))
-        components.check_repeatable(first, second, rows)
-        value = float(found.tokens.double().sum()) / scale
-        allowed = _AGREEMENT_IN_16_BITS if self._computes_coarsely() else _AGREEMENT
-        if not math.isfinite(expected) or abs(value - expected) > allowed * expected:
-            raise ForwardDerivativeError(
-                f"engine 'jvp': along the gradient of one prompt's log-probs the derivative is {value:.6g} by forward mode and "
-                f"{expected:.6g} by reverse mode; they must agree to {allowed:g}. An operation of the model drops its tangent "
-                "(a custom operator, detach() or .data, a parameter that is not read from its module) or one that reverse mode "
-                "does not see (no_grad inside the forward).",
-                fix=FORWARD_DERIVATIVE_FIX,
-            )
-
-    def _direction(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], float]:
-        """Tangents in the parameters' dtypes and devices, scaled in place by a power of two to be of ordinary size."""
-        scale = power_of_two_scale(torch.stack([t.abs().max().double().cpu() for t in tensors]))
-        parameters = self._components.registry.tensors
-        return [
-            t.mul_(scale).to(device=p.device, dtype=p.dtype) for t, p in zip(tensors, parameters, strict=True)
-        ], scale
-
-    def _computes_coarsely(self) -> bool:
-        """Whether anything in the model, trained or not, is computed in 16 or 8 bits."""
-        module = self._components.registry.module
-        dtypes = [*self._components.compute_dtypes, *(p.dtype for p in module.parameters())]
-        dtypes.extend(getattr(m, "compute_dtype", None) or torch.float32 for m in module.modules())
-        return any(dtype in dtypes for dtype in _COARSE)
 
 
 def _scored(rollouts: Rollouts, rows: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, fast_delta_h1, reference
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, fast_delta_h1, reference
 from entropy_fast.engines.tangents import ForwardWithTangents, functions, output
 from entropy_fast.engines.tangents.functions import FunctionsWithTangents
 from entropy_fast.engines.tangents.quantized import quantized_modules, quantized_with_tangents
@@ -280,9 +280,11 @@ def case_with(what: str) -> Case:
     return case
 
 
-def probe(case: Case) -> DeltaH1Result:
+def probe(case: Case, **options: Any) -> DeltaH1Result:
     entropy = make_rollouts((2, 3, 2), seed=11)
-    return fast_delta_h1(case.model, case.optimizer, case.rollouts, entropy, engine="jvp")
+    return fast_delta_h1(
+        case.model, case.optimizer, case.rollouts, entropy, engine="jvp", config=ProbeConfig(**options)
+    )
 
 
 @pytest.mark.parametrize(
@@ -300,14 +302,15 @@ def test_an_operation_without_forward_derivative_is_named(what: str, named: str)
     assert forward_ad._current_level == -1
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
 @pytest.mark.parametrize("what", ["custom operator", "no_grad"])
-def test_a_tangent_that_is_lost_or_that_reverse_mode_does_not_see(what: str) -> None:
+def test_a_tangent_that_is_lost_or_that_reverse_mode_does_not_see(what: str, autocast: torch.dtype | None) -> None:
     case = case_with(what)
     before = take_snapshot(case.model, case.optimizer)
     with pytest.raises(ForwardDerivativeError, match=r"forward mode and .* by reverse mode"):
-        probe(case)
+        probe(case, autocast_dtype=autocast)
     assert_unchanged(before, case.model, case.optimizer)
-    probe(case_with("nothing"))
+    probe(case_with("nothing"), autocast_dtype=autocast)
 
 
 def test_a_parameter_that_is_not_read_from_its_module() -> None:
