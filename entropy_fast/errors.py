@@ -22,6 +22,7 @@ __all__ = [
     "NativeLibraryError",
     "OptimizerStateError",
     "ParameterRegistryError",
+    "ProbeMemoryError",
     "RolloutsError",
     "RolloutsFileError",
     "RunFolderError",
@@ -101,6 +102,10 @@ class CheckpointingError(EntropyFastError, RuntimeError):
 
 class ModelStateError(EntropyFastError, RuntimeError):
     """The model is in a state in which probing it would change it or mean nothing."""
+
+
+class ProbeMemoryError(EntropyFastError, RuntimeError):
+    """There is not enough memory for the smallest piece a probe can be cut into."""
 
 
 class BackendUnavailableError(EntropyFastError, RuntimeError):

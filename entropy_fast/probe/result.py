@@ -11,6 +11,7 @@ from torch import Tensor
 from entropy_fast.config import ProbeConfig, Weighting
 from entropy_fast.engines.coefficients import SequenceTable
 from entropy_fast.engines.directional_derivatives import DirectionalDerivatives
+from entropy_fast.engines.planner import Plan
 from entropy_fast.errors import ConfigError
 from entropy_fast.geometry.preconditioner import ExcludedElements
 from entropy_fast.guards.coverage import PassCoverage
@@ -104,7 +105,7 @@ class Diagnostics:
     sampling: dict[str, tuple[float | None, float | None]]
     unbiased_variance: float | None
     warnings: tuple[str, ...]
-    plan: str | None = None
+    plan: Plan | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +171,11 @@ class DeltaH1Result:
             return None
         half = float(student_t.ppf((1 + level) / 2, self.row_sums.shape[0] - 1)) * self.std_error
         return self.delta_h1 - half, self.delta_h1 + half
+
+    @property
+    def plan(self) -> Plan | str | None:
+        """How the engine went through the batch, and why; with costs for the one-pass engine, None for the two-pass one."""
+        return self.diagnostics.plan
 
     @property
     def sign_established(self) -> bool | None:

@@ -3,7 +3,9 @@
 from entropy_fast.teacher_forcing.batch import PackedBatch, pack_rows
 from entropy_fast.teacher_forcing.forward import ForwardResult, align_logprobs, model_logits, result_of_values
 from entropy_fast.teacher_forcing.output_layer import (
+    OutputHead,
     OutputLayer,
+    find_output_head,
     find_output_layer,
     hidden_logprobs,
     hidden_states,
@@ -12,9 +14,11 @@ from entropy_fast.teacher_forcing.output_layer import (
 
 __all__ = [
     "ForwardResult",
+    "OutputHead",
     "OutputLayer",
     "PackedBatch",
     "align_logprobs",
+    "find_output_head",
     "find_output_layer",
     "hidden_logprobs",
     "hidden_states",
