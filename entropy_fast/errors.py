@@ -12,6 +12,7 @@ __all__ = [
     "ConfigError",
     "EntropyFastError",
     "EntropyFastWarning",
+    "ForwardDerivativeError",
     "GradContextError",
     "GradientCoverageError",
     "GraphDetachedError",
@@ -81,6 +82,10 @@ class GradContextError(EntropyFastError, RuntimeError):
 
 class GraphDetachedError(EntropyFastError, RuntimeError):
     """Logits or sequence log-probs carry no autograd graph, or no parameter hangs on it."""
+
+
+class ForwardDerivativeError(EntropyFastError, RuntimeError):
+    """An operation of the model has no forward derivative, or has one that is not what its backward says."""
 
 
 class GradientCoverageError(EntropyFastError, RuntimeError):

@@ -10,6 +10,7 @@ from torch import nn
 
 from entropy_fast.config import ProbeConfig
 from entropy_fast.engines.coefficients import check_group_sizes
+from entropy_fast.engines.forward_mode import ForwardModeEngine
 from entropy_fast.engines.one_pass import OnePassEngine
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.geometry import AdamState, adam_state_from_file
@@ -22,7 +23,7 @@ from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 
 __all__ = ["ENGINES", "OfflineEntropyProbe"]
 
-ENGINES = ("two_pass", OnePassEngine.name)
+ENGINES = ("two_pass", OnePassEngine.name, ForwardModeEngine.name)
 
 
 class OfflineEntropyProbe:
@@ -34,7 +35,8 @@ class OfflineEntropyProbe:
         config: options; None takes the defaults.
         learning_rate: overrides the optimizer's, rescaling all groups alike.
         on_progress: called with stage, prompts done and prompts in all.
-        engine: ``two_pass``, the reference; ``one_pass``, everything from one forward and one backward.
+        engine: ``two_pass``, the reference; ``one_pass``, everything from one forward and one backward; ``jvp``, the two-batch
+            estimate alone, the entropy batch by forwards without a backward.
 
     Raises:
         ConfigError: there is no such engine.
@@ -70,8 +72,16 @@ class OfflineEntropyProbe:
         Raises:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
             RolloutsError: fewer than two prompts, a prompt with one response, or nothing left.
+            ConfigError: the engine is ``jvp``, which has no diagonal.
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
+        if self.engine == ForwardModeEngine.name:
+            raise ConfigError(
+                "compute_delta_h1: engine 'jvp' has derivatives along the sum of all updates; the same-batch estimate takes "
+                "out every prompt's product with its own update, the diagonal K_nn, which needs each Y_n by itself.",
+                fix="pass entropy_rollouts, an independent batch, for the two-batch estimate; or use engine='one_pass' or "
+                "'two_pass'.",
+            )
         batch, empty = self._prepare(rollouts)
         if batch.n_prompts < 2:
             raise RolloutsError(
@@ -100,6 +110,7 @@ class OfflineEntropyProbe:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
             RolloutsError: the two are the same batch, or one of them cannot be used.
             ConfigError: ``mode="blocks"``, which has no meaning here.
+            ForwardDerivativeError: the engine is ``jvp``, and the model has an operation that it cannot go through.
         """
         assert_grad_context("OfflineEntropyProbe.run_mixed_probe")
         if self.config.mode == "blocks":
@@ -119,6 +130,10 @@ class OfflineEntropyProbe:
             one_pass = OnePassEngine(self.components)
             sums = one_pass.cross_sums(entropy, update)
             self._note(one_pass)
+        elif self.engine == ForwardModeEngine.name:
+            forward_mode = ForwardModeEngine(self.components)
+            sums = forward_mode.cross_sums(entropy, update)
+            self.components.plan, self.components.notes = forward_mode.plan, forward_mode.notes
         else:
             sums = self.components.compute_cross_sums(entropy, update)
         return assembly.two_batch_result(

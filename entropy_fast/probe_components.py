@@ -84,7 +84,7 @@ class ProbeComponents:
         self.n_reached_by_alpha: int | None = None
         self.excluded: ExcludedElements | None = None
         self.notes: list[str] = []  # these two are what an engine wants said in the result
-        self.plan: Plan | None = None
+        self.plan: Plan | str | None = None
         self._on_progress = on_progress
 
     _assert_grad_context = staticmethod(assert_grad_context)

@@ -34,7 +34,7 @@ def probe(
     out: Annotated[
         Path | None, typer.Option(help="Folder for the results; the run folder by default.", show_default=False)
     ] = None,
-    engine: Annotated[str, typer.Option(help="auto, one_pass or two_pass.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, one_pass, two_pass, or jvp (two batches).")] = "auto",
     weighting: Annotated[
         str | None,
         typer.Option(help="dr_grpo, per_token or sequence; the run folder's, or dr_grpo.", show_default=False),

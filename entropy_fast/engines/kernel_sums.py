@@ -10,6 +10,8 @@ import dataclasses
 
 from torch import Tensor
 
+from entropy_fast.engines.directional_derivatives import DirectionalDerivatives
+
 __all__ = ["CrossKernelSums", "KernelSums"]
 
 
@@ -44,11 +46,13 @@ class CrossKernelSums:
     Attributes:
         x_dot_y: X_sum · Y_sum.
         row_sums: [B_E] X_n · Y_sum.
-        column_sums: [B_U] Y_m · X_sum.
+        column_sums: [B_U] Y_m · X_sum; None where X_sum was not formed.
         by_parameter: [number of parameters] every parameter's part of X_sum · Y_sum; None as above.
+        derivatives: what the engine knows of every sequence and token; None where it knows sums alone.
     """
 
     x_dot_y: float
     row_sums: Tensor
-    column_sums: Tensor
+    column_sums: Tensor | None
     by_parameter: Tensor | None = None
+    derivatives: DirectionalDerivatives | None = None

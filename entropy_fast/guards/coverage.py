@@ -22,18 +22,20 @@ class PassCoverage:
         n_trainable: trainable parameters.
         n_with_gradient: those that received a gradient in at least one microbatch.
         numel_share: share of the trainable elements in them.
-        norm: Euclidean norm of the accumulated raw gradient.
+        norm: Euclidean norm of the accumulated raw gradient; None where the gradient was not formed.
         untouched: names of parameters that received none.
         mean_response_length: tokens, averaged over the sequences of the pass.
+        one_prompt: whether the parameters were counted in a backward of one prompt that stands for all of them.
     """
 
     label: str
     n_trainable: int
     n_with_gradient: int
     numel_share: float
-    norm: float
+    norm: float | None
     untouched: tuple[str, ...]
     mean_response_length: float
+    one_prompt: bool = False
 
 
 def require_gradients(coverage: PassCoverage, *, strict: bool, cause: str) -> None:
@@ -62,7 +64,9 @@ def require_gradients(coverage: PassCoverage, *, strict: bool, cause: str) -> No
 
 
 def coverage_difference(x: PassCoverage, y: PassCoverage) -> str | None:
-    """A sentence when the X and Y passes reached different parameters, None when they agree."""
+    """A sentence when the X and Y passes reached different parameters, None when they agree or one saw a single prompt."""
+    if x.one_prompt or y.one_prompt:
+        return None
     if x.n_with_gradient == y.n_with_gradient and x.untouched == y.untouched:
         return None
     return (

@@ -84,7 +84,7 @@ def two_batch_result(
 ) -> DeltaH1Result:
     """The result of the two-batch estimate from kernel sums between two batches."""
     lr = components.preconditioner.learning_rate
-    estimate = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums)
+    estimate = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums, update.n_prompts)
     errors = (
         StandardError(
             "conditional_on_update", _scaled(estimate.se_conditional, lr), "the change made by this very update"
@@ -96,6 +96,7 @@ def two_batch_result(
         ),
     )
     batches = {"entropy": entropy, "update": update}
+    of_updates = [] if estimate.update_projections is None else estimate.update_projections.tolist()
     shares = [
         _contribution(
             components, "X", entropy, [n], "entropy", lr * s / entropy.n_prompts, lr * s / entropy.n_prompts, None
@@ -105,7 +106,7 @@ def two_batch_result(
         _contribution(
             components, "Y", update, [m], "update", lr * t / update.n_prompts, None, lr * t / update.n_prompts
         )
-        for m, t in enumerate(estimate.update_projections.tolist())
+        for m, t in enumerate(of_updates)
     ]
     notes = _notes(components, batches, empty)
     if components.config.full_kernel:
@@ -176,6 +177,7 @@ def _result(
             warnings=tuple(notes),
             plan=components.plan,
         ),
+        derivatives=None if isinstance(sums, KernelSums) else sums.derivatives,
     )
 
 

@@ -20,7 +20,7 @@ from entropy_fast.rollouts import Rollouts
 
 __all__ = ["Engine", "fast_delta_h1"]
 
-Engine = Literal["auto", "one_pass", "two_pass"]
+Engine = Literal["auto", "jvp", "one_pass", "two_pass"]
 
 
 def fast_delta_h1(
@@ -51,7 +51,9 @@ def fast_delta_h1(
         entropy_rollouts: an independent batch for the entropy gradient; then the two-batch estimate is returned, with
             the error conditional on the update.
         engine: ``two_pass``, the reference; ``one_pass``, which takes everything from one forward and one backward and is
-            several times faster; ``auto`` takes the reference, until the other has seen more models.
+            several times faster; ``jvp``, for ``entropy_rollouts`` alone, which takes them by forwards without a backward and
+            also gives every sequence's and token's derivative; ``auto`` takes the reference, until the others have seen more
+            models.
         weighting: length weight of a sequence log-prob, ``dr_grpo``, ``per_token`` or ``sequence``; None takes the one in
             ``config``, which is ``dr_grpo`` unless set.
         learning_rate: overrides the optimizer's (all groups rescaled alike).
@@ -64,7 +66,8 @@ def fast_delta_h1(
     Raises:
         GradContextError: called under ``inference_mode`` or ``no_grad``.
         RolloutsError, OptimizerStateError, LearningRateError, ConfigError: bad input.
-        ModelStateError, GraphDetachedError, GradientCoverageError, CheckpointingError: the model cannot be probed as it is.
+        ModelStateError, GraphDetachedError, GradientCoverageError, CheckpointingError, ForwardDerivativeError: the model cannot
+            be probed as it is.
     """
     assert_grad_context("fast_delta_h1")
     if engine not in get_args(Engine):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropy_fast.config import ProbeConfig, Weighting
 from entropy_fast.engines.coefficients import SequenceTable
+from entropy_fast.engines.directional_derivatives import DirectionalDerivatives
 from entropy_fast.engines.planner import Plan
 from entropy_fast.errors import ConfigError
 from entropy_fast.geometry.preconditioner import ExcludedElements
@@ -87,12 +88,12 @@ class Diagnostics:
         coverage: what the X and the Y pass reached.
         excluded: elements without a usable second moment.
         empty_responses: sequences that were left out, per batch (``entropy``, ``update``).
-        leading_products: X_sum · Y_sum of the first few parameters.
+        leading_products: X_sum · Y_sum of the first few parameters; empty where X_sum was not formed.
         length_budget: whether L_max was given or is the longest sampled response.
         sampling: temperature and top-p the rollouts were sampled with, per batch.
         unbiased_variance: unbiased variance of δH₁ where the whole kernel was kept; it can be negative for few prompts.
         warnings: everything that deserves a sentence.
-        plan: how the one-pass engine went through the batch, and why; None for the two-pass engine.
+        plan: how the engine went through the batch, and why; None for the two-pass engine.
     """
 
     standard_errors: tuple[StandardError, ...]
@@ -104,7 +105,7 @@ class Diagnostics:
     sampling: dict[str, tuple[float | None, float | None]]
     unbiased_variance: float | None
     warnings: tuple[str, ...]
-    plan: Plan | None = None
+    plan: Plan | str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +125,13 @@ class DeltaH1Result:
         x_dot_y: X_sum · Y_sum.
         diagonal: [M] K_nn; None for two batches.
         row_sums: [M] (or [B_E]) Σ_m K_nm.
-        column_sums: [M] (or [B_U]) Σ_n K_nm.
+        column_sums: [M] (or [B_U]) Σ_n K_nm; None where the engine did not form X_sum.
         kernel: [M, M] K, None where the engine did not keep it.
-        per_prompt: one record per unit, in batch order.
+        per_prompt: one record per unit, in batch order; entropy prompts alone where the update's shares are not known.
         sequences: S_i, c_i and a_i by pass (``X``: entropy batch, ``Y``: update batch).
         config: the options it was computed with.
         diagnostics: what to know before believing it.
+        derivatives: of every sequence's and token's log-prob along the update; None where the engine has only sums.
     """
 
     delta_h1: float
@@ -143,12 +145,13 @@ class DeltaH1Result:
     x_dot_y: float
     diagonal: Tensor | None
     row_sums: Tensor
-    column_sums: Tensor
+    column_sums: Tensor | None
     kernel: Tensor | None
     per_prompt: tuple[PromptContribution, ...]
     sequences: dict[str, SequenceTable]
     config: ProbeConfig
     diagnostics: Diagnostics
+    derivatives: DirectionalDerivatives | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
         """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.
@@ -170,8 +173,8 @@ class DeltaH1Result:
         return self.delta_h1 - half, self.delta_h1 + half
 
     @property
-    def plan(self) -> Plan | None:
-        """How the one-pass engine went through the batch, what that cost, and why; None for the two-pass engine."""
+    def plan(self) -> Plan | str | None:
+        """How the engine went through the batch, and why; with costs for the one-pass engine, None for the two-pass one."""
         return self.diagnostics.plan
 
     @property

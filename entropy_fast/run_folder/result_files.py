@@ -53,8 +53,13 @@ def write_result(result: DeltaH1Result, folder: Path) -> list[Path]:
 
 
 def result_document(result: DeltaH1Result) -> dict[str, Any]:
-    """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, the interval."""
+    """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, the interval.
+
+    Derivatives of single tokens, which would be most of the file, are left out.
+    """
     fields = {f.name: _plain(getattr(result, f.name)) for f in dataclasses.fields(result)}
+    if fields["derivatives"] is not None:
+        del fields["derivatives"]["tokens"]
     interval = result.interval(0.95)
     return {
         "schema": RESULT_SCHEMA,

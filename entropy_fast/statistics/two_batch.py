@@ -23,34 +23,41 @@ class TwoBatchEstimate:
     Attributes:
         value: X̄ · Ȳ.
         projections: [B_E] s_n = X_n · Ȳ.
-        update_projections: [B_U] t_m = Y_m · X̄.
+        update_projections: [B_U] t_m = Y_m · X̄; None where they are not known.
         v_x: variance from the entropy batch alone; None with a single entropy prompt.
-        v_y: variance from the update batch alone; None with a single update prompt.
+        v_y: variance from the update batch alone; None with a single update prompt, and where t_m are not known.
         se_conditional: sqrt(V_X), about the change by this very update.
         se_total: sqrt(V_X + V_Y), an upper bound for the change by an update from another batch.
     """
 
     value: float
     projections: Tensor
-    update_projections: Tensor
+    update_projections: Tensor | None
     v_x: float | None
     v_y: float | None
     se_conditional: float | None
     se_total: float | None
 
 
-def two_batch_estimate(x_dot_y: float, row_sums: Tensor, column_sums: Tensor) -> TwoBatchEstimate:
+def two_batch_estimate(
+    x_dot_y: float, row_sums: Tensor, column_sums: Tensor | None, n_update: int | None = None
+) -> TwoBatchEstimate:
     """The estimate from sums over K [B_E, B_U].
 
     Args:
         x_dot_y: X_sum · Y_sum.
         row_sums: [B_E] X_n · Y_sum.
-        column_sums: [B_U] Y_m · X_sum.
+        column_sums: [B_U] Y_m · X_sum; None where they are not known, and then V_Y is not either.
+        n_update: B_U; needed where ``column_sums`` does not tell it.
     """
-    n_entropy, n_update = row_sums.shape[0], column_sums.shape[0]
+    if column_sums is not None:
+        n_update = column_sums.shape[0]
+    assert n_update is not None
+    n_entropy = row_sums.shape[0]
     projections = row_sums.to(torch.float64) / n_update
-    update_projections = column_sums.to(torch.float64) / n_entropy
-    v_x, v_y = _variance_of_mean(projections), _variance_of_mean(update_projections)
+    update_projections = None if column_sums is None else column_sums.to(torch.float64) / n_entropy
+    v_x = _variance_of_mean(projections)
+    v_y = None if update_projections is None else _variance_of_mean(update_projections)
     return TwoBatchEstimate(
         value=x_dot_y / (n_entropy * n_update),
         projections=projections,

@@ -1,13 +1,14 @@
 """The model's forward over given sequences, always at temperature 1."""
 
 from entropy_fast.teacher_forcing.batch import PackedBatch, pack_rows
-from entropy_fast.teacher_forcing.forward import ForwardResult, align_logprobs, model_logits
+from entropy_fast.teacher_forcing.forward import ForwardResult, align_logprobs, model_logits, result_of_values
 from entropy_fast.teacher_forcing.output_layer import (
     OutputHead,
     OutputLayer,
     find_output_head,
     find_output_layer,
     hidden_logprobs,
+    hidden_states,
     same_logits,
 )
 
@@ -20,7 +21,9 @@ __all__ = [
     "find_output_head",
     "find_output_layer",
     "hidden_logprobs",
+    "hidden_states",
     "model_logits",
     "pack_rows",
+    "result_of_values",
     "same_logits",
 ]

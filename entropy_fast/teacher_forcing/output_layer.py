@@ -1,6 +1,6 @@
 """Log-probs without logits: the decoder's hidden states, and the output layer by `entropy_fast.ops.linear_token_logprobs`.
 
-For models whose logits are a frozen linear map of the decoder's hidden states, with a softcap or without. Whether a model is
+For models whose logits are a linear map of the decoder's hidden states, with a softcap or without. Whether a model is
 one of these is read off its modules and then tried: what else it may do to its logits shows in the numbers.
 """
 
@@ -24,6 +24,7 @@ __all__ = [
     "find_output_head",
     "find_output_layer",
     "hidden_logprobs",
+    "hidden_states",
     "same_logits",
 ]
 
@@ -37,7 +38,7 @@ _ALLOWED_IN_16_BITS = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class OutputLayer:
-    """A frozen output layer and the decoder before it.
+    """An output layer and the decoder before it.
 
     Attributes:
         decoder: the module whose ``last_hidden_state`` goes into the output layer.
@@ -84,14 +85,19 @@ def find_output_head(module: nn.Module) -> OutputHead | None:
     return OutputHead(base.base_model, head, softcap, find_output_layer(module))
 
 
-def find_output_layer(module: nn.Module) -> OutputLayer | None:
-    """The output layer of a transformers model, under adapter wrappers too; None where it is trained or of another kind."""
+def find_output_layer(module: nn.Module, *, trained: bool = False) -> OutputLayer | None:
+    """The output layer of a transformers model, under adapter wrappers too; None where it is of another kind.
+
+    Args:
+        module: the model.
+        trained: whether the layer may have trainable parameters; without it, such a layer is None too.
+    """
     unwrap = getattr(module, "get_base_model", None)
     base = unwrap() if callable(unwrap) else module
     if not isinstance(base, PreTrainedModel) or base.base_model is base:
         return None
     head = base.get_output_embeddings()
-    if type(head) is not nn.Linear or any(p.requires_grad for p in head.parameters()):
+    if type(head) is not nn.Linear or (not trained and any(p.requires_grad for p in head.parameters())):
         return None
     if head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__:
         return None
@@ -110,7 +116,7 @@ def hidden_logprobs(layer: OutputLayer, batch: PackedBatch) -> ForwardResult:
         GraphDetachedError: a log-prob is NaN.
     """
     start = batch.first_scored
-    hidden = _hidden_states(layer, batch)
+    hidden = hidden_states(layer, batch)
     scored = batch.loss_mask[:, start:] == 1
     values = linear_token_logprobs(
         hidden[scored], layer.weight, batch.input_ids[:, start:][scored], bias=layer.bias, softcap=layer.softcap
@@ -118,7 +124,7 @@ def hidden_logprobs(layer: OutputLayer, batch: PackedBatch) -> ForwardResult:
     return result_of_values(values, scored, hidden, batch)
 
 
-def _hidden_states(layer: OutputLayer, batch: PackedBatch) -> Tensor:
+def hidden_states(layer: OutputLayer, batch: PackedBatch) -> Tensor:
     """[n, T - first_scored, H] hidden states that predict the columns ``first_scored`` .. T - 1."""
     output = layer.decoder(
         input_ids=batch.input_ids,
@@ -135,7 +141,7 @@ def same_logits(module: nn.Module, layer: OutputLayer, batch: PackedBatch) -> bo
     with torch.no_grad():
         expected = model_logits(module, batch)
         try:
-            hidden = _hidden_states(layer, batch)
+            hidden = hidden_states(layer, batch)
             found = linear_logits(hidden.flatten(0, 1), layer.weight, layer.bias, layer.softcap)
         except (TypeError, AttributeError, ValueError, RuntimeError):
             # The decoder takes other arguments, or returns something else.

@@ -93,6 +93,15 @@ def test_two_batches(folder):
     assert alpha["std_error"] == pytest.approx(document["std_error"], rel=1e-4)
     assert document["estimate"] == "two_batch"
     assert {p["role"] for p in document["per_prompt"]} == {"entropy", "update"}
+    assert run([*command, "--out", str(folder / "jvp"), "--engine", "jvp"]) == 0
+    forward = json.loads((folder / "jvp" / "result.json").read_text())
+    assert forward["delta_h1"] == pytest.approx(document["delta_h1"], rel=1e-4)
+    assert forward["column_sums"] is None
+    shares = [
+        w * s for w, s in zip(forward["derivatives"]["weights"], forward["derivatives"]["sequences"], strict=True)
+    ]
+    assert sum(shares) == pytest.approx(forward["delta_h1"], rel=1e-9)
+    assert "tokens" not in forward["derivatives"]
 
 
 def test_doctor_ticks_off_a_healthy_model(folder, capsys, monkeypatch):

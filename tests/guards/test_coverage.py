@@ -109,6 +109,8 @@ def test_equal_counts_of_different_parameters_differ_too() -> None:
     left = PassCoverage("X", 3, 2, 0.5, 1.0, ("a",), 4.0)
     assert coverage_difference(left, dataclasses.replace(left, label="Y")) is None
     assert coverage_difference(left, dataclasses.replace(left, label="Y", untouched=("b",))) is not None
+    one = dataclasses.replace(left, norm=None, one_prompt=True)
+    assert coverage_difference(one, dataclasses.replace(left, label="Y", untouched=("b",))) is None
 
 
 def test_no_parameter_reached_names_an_inactive_adapter() -> None:

@@ -14,6 +14,7 @@ from probe_models.snapshot import assert_unchanged, take_snapshot
 from torch import nn
 
 from entropy_fast import OfflineEntropyProbe, ProbeConfig
+from entropy_fast.offline_entropy_probe import ENGINES
 
 ROUTES: dict[str, tuple[int, dict[str, Any]]] = {
     "same_batch": (1, {}),
@@ -50,15 +51,21 @@ def lived_in_case(family: str, *, checkpointing: bool, quantized: bool = False) 
 
 
 def run(case: Case, route: str, on_progress: Callable[[str, int, int], None] | None = None) -> None:
-    batches, options = ROUTES[route]
-    probe = OfflineEntropyProbe(case.model, case.optimizer, config=ProbeConfig(**options), on_progress=on_progress)
+    batches, options = ROUTES.get(route, (2, {}))
+    probe = OfflineEntropyProbe(
+        case.model,
+        case.optimizer,
+        config=ProbeConfig(**options),
+        on_progress=on_progress,
+        engine=route if route in ENGINES else "two_pass",
+    )
     if batches == 1:
         probe.compute_delta_h1(case.rollouts)
     else:
         probe.run_mixed_probe(make_rollouts((2, 2, 2), seed=9), case.rollouts)
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [*ROUTES, "jvp"])
 @pytest.mark.parametrize(
     ("family", "checkpointing", "quantized"),
     [
@@ -76,8 +83,7 @@ def test_after_success(route: str, family: str, checkpointing: bool, quantized: 
     assert_unchanged(before, case.model, case.optimizer)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("k", [1, 9])
+@pytest.mark.parametrize(("route", "k"), [(route, k) for route in ROUTES for k in (1, 9)] + [("jvp", 5), ("jvp", 7)])
 def test_after_the_forward_raises_at_the_kth_call(route: str, k: int) -> None:
     case = lived_in_case("qwen2", checkpointing=True)
     calls = 0

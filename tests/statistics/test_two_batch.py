@@ -48,3 +48,7 @@ def test_the_error_given_the_update_needs_no_second_update_prompt() -> None:
     found = two_batch_estimate(6.0, torch.tensor([1.0, 5.0]), torch.tensor([6.0]))
     assert found.se_conditional == pytest.approx(2.0)
     assert (found.v_y, found.se_total) == (None, None)
+    unknown = two_batch_estimate(6.0, torch.tensor([1.0, 5.0]), None, n_update=2)
+    assert (unknown.value, unknown.projections.tolist()) == (1.5, [0.5, 2.5])
+    assert unknown.se_conditional == pytest.approx(1.0)
+    assert (unknown.update_projections, unknown.v_y, unknown.se_total) == (None, None, None)

@@ -1,0 +1,124 @@
+"""One forward with tangents: log-probs of the response tokens, and their derivatives along a direction of the parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from entropy_fast.engines.tangents.functions import FunctionsWithTangents
+from entropy_fast.engines.tangents.output import derivatives_of_hidden, derivatives_of_logits
+from entropy_fast.engines.tangents.parameters import parameters_with_tangents, without_checkpointing
+from entropy_fast.engines.tangents.quantized import quantized_modules, quantized_with_tangents
+from entropy_fast.engines.tangents.refusals import naming_the_operator
+from entropy_fast.errors import ForwardDerivativeError
+from entropy_fast.teacher_forcing import (
+    OutputLayer,
+    PackedBatch,
+    find_output_layer,
+    hidden_states,
+    model_logits,
+    result_of_values,
+    same_logits,
+)
+
+__all__ = ["ForwardDerivatives", "ForwardWithTangents"]
+
+Autocast = Callable[[], contextlib.AbstractContextManager[object]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardDerivatives:
+    """n sequences, without a graph.
+
+    Attributes:
+        sequence_logprobs: [n] S_i, nats.
+        tokens: [n, T - 1] derivative of the log-prob of the token in column t + 1, nats per unit step along the direction;
+            0 outside the loss mask.
+    """
+
+    sequence_logprobs: Tensor
+    tokens: Tensor
+
+
+class ForwardWithTangents:
+    """Forwards of one model; memory is that of a forward without a graph, twice, whatever the number of layers.
+
+    Args:
+        module: the model, not wrapped.
+        parameters: its trainable parameters.
+        autocast: makes the context of every forward.
+        first: a batch of few sequences, on which it is tried once whether the output layer can be told from the model.
+    """
+
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], autocast: Autocast, first: PackedBatch) -> None:
+        self._module, self._parameters, self._autocast = module, list(parameters), autocast
+        self._quantized = quantized_modules(module)
+        self.output_layer: OutputLayer | None = None
+        layer = find_output_layer(module, trained=True)
+        if layer is not None:
+            with torch.no_grad(), autocast():
+                self.output_layer = layer if same_logits(module, layer, first) else None
+
+    @property
+    def plan(self) -> str:
+        """How log-probs are obtained, in words."""
+        layer = self.output_layer
+        if layer is None:
+            return "log-probs and their derivatives from the model's own logits and their tangents"
+        trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
+        kind = "trained output layer, its own derivative added in blocks" if trained else "frozen output layer"
+        return f"log-probs and their derivatives from hidden states without logits ({kind})"
+
+    def run(self, batch: PackedBatch, direction: Sequence[Tensor]) -> ForwardDerivatives:
+        """Log-probs and their derivatives.
+
+        Args:
+            batch: the sequences.
+            direction: one tensor a parameter, in its shape, dtype and device.
+
+        Raises:
+            ForwardDerivativeError: an operation of the model has no forward derivative, or a derivative is not finite.
+            GraphDetachedError: a log-prob is NaN.
+        """
+        scored = batch.loss_mask[:, batch.first_scored :] == 1
+        targets = batch.input_ids[:, batch.first_scored :][scored]
+        along = {id(p): t for p, t in zip(self._parameters, direction, strict=True)}
+        with self._tangents(direction, along), naming_the_operator(self._module):
+            layer = self.output_layer
+            if layer is None:
+                out = model_logits(self._module, batch)
+                values, derivatives = derivatives_of_logits(out[scored], targets)
+            else:
+                out = hidden_states(layer, batch)
+                values, derivatives = derivatives_of_hidden(
+                    out[scored], layer, targets, along.get(id(layer.weight)), along.get(id(layer.bias))
+                )
+        found = result_of_values(values, scored, out, batch)
+        if not bool(derivatives.isfinite().all()):
+            raise ForwardDerivativeError(
+                f"engine 'jvp': {int((~derivatives.isfinite()).sum())} of {derivatives.numel()} derivatives of token log-probs "
+                "are not finite although the log-probs are.",
+                fix="use bfloat16 in place of float16, or engine='one_pass'.",
+            )
+        tokens = result_of_values(derivatives, scored, out, batch).token_logprobs
+        return ForwardDerivatives(found.sequence_logprobs, tokens)
+
+    @contextlib.contextmanager
+    def _tangents(self, direction: Sequence[Tensor], along: dict[int, Tensor]) -> Iterator[None]:
+        with (
+            torch.no_grad(),
+            without_checkpointing(self._module),
+            forward_ad.dual_level(),
+            parameters_with_tangents(self._module, self._parameters, direction, self._quantized),
+            quantized_with_tangents(self._quantized, along),
+            sdpa_kernel(SDPBackend.MATH),
+            FunctionsWithTangents(),
+            self._autocast(),
+        ):
+            yield
