@@ -16,6 +16,8 @@ from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,9 +26,13 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 61
@@ -78,6 +84,35 @@ def _gemma2(attention: str, dropout: float) -> PreTrainedModel:
     return Gemma2ForCausalLM(config)
 
 
+def _qwen3(attention: str, dropout: float) -> PreTrainedModel:
+    config = Qwen3Config(**ROPE_SHAPE, head_dim=8, attention_dropout=dropout, attn_implementation=attention)
+    return Qwen3ForCausalLM(config)
+
+
+def _gemma3(attention: str, dropout: float) -> PreTrainedModel:
+    config = Gemma3TextConfig(
+        **ROPE_SHAPE,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],  # their rotary embeddings differ too
+        attention_dropout=dropout,
+        attn_implementation=attention,
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def _phi3(attention: str, dropout: float) -> PreTrainedModel:
+    config = Phi3Config(
+        **ROPE_SHAPE,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attention_dropout=dropout,
+        attn_implementation=attention,
+    )
+    return Phi3ForCausalLM(config)
+
+
 def _gpt2(attention: str, dropout: float) -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -125,6 +160,9 @@ BUILDERS: dict[str, Callable[[str, float], PreTrainedModel]] = {
     "opt": _opt,
     "mistral": _mistral,
     "gemma2": _gemma2,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
 }
 
 
