@@ -173,14 +173,18 @@ def build_model(
     attention: str = "sdpa",
     dropout: float = 0.0,
     seed: int = 0,
+    tied: bool | None = None,
 ) -> PreTrainedModel:
     """A two-layer model of a family, every parameter trainable, in ``train()``.
 
-    The same seed gives the same weights whatever ``dropout`` is.
+    The same seed gives the same weights whatever ``dropout`` is. ``tied`` makes the output layer's weight that of the
+    embeddings; None leaves it as the family has it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BUILDERS[family](attention, dropout)
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model.to(dtype).train()
 
 
@@ -203,7 +207,7 @@ def add_lora(model: nn.Module, *, dropout: float = 0.0, seed: int = 1, adapter: 
     return adapted.train()
 
 
-def quantize_nf4(model: PreTrainedModel) -> PreTrainedModel:
+def quantize_nf4(model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Replace every linear map but the head by a 4-bit one of bitsandbytes, in place."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or path == "lm_head":
@@ -212,7 +216,7 @@ def quantize_nf4(model: PreTrainedModel) -> PreTrainedModel:
             module.in_features,
             module.out_features,
             bias=module.bias is not None,
-            compute_dtype=torch.float32,
+            compute_dtype=compute_dtype,
             quant_type="nf4",
         )
         quantized.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
