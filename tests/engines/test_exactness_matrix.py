@@ -8,6 +8,7 @@ over 4-bit bases and under autocast they round differently; there both are held 
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -18,6 +19,7 @@ from exactness import (
     BATCHES,
     CHECKPOINTING,
     FAMILIES,
+    IMPOSSIBLE,
     batch_of,
     batch_of_every_kind,
     checkpointed,
@@ -32,8 +34,8 @@ from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.geometry import AdamState
 
 EXACT = combinations(FAMILIES, ADAPTERS, CHECKPOINTING, tuple(BATCHES), paired=(0, 1, 2, 3))
-PRECISIONS = ("fp32", "bf16 autocast")
-JUDGED = combinations(FAMILIES, ADAPTERS, CHECKPOINTING, PRECISIONS, paired=(1, 2, 3))
+PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
+JUDGED = combinations(ADAPTERS, CHECKPOINTING, tuple(PRECISIONS), paired=())
 
 
 @pytest.fixture(autouse=True)
@@ -57,22 +59,35 @@ def test_exact_in_fp64(family: str, adapter: str, checkpointing: str, batch: str
     assert_same_estimate(one, two, 1e-10)
 
 
-@pytest.mark.parametrize(("family", "adapter", "checkpointing", "precision"), JUDGED)
-def test_rounds_no_more_than_the_reference(family: str, adapter: str, checkpointing: str, precision: str) -> None:
-    model = model_of(family, adapter)
-    # One optimizer, stepped once: the wide copy has the very weights and second moments.
-    state = AdamState.from_optimizer(stepped_adamw(model), model)
-    wide = widened(model)
-    options = {"autocast_dtype": torch.bfloat16} if precision.startswith("bf16") else {}
-    rollouts = batch_of_every_kind()
-    with computing_in_own_dtype(wide):
-        truth = observe("two_pass", wide, state, rollouts)
-    with checkpointed(model, checkpointing):
-        one, two = (observe(engine, model, state, rollouts, **options) for engine in ("one_pass", "two_pass"))
-    assert len(truth.kernel) == 16
-    error, reference = relative(one.kernel, truth.kernel), relative(two.kernel, truth.kernel)
-    assert error <= 1.5 * reference
+@pytest.mark.parametrize(("adapter", "checkpointing", "precision"), JUDGED)
+def test_rounds_no_more_than_the_reference(adapter: str, checkpointing: str, precision: str) -> None:
+    """Sixteen prompts of every family. K's norm hangs on few of its entries, so that one family alone says little."""
+    kernel_errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
+    u_errors = []  # in standard errors
+    for family in FAMILIES:
+        if (family, adapter) in IMPOSSIBLE:
+            continue
+        model = model_of(family, adapter)
+        # One optimizer, stepped once: the wide copy has the very weights and second moments.
+        state = AdamState.from_optimizer(stepped_adamw(model), model)
+        wide = widened(model)
+        rollouts = batch_of_every_kind(6)
+        with computing_in_own_dtype(wide):
+            truth = observe("two_pass", wide, state, rollouts)
+        with checkpointed(model, checkpointing):
+            for engine, errors in kernel_errors.items():
+                found = observe(engine, model, state, rollouts, autocast_dtype=PRECISIONS[precision])
+                errors.append(relative(found.kernel, truth.kernel))
+                if engine == "one_pass":
+                    u_errors.append((found.u - truth.u) / truth.std_error)
+                    assert found.std_error == pytest.approx(truth.std_error, rel=0.05)
+        assert kernel_errors["one_pass"][-1] <= 3 * kernel_errors["two_pass"][-1], family
+    one, two = (root_mean_square(errors) for errors in kernel_errors.values())
+    assert one <= 1.5 * two, kernel_errors
     # It really ran in that precision.
-    assert reference > (1e-4 if precision.startswith("bf16") else 1e-9)
-    assert abs(one.u - truth.u) <= 0.1 * truth.std_error
-    assert one.std_error == pytest.approx(truth.std_error, rel=0.05)
+    assert two > (1e-3 if precision == "bf16 autocast" else 1e-8)
+    assert root_mean_square(u_errors) <= 0.1, u_errors
+
+
+def root_mean_square(values: list[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))
