@@ -9,7 +9,7 @@ EDITABLE := -e '.[demo,dev]' --config-settings editable_mode=strict
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 NATIVE_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup test sanitize demo bench-kernels lint format clean FORCE
+.PHONY: setup test test-all sanitize demo bench-kernels lint format clean FORCE
 
 setup: $(VENV)/installed
 
@@ -31,6 +31,11 @@ $(VENV)/python-files: FORCE | $(BIN)/python
 test: export OMP_NUM_THREADS = 1
 test: setup lint
 	$(BIN)/pytest -n 2
+
+# With every combination of the tests marked exhaustive.
+test-all: export OMP_NUM_THREADS = 1
+test-all: setup lint
+	$(BIN)/pytest -n 2 -m ""
 
 # Part of `test` too.
 sanitize: setup

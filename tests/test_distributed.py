@@ -49,6 +49,9 @@ def test_each_rank_gets_its_own_result(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["wrapped"] == found["unwrapped"]
         assert found["alpha"] == pytest.approx(found["unwrapped"], rel=1e-4)
+        # The engines agree as fp32 does; the wrapper changes no bit of either.
+        assert found["one_pass"] == found["one_pass_unwrapped"]
+        assert found["one_pass"] == pytest.approx(found["unwrapped"], rel=1e-4)
     assert ranks[0]["wrapped"] != ranks[1]["wrapped"]
 
 
@@ -65,3 +68,4 @@ def test_training_still_synchronises(ranks: list[dict[str, Any]]) -> None:
         assert found["reductions_in_training"] > 0
         assert found["gradients_agree"] is True
         assert found["wrapped_after_training"] == found["unwrapped"]
+        assert found["one_pass_after_training"] == found["one_pass"]

@@ -7,6 +7,7 @@ groups. So padding, positions, masks, sliding windows, microbatches and wrappers
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from probe_models.architectures import (
     disable_checkpointing,
     enable_checkpointing,
     quantize_nf4,
+    stepped_adamw,
 )
 from probe_models.batches import make_samples, pack
 from probe_models.cases import Case, case_of
@@ -123,20 +125,27 @@ def test_lora_over_a_bf16_base(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", [1, 3])
-def test_bf16_autocast(family: str, size: int) -> None:
-    case = case_of(add_lora(build_model(family)))
-    truth = definition(case)
-    plain = definition(case, autocast=torch.bfloat16)
-    result = case.probe(full_kernel=True, autocast_dtype=torch.bfloat16, prompts_per_microbatch=size).compute_delta_h1(
-        case.rollouts
-    )
-    assert result.kernel is not None
-    error, plain_error = relative_error(result.kernel, truth.matrix), relative_error(plain.matrix, truth.matrix)
-    assert error <= 2 * plain_error + 1e-3
-    # It really ran in bf16, and was judged by an error that means something.
-    assert error > 1e-5
-    assert plain_error < 0.1
+def test_bf16_autocast(family: str) -> None:
+    """Errors of 16 prompts pooled: those of three prompts are a matter of luck, by a factor of three either way."""
+    model = add_lora(build_model(family))
+    optimizer = stepped_adamw(model)
+    errors: dict[str, list[float]] = {"plain": [], "1": [], "3": []}
+    for seed in range(2):
+        samples = make_samples((2, 3, 2, 2, 2, 2, 3, 2), seed=seed)
+        case = Case(model, optimizer, samples, pack(samples))
+        truth = definition(case)
+        errors["plain"].append(relative_error(definition(case, autocast=torch.bfloat16).matrix, truth.matrix))
+        for size in (1, 3):
+            options = {"autocast_dtype": torch.bfloat16, "prompts_per_microbatch": size}
+            result = case.probe(full_kernel=True, **options).compute_delta_h1(case.rollouts)
+            assert result.kernel is not None
+            errors[str(size)].append(relative_error(result.kernel, truth.matrix))
+    pooled = {way: math.sqrt(sum(e * e for e in values) / len(values)) for way, values in errors.items()}
+    assert pooled["plain"] < 0.1
+    for size in ("1", "3"):
+        assert pooled[size] <= 1.5 * pooled["plain"], pooled
+        # It really ran in bf16.
+        assert pooled[size] > 1e-5
 
 
 def test_the_caller_s_own_autocast_is_left_alone() -> None:

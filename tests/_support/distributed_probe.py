@@ -31,6 +31,7 @@ def main(rank: int, world: int, rendezvous: str, result: str) -> None:
     case = case_of(add_lora(build_model()))
     found: dict[str, object] = {}
     found["unwrapped"] = numbers(case.probe(), rank)
+    found["one_pass_unwrapped"] = numbers(OfflineEntropyProbe(case.model, case.optimizer, engine="one_pass"), rank)
 
     reductions = 0
 
@@ -45,16 +46,19 @@ def main(rank: int, world: int, rendezvous: str, result: str) -> None:
     during: set[bool] = set()
 
     def look(stage: str, done: int, total: int) -> None:
-        if stage in ("X", "Y"):  # reported from inside the pass
+        if stage in ("X", "Y", "XY"):  # reported from inside the pass
             during.add(wrapped.require_backward_grad_sync)
 
     probe = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look)
     found["wrapped"] = numbers(probe, rank)
     alpha = OfflineEntropyProbe(wrapped, case.optimizer, config=ProbeConfig(conditional_variance="alpha"))
     found["alpha"] = numbers(alpha, rank)
+    one_pass = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look, engine="one_pass")
+    found["one_pass"] = numbers(one_pass, rank)
     found["reductions_in_probe"] = reductions
     if rank == 0:  # a probe by one rank alone must not wait for the others
         numbers(probe, rank)
+        numbers(one_pass, rank)
 
     found["sync_flags_in_probe"] = sorted(during)
     found["sync_flag"] = wrapped.require_backward_grad_sync
@@ -69,6 +73,7 @@ def main(rank: int, world: int, rendezvous: str, result: str) -> None:
     found["gradients_agree"] = all(bool(torch.equal(everyone[0], g)) for g in everyone)
     # And between a training step and the next: still no reduction by the probe.
     found["wrapped_after_training"] = numbers(probe, rank)
+    found["one_pass_after_training"] = numbers(one_pass, rank)
     found["reductions_at_the_end"] = reductions
     Path(result).write_text(json.dumps(found))
     dist.destroy_process_group()

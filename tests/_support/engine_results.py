@@ -13,7 +13,15 @@ from entropy_fast.geometry import AdamState
 
 GROUPS = (2, 3, 2, 4)
 # The norms of these families compute in fp32 whatever the model's dtype is; gemma2 is in fp32 throughout.
-TOLERANCE = {"qwen2": 2e-6, "llama": 2e-6, "mistral": 2e-6, "gemma2": 1e-4}
+TOLERANCE = {
+    "qwen2": 2e-6,
+    "llama": 2e-6,
+    "mistral": 2e-6,
+    "gemma2": 1e-4,
+    "qwen3": 2e-6,
+    "gemma3": 2e-6,
+    "phi3": 2e-6,
+}
 
 
 def results(

@@ -55,8 +55,9 @@ def test_every_family(family: str, adapter: bool, checkpointing: str) -> None:
     if checkpointing != "off":
         enable_checkpointing(model, reentrant=checkpointing == "reentrant")
     try:
-        # Positions of opt and embeddings of gemma2 are classes of their own, with forwards of their own.
-        with contextlib.nullcontext() if family in ("opt", "gemma2") and not adapter else no_slower_path():
+        # Positions of opt and embeddings of gemma are classes of their own, with forwards of their own.
+        known = adapter or family not in ("opt", "gemma2", "gemma3")
+        with no_slower_path() if known else contextlib.nullcontext():
             both = results(model)
     finally:
         disable_checkpointing(model)

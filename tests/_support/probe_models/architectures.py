@@ -16,6 +16,8 @@ from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,9 +26,13 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 VOCABULARY = 61
@@ -78,6 +84,35 @@ def _gemma2(attention: str, dropout: float) -> PreTrainedModel:
     return Gemma2ForCausalLM(config)
 
 
+def _qwen3(attention: str, dropout: float) -> PreTrainedModel:
+    config = Qwen3Config(**ROPE_SHAPE, head_dim=8, attention_dropout=dropout, attn_implementation=attention)
+    return Qwen3ForCausalLM(config)
+
+
+def _gemma3(attention: str, dropout: float) -> PreTrainedModel:
+    config = Gemma3TextConfig(
+        **ROPE_SHAPE,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"],  # their rotary embeddings differ too
+        attention_dropout=dropout,
+        attn_implementation=attention,
+    )
+    return Gemma3ForCausalLM(config)
+
+
+def _phi3(attention: str, dropout: float) -> PreTrainedModel:
+    config = Phi3Config(
+        **ROPE_SHAPE,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attention_dropout=dropout,
+        attn_implementation=attention,
+    )
+    return Phi3ForCausalLM(config)
+
+
 def _gpt2(attention: str, dropout: float) -> PreTrainedModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -125,6 +160,9 @@ BUILDERS: dict[str, Callable[[str, float], PreTrainedModel]] = {
     "opt": _opt,
     "mistral": _mistral,
     "gemma2": _gemma2,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "phi3": _phi3,
 }
 
 
@@ -135,14 +173,18 @@ def build_model(
     attention: str = "sdpa",
     dropout: float = 0.0,
     seed: int = 0,
+    tied: bool | None = None,
 ) -> PreTrainedModel:
     """A two-layer model of a family, every parameter trainable, in ``train()``.
 
-    The same seed gives the same weights whatever ``dropout`` is.
+    The same seed gives the same weights whatever ``dropout`` is. ``tied`` makes the output layer's weight that of the
+    embeddings; None leaves it as the family has it.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BUILDERS[family](attention, dropout)
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     return model.to(dtype).train()
 
 
@@ -165,7 +207,7 @@ def add_lora(model: nn.Module, *, dropout: float = 0.0, seed: int = 1, adapter: 
     return adapted.train()
 
 
-def quantize_nf4(model: PreTrainedModel) -> PreTrainedModel:
+def quantize_nf4(model: PreTrainedModel, *, compute_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Replace every linear map but the head by a 4-bit one of bitsandbytes, in place."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or path == "lm_head":
@@ -174,7 +216,7 @@ def quantize_nf4(model: PreTrainedModel) -> PreTrainedModel:
             module.in_features,
             module.out_features,
             bias=module.bias is not None,
-            compute_dtype=torch.float32,
+            compute_dtype=compute_dtype,
             quant_type="nf4",
         )
         quantized.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")

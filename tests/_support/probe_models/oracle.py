@@ -112,7 +112,8 @@ def _sequence_logprob(model: nn.Module, sample: Sample, autocast: torch.dtype | 
 
 
 def _preconditioner(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor:
+    """Of the parameter's own group, its learning rate in units of the first group's."""
     state = optimizer.state[parameter]
-    group = optimizer.param_groups[0]
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
     corrected = state["exp_avg_sq"].to(torch.float64) / (1 - group["betas"][1] ** float(state["step"]))
-    return 1 / (corrected.sqrt() + group["eps"])
+    return (group["lr"] / optimizer.param_groups[0]["lr"]) / (corrected.sqrt() + group["eps"])

@@ -1,0 +1,90 @@
+"""What an engine finds on the way to its result: X_sum and Y_sum, beside K and δH₁.
+
+Legend: X_sum = Σ_n X_n raw, Y_sum = P Σ_n g_n, K_nm = X_n · Y_m, U the mean of K off its diagonal, SE its standard error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, Rollouts
+from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.geometry import AdamState
+
+Optimizer = torch.optim.Optimizer | AdamState
+
+
+@dataclasses.dataclass(frozen=True)
+class Observed:
+    """A result and the two sums it came from, by parameter name."""
+
+    result: DeltaH1Result
+    sums: dict[str, dict[str, Tensor]]
+
+    @property
+    def kernel(self) -> Tensor:
+        assert self.result.kernel is not None
+        return self.result.kernel
+
+    @property
+    def u(self) -> float:
+        return self.result.delta_h1 / self.result.learning_rate
+
+    @property
+    def std_error(self) -> float:
+        """Of U."""
+        assert self.result.std_error is not None
+        return self.result.std_error / self.result.learning_rate
+
+
+def observe(engine: str, model: nn.Module, optimizer: Optimizer, rollouts: Rollouts, **options: object) -> Observed:
+    """Probe with ``engine`` and keep what `ProbeComponents.finish_sum_X` and `finish_sum_Y` returned."""
+    config = ProbeConfig(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
+    probe = OfflineEntropyProbe(model, optimizer, config=config, engine=engine)
+    components = probe.components
+    sums: dict[str, dict[str, Tensor]] = {}
+
+    def kept(label: str, finish: Callable[[GradientSum, Rollouts], GradientSum]) -> Callable[..., GradientSum]:
+        def run(total: GradientSum, batch: Rollouts) -> GradientSum:
+            done = finish(total, batch)
+            sums[label] = {n: t.detach().clone() for n, t in zip(components.registry.names, done.tensors, strict=True)}
+            return done
+
+        return run
+
+    for label in "XY":
+        name = f"finish_sum_{label}"
+        setattr(components, name, kept(label, getattr(components, name)))
+    result = probe.compute_delta_h1(rollouts)
+    assert sums.keys() == {"X", "Y"}, f"{engine} formed its sums without ProbeComponents.finish_sum_X and finish_sum_Y"
+    return Observed(result, sums)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def assert_same_sums(found: Observed, expected: Observed, tolerance: float) -> None:
+    """Every tensor of X_sum and of Y_sum for itself: an error in a small one does not hide behind a large one.
+
+    A tensor that is next to nothing (keys' biases have no gradient but rounding) is measured against a thousandth of an
+    average tensor.
+    """
+    for label, tensors in expected.sums.items():
+        sizes = {name: float(tensor.norm()) for name, tensor in tensors.items()}
+        floor = 1e-3 * max(sizes.values()) / len(sizes) ** 0.5
+        assert floor > 0
+        for name, tensor in tensors.items():
+            error = float((found.sums[label][name] - tensor).norm())
+            assert error <= tolerance * max(sizes[name], floor), f"{label}_sum of {name}: {error} of {sizes[name]}"
+
+
+def assert_same_estimate(found: Observed, expected: Observed, tolerance: float) -> None:
+    """K, U and SE; U by its standard error, because it may be near 0 by cancellation."""
+    assert relative(found.kernel, expected.kernel) <= tolerance
+    assert abs(found.u - expected.u) <= tolerance * expected.std_error
+    assert abs(found.std_error - expected.std_error) <= tolerance * expected.std_error
