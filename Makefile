@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
-EDITABLE := -e '.[demo,dev]' --config-settings editable_mode=strict
+EDITABLE := -e '.[bench,demo,dev]' --config-settings editable_mode=strict
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 NATIVE_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup test sanitize demo bench-kernels lint format clean FORCE
+.PHONY: setup test sanitize demo bench-kernels bench-probe lint format clean FORCE
 
 setup: $(VENV)/installed
 
@@ -42,6 +42,10 @@ demo: setup
 # About ten minutes. What else runs meanwhile shows in the numbers.
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.kernels
+
+# An hour or so: most of it are the ways that the one-pass engine is measured against.
+bench-probe: setup
+	$(BIN)/python -m benchmarks.probe --growth --profile
 
 lint: setup
 	$(BIN)/ruff check .
