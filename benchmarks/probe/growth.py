@@ -65,7 +65,7 @@ class Growth:
         exponent: least-squares slope of log time on log size.
         quadratic_share: for lengths: the share of time at the largest size that grows as its square, attention, from a fit of
             t = t₀ + a L + b L² with no negative term; None otherwise.
-        exponent_of_the_rest: for lengths: the slope of what is left without that term.
+        exponent_of_the_rest: for lengths: the slope of what is left without that term; of all where that leaves nothing.
     """
 
     axis: Axis
@@ -97,7 +97,9 @@ def fitted(axis: Axis, seconds: list[float]) -> Growth:
         return Growth(axis, seconds, slope)
     attention = quadratic_part(axis.sizes, seconds)
     rest = [t - q for t, q in zip(seconds, attention, strict=True)]
-    return Growth(axis, seconds, slope, attention[-1] / seconds[-1], exponent(axis.sizes, rest))
+    # Time that grows faster still makes that term larger than some of the times; then there is no rest to speak of.
+    of_rest = exponent(axis.sizes, rest) if min(rest) > 0 else slope
+    return Growth(axis, seconds, slope, attention[-1] / seconds[-1], of_rest)
 
 
 def measure_growth(axis: Axis, repeat: int) -> Growth:

@@ -59,7 +59,8 @@ class Outcome:
     def verdict(self) -> str:
         if self.measured is None:
             return "not measured"
-        return "reached" if (self.measured >= self.bound) == self.at_least or self.measured == self.bound else "MISSED"
+        reached = self.measured >= self.bound if self.at_least else self.measured <= self.bound
+        return "reached" if reached else "MISSED"
 
 
 def outcomes(measured: list[Measured]) -> list[Outcome]:
