@@ -149,13 +149,14 @@ def as_json(found: Everything) -> str:
 def markdown(content: dict[str, Any]) -> dict[str, str]:
     """The tables by name, from what `as_json` wrote."""
     machine, settings = content["machine"], content["settings"]
+    slow = min(settings["repeat"], settings["slow_repeat"])
     busy = max((w["busy_elsewhere"] or 0 for w in content["workloads"]), default=0)
     parts = {
         "probe-machine": (
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {machine['threads']} threads. "
             f"Python {machine['python']}, torch {machine['torch']}.\nCommit {machine['commit'][:10]}; "
-            f"{machine['date'][:10]}; {settings['repeat']} rounds, {settings['slow_repeat']} of what is slow. While any one "
-            f"workload was timed, other processes\nkept at most {busy:.2f} cores busy."
+            f"{machine['date'][:10]}; rounds: {settings['repeat']}, of what is slow {slow}. While any one workload was timed, "
+            f"other processes\nkept at most {busy:.2f} cores busy."
         ),
         "probe-targets": markdown_table(TARGET_HEADER, content["target_rows"]),
         "probe-workloads": "\n\n".join(
