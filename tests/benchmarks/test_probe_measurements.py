@@ -123,7 +123,11 @@ def test_time_goes_to_the_stage_of_the_innermost_frame_that_a_rule_knows() -> No
     from benchmarks.probe.stages import CHECKS, REST, Rule, StageClock
 
     here = r"test_probe_measurements"
-    rules = [Rule(CHECKS, here, "^careful_check$"), Rule("out", here, "^outer$"), Rule("in", here, "^inner$", ("out",))]
+    rules = [
+        Rule(CHECKS, here, "^careful_check$"),
+        Rule("out", here, "^outer$"),
+        Rule("in", here, "^inner$", ("out", CHECKS)),
+    ]
     clock = StageClock(rules)
     total = clock.run(outer)
     assert sum(clock.seconds.values()) == pytest.approx(total)
