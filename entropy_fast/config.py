@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal, get_args
 
 import torch
@@ -27,7 +28,8 @@ class ProbeConfig:
         mode: ``exact`` takes every prompt as a unit of the U-statistic, ``blocks`` takes blocks of prompts (fewer
             backward passes, a coarser error bar).
         blocks: number of blocks M for ``mode="blocks"``, at least 2.
-        prompts_per_microbatch: prompts in one forward; the only knob for activation memory.
+        prompts_per_microbatch: prompts in one forward; None leaves that to the engine: one for the two-pass engine, and as
+            many tokens as matrix products need to run at full rate for the one-pass engine.
         accumulate_on: where X_sum and Y_sum are kept; ``cpu`` costs a copy per microbatch and frees device memory.
         y_pass: how the update gradient is taken; ``autograd_grad`` is the route some scripts use, kept to compare with.
         conditional_variance: how the per-prompt projections of the entropy batch are obtained in the two-batch estimate:
@@ -38,8 +40,9 @@ class ProbeConfig:
             whole influence kernel K [B, B], which also gives the unbiased variance of U.
         max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
             (v = 0, no state, not in the optimizer) before the probe refuses to answer.
-        memory_budget: bytes that the one-pass engine may spend on keeping every unit's gradients, which gives the whole
-            influence kernel; above it the kernel's diagonal, row and column sums come from a second sweep over the batch.
+        memory_budget: bytes, as a number or like "8GiB", that the one-pass engine may spend on keeping every unit's gradients,
+            which gives the whole influence kernel; above it the kernel's diagonal, row and column sums come from a second
+            sweep over the batch. A microbatch's activations are held to it too.
 
     Raises:
         ConfigError: an option has a value outside what is listed.
@@ -48,7 +51,7 @@ class ProbeConfig:
     weighting: Weighting = "dr_grpo"
     mode: Mode = "exact"
     blocks: int | None = None
-    prompts_per_microbatch: int = 1
+    prompts_per_microbatch: int | None = None
     accumulate_on: AccumulateOn = "device"
     y_pass: YPass = "backward"
     conditional_variance: ConditionalVariance = "per_prompt"
@@ -56,7 +59,7 @@ class ProbeConfig:
     autocast_dtype: torch.dtype | None = None
     full_kernel: bool = False
     max_excluded_share: float = 0.01
-    memory_budget: int = 4 * 2**30
+    memory_budget: int | str = 4 * 2**30
 
     def __post_init__(self) -> None:
         for field, choices in (
@@ -84,14 +87,14 @@ class ProbeConfig:
                 f"ProbeConfig: blocks={self.blocks} has no meaning in mode='exact'.",
                 fix="pass mode='blocks', or leave it out.",
             )
-        if self.prompts_per_microbatch < 1:
+        if self.prompts_per_microbatch is not None and self.prompts_per_microbatch < 1:
             raise ConfigError(
                 f"ProbeConfig: `prompts_per_microbatch` is {self.prompts_per_microbatch}.", fix="use 1 or more."
             )
-        if not isinstance(self.memory_budget, int) or isinstance(self.memory_budget, bool) or self.memory_budget < 0:
+        if _bytes(self.memory_budget) is None:
             raise ConfigError(
                 f"ProbeConfig: `memory_budget` is {self.memory_budget!r}.",
-                fix="use a number of bytes, such as 8 * 2**30.",
+                fix='use a number of bytes, such as 8 * 2**30, or a text such as "8GiB", "500 MB".',
             )
         if not 0 <= self.max_excluded_share <= 1:
             raise ConfigError(
@@ -103,3 +106,26 @@ class ProbeConfig:
                 f"ProbeConfig: `autocast_dtype` is {self.autocast_dtype}.",
                 fix="use torch.bfloat16, torch.float16 or None.",
             )
+
+    @property
+    def memory_bytes(self) -> int:
+        """``memory_budget`` as a number of bytes."""
+        found = _bytes(self.memory_budget)
+        assert found is not None
+        return found
+
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{i}B": (1024 if i else 1000) ** power for power, prefix in enumerate("KMGT", start=1) for i in ("", "i")
+}
+
+
+def _bytes(budget: int | str) -> int | None:
+    """A number of bytes, None where it is not one."""
+    if isinstance(budget, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
+        known = {name.lower(): size for name, size in _UNITS.items()}
+        if match is None or match[2].lower() not in known:
+            return None
+        return int(float(match[1]) * known[match[2].lower()])
+    return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0 else None

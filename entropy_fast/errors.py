@@ -21,6 +21,7 @@ __all__ = [
     "NativeLibraryError",
     "OptimizerStateError",
     "ParameterRegistryError",
+    "ProbeMemoryError",
     "RolloutsError",
     "RolloutsFileError",
     "RunFolderError",
@@ -96,6 +97,10 @@ class CheckpointingError(EntropyFastError, RuntimeError):
 
 class ModelStateError(EntropyFastError, RuntimeError):
     """The model is in a state in which probing it would change it or mean nothing."""
+
+
+class ProbeMemoryError(EntropyFastError, RuntimeError):
+    """There is not enough memory for the smallest piece a probe can be cut into."""
 
 
 class BackendUnavailableError(EntropyFastError, RuntimeError):

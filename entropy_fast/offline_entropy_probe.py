@@ -82,7 +82,7 @@ class OfflineEntropyProbe:
         if self.engine == OnePassEngine.name:
             one_pass = OnePassEngine(components)
             sums = one_pass.kernel_sums(batch)
-            self._note(one_pass, len(sums.unit_sizes))
+            self._note(one_pass)
         elif self.config.mode == "blocks":
             sums = components._compute_delta_h1_blocks(batch)
         else:
@@ -118,17 +118,17 @@ class OfflineEntropyProbe:
         if self.engine == OnePassEngine.name:
             one_pass = OnePassEngine(self.components)
             sums = one_pass.cross_sums(entropy, update)
-            self._note(one_pass, update.n_prompts)
+            self._note(one_pass)
         else:
             sums = self.components.compute_cross_sums(entropy, update)
         return assembly.two_batch_result(
             self.components, self.engine, entropy, update, {"entropy": empty_entropy, "update": empty_update}, sums
         )
 
-    def _note(self, one_pass: OnePassEngine, n_units: int) -> None:
-        self.components.plan = one_pass.plan(n_units)
+    def _note(self, one_pass: OnePassEngine) -> None:
+        self.components.plan = one_pass.plan
         notes = [] if one_pass.note is None else [one_pass.note]
-        if self.config.full_kernel and not one_pass.fits(n_units):
+        if self.config.full_kernel and not one_pass.plan.kernel_kept:
             notes.append(
                 "full_kernel was asked for, but the gradients of all units do not fit memory_budget; K was not kept."
             )

@@ -24,6 +24,7 @@ from entropy_fast.engines.coefficients import (
 from entropy_fast.engines.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, per_parameter_products
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
+from entropy_fast.engines.planner import Plan
 from entropy_fast.engines.units import iter_microbatches, prompt_units
 from entropy_fast.errors import ModelStateError
 from entropy_fast.geometry.adam_state import AdamState
@@ -83,7 +84,7 @@ class ProbeComponents:
         self.n_reached_by_alpha: int | None = None
         self.excluded: ExcludedElements | None = None
         self.notes: list[str] = []  # these two are what an engine wants said in the result
-        self.plan: str | None = None
+        self.plan: Plan | None = None
         self._on_progress = on_progress
 
     _assert_grad_context = staticmethod(assert_grad_context)
@@ -134,7 +135,7 @@ class ProbeComponents:
     def _iter_prompt_microbatches(self, rollouts: Rollouts, prompts: Sequence[int] | None = None) -> Iterator[Tensor]:
         """Row indices of successive microbatches of whole prompts."""
         chosen = list(range(rollouts.n_prompts)) if prompts is None else list(prompts)
-        return iter_microbatches(rollouts, chosen, self.config.prompts_per_microbatch)
+        return iter_microbatches(rollouts, chosen, self.config.prompts_per_microbatch or 1)
 
     def _iter_prompts_as_units(self, rollouts: Rollouts) -> Iterator[list[int]]:
         """Prompt indices of every unit of the U-statistic (single prompts, or blocks)."""

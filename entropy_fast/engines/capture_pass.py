@@ -2,9 +2,9 @@
 
 Legend: S_i sequence log-prob, c_i and a_i coefficients, X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i.
 
-Three ways, the first that a model allows: a prompt's tokens once and its responses from their keys and values; whole
-sequences with log-probs taken from hidden states; whole sequences and the model's own logits. Each of the first two is held
-against the next one once.
+The first way that a model allows is taken: packed sequences whose prompts run once; packed whole sequences (with reentrant
+checkpointing); a prompt's tokens once and its responses from a cache of their keys and values; padded whole sequences with
+log-probs taken from hidden states; padded whole sequences and the model's own logits. Each is held against plain ones once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from entropy_fast.engines.capture import CapturedModules, UnitGradients
 from entropy_fast.engines.capture.modules import uncaptured_uses
 from entropy_fast.engines.capture.shared_prefix import (
     backward_through_prefix,
+    frequencies_depend_on_length,
     forward_with_shared_prefix,
     prefix_length,
     same_with_shared_prefix,
@@ -30,14 +31,16 @@ from entropy_fast.engines.coefficients import (
     sequence_coefficients,
 )
 from entropy_fast.guards.grad_context import assert_attached
-from entropy_fast.guards.model_state import checkpointed_modules
+from entropy_fast.engines.packed import PackedPass
+from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, trial_rows
+from entropy_fast.guards.model_state import checkpointed_modules, reentrant_checkpointing
 from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing import (
     ForwardResult,
     OutputLayer,
     PackedBatch,
-    find_output_layer,
+    find_output_head,
     hidden_logprobs,
     pack_rows,
     same_logits,
@@ -57,11 +60,12 @@ class CapturePass:
         self._components = components
         self._left_out: frozenset[str] = frozenset()
         self._modules = self._capture()
+        self._packed: PackedPass | None = None
         self._output_layer: OutputLayer | None = None
-        self._output_layer_tried = False
+        self._tried = False
+        self._trial: tuple[int, float] | None = None  # a sequence and its log-prob by the way that was chosen
         self._shares_prefix: bool | None = None  # not tried yet
         self._n_shared = self._n_whole = 0  # microbatches by the way they were gone through
-        self._prompts_shared = False  # in the last one
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -79,24 +83,73 @@ class CapturePass:
         )
 
     @property
-    def plan(self) -> str:
-        """Which way was taken, in words."""
+    def captured(self) -> str:
+        """How many parameters are captured, in words."""
         total = len(self._components.registry.parameters)
-        captured = f"{total - len(self.left_out)} of {total} parameters captured"
+        return f"{total - len(self.left_out)} of {total} parameters captured"
+
+    @property
+    def way(self) -> str:
+        """Which way was taken, in words."""
+        if self.packs:
+            assert self._packed is not None
+            what = "every prompt's tokens run once for its responses" if self._packed.share else "whole sequences"
+            return f"packed without padding, {what}"
         if self._output_layer is None:
-            return f"whole sequences, the model's own logits; {captured}"
+            return "whole sequences, the model's own logits"
         hidden = "log-probs from hidden states without logits"
         if self._n_shared and not self._n_whole:
-            return f"every prompt's tokens run once for its responses, {hidden}; {captured}"
+            return f"every prompt's tokens run once for its responses, {hidden}"
         if self._n_shared:
             share = f"{self._n_shared} of {self._n_shared + self._n_whole} microbatches"
-            return f"prompts' tokens run once for their responses in {share}, {hidden}; {captured}"
-        return f"whole sequences, {hidden}; {captured}"
+            return f"prompts' tokens run once for their responses in {share}, {hidden}"
+        return f"whole sequences, {hidden}"
+
+    @property
+    def packs(self) -> bool:
+        """Whether microbatches are packed; known after `choose`."""
+        return self._packed is not None and not self.left_out
+
+    @property
+    def shares(self) -> bool:
+        """Whether a prompt's tokens run once; known after `choose`, and where not packing, after the first microbatch."""
+        if self._packed is not None and not self.left_out:
+            return self._packed.share
+        return bool(self._shares_prefix) and not self.left_out
 
     def leave_out(self, names: set[str]) -> None:
         """Put these parameters on the slower path from now on, and those that share a module with them."""
         self._left_out |= names
         self._modules = self._capture()
+
+    def choose(self, rollouts: Rollouts) -> None:
+        """Once: find the first way that gives this model's log-probs.
+
+        Raises:
+            ModelStateError: log-probs are random, or sequences of one batch interact.
+        """
+        if self._tried:
+            return
+        self._tried = True
+        components = self._components
+        components.registry.check("CapturePass")
+        head = find_output_head(components.registry.module)
+        rows = trial_rows(rollouts)
+        expected = plain_logprobs(components, rollouts, rows)
+        # From another random state, so that randomness nobody switched off shows as a difference.
+        torch.rand(1, device=components.device)
+        if head is not None and not frequencies_depend_on_length(getattr(head.decoder, "config", None)):
+            packed = PackedPass(components, head, share=reentrant_checkpointing(components.model) is None)
+            if same_packed(packed, rollouts, rows, expected):
+                self._packed = packed
+                self._trial = (int(rows[0]), float(expected.sequences[0]))
+                return
+        refuse_interaction(components, rollouts, rows, expected)
+        if head is not None and head.frozen is not None:
+            with components.autocast():
+                first = pack_rows(rollouts, rows[:1], components.device)
+                works = same_logits(components.registry.module, head.frozen, first)
+            self._output_layer = head.frozen if works else None
 
     def run(
         self,
@@ -105,26 +158,53 @@ class CapturePass:
         unit: list[int],
         gradients: UnitGradients,
         tables: dict[str, SequenceTable],
+        labels: str = "XY",
     ) -> set[str]:
-        """Add one microbatch to ``gradients``; returns the names of parameters that turn out not to be capturable."""
+        """Add one microbatch of whole prompts to ``gradients``.
+
+        Args:
+            rollouts: the batch, which `choose` has seen.
+            rows: [n] row indices, those of one prompt next to one another.
+            unit: [n] unit of every row, rows of one unit next to one another.
+            gradients: the recorder.
+            tables: where S_i, c_i and a_i are written.
+            labels: which of X and Y is wanted.
+
+        Returns:
+            Names of parameters that turn out not to be capturable; then ``gradients`` is of no use.
+        """
         components = self._components
+        components.registry.check("CapturePass")
         with self._modules.recording(gradients):
             gradients.pause()
-            self._try_output_layer(rollouts, rows[:1])
-            self._prompts_shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
-            self._n_shared += self._prompts_shared
-            self._n_whole += not self._prompts_shared
-            if self._prompts_shared:
+            if self._packed is not None and self.packs:
+                signals = self._packed.run(rollouts, rows, unit, gradients, labels)
+                self._put(tables, rows, signals.sequence_logprobs, signals.coefficients)
+                return self._refused(gradients)
+            shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
+            self._n_shared += shared
+            self._n_whole += not shared
+            if shared:
                 return self._refused(gradients)
             forward = self.forward(rollouts, rows)
             coefficients = components._coefficients(forward, rollouts, rows)
-            for table in tables.values():
-                table.put(rows, forward.sequence_logprobs, coefficients)
+            self._put(tables, rows, forward.sequence_logprobs, coefficients)
             self._slower_path(forward, coefficients, unit, gradients)
             gradients.expect(unit, (coefficients.entropy, coefficients.update), _positions(forward))
             torch.autograd.backward(forward.sequence_logprobs.sum())
             gradients.pause()
         return self._refused(gradients)
+
+    def _put(self, tables: dict[str, SequenceTable], rows: Tensor, S: Tensor, coefficients: Coefficients) -> None:
+        for table in tables.values():
+            table.put(rows, S, coefficients)
+        if self._trial is None:
+            return
+        row, expected = self._trial
+        found = S.detach()[(rows == row).to(S.device)].double().cpu()
+        if len(found):
+            self._trial = None
+            self._components.check_repeatable(torch.tensor([expected]).double(), found, torch.tensor([row]))
 
     def _refused(self, gradients: UnitGradients) -> set[str]:
         """Parameters that turned out not to be capturable; ordinary gradients are removed."""
@@ -146,7 +226,6 @@ class CapturePass:
         components = self._components
         if self._output_layer is None or self._shares_prefix is False or self.left_out:
             return False
-        components.registry.check("CapturePass")
         prompts = rollouts.prompt_index[rows]
         parts = [(int(p), rows[prompts == p]) for p in dict.fromkeys(prompts.tolist())]
         batches = [pack_rows(rollouts, own, components.device) for _, own in parts]
@@ -166,28 +245,12 @@ class CapturePass:
             assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
             weights = length_weights(rollouts, components.config.weighting)
             coefficients = sequence_coefficients(forward.sequence_logprobs, own, rollouts, weights)
-            for table in tables.values():
-                table.put(own, forward.sequence_logprobs, coefficients)
+            self._put(tables, own, forward.sequence_logprobs, coefficients)
             both = (coefficients.entropy, coefficients.update)
             gradients.expect([unit_of[prompt]] * len(own), both, batch.input_ids.shape[1] - length)
             torch.autograd.backward(forward.sequence_logprobs.sum())
             backward_through_prefix(forward, both, unit_of[prompt], gradients, length)
         return True
-
-    def logprobs_again(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
-        """[n] S_i of the given rows from a forward of the kind that the last microbatch had, without a graph."""
-        if not self._prompts_shared or self._output_layer is None:
-            return self.forward(rollouts, rows).sequence_logprobs.detach()
-        again = torch.zeros(len(rows), dtype=torch.float64)
-        prompts = rollouts.prompt_index[rows]
-        with torch.no_grad(), self._components.autocast():
-            for prompt in dict.fromkeys(prompts.tolist()):
-                batch = pack_rows(rollouts, rows[prompts == prompt], self._components.device)
-                length = prefix_length(batch)
-                assert length is not None
-                found = forward_with_shared_prefix(self._output_layer, batch, length).sequence_logprobs
-                again[prompts == prompt] = found.double().cpu()
-        return again
 
     def _same_with_shared_prefix(self, batch: PackedBatch, length: int | None) -> bool:
         """Whether this model gives the same log-probs when responses continue from the prompt's keys and values."""
@@ -197,25 +260,12 @@ class CapturePass:
         with torch.no_grad(), self._components.autocast():
             return same_with_shared_prefix(self._output_layer, batch, length)
 
-    def _try_output_layer(self, rollouts: Rollouts, rows: Tensor) -> None:
-        """Once: see whether log-probs may be taken from hidden states."""
-        if self._output_layer_tried:
-            return
-        self._output_layer_tried = True
-        components = self._components
-        layer = find_output_layer(components.registry.module)
-        if layer is not None:
-            with components.autocast():
-                first = pack_rows(rollouts, rows, components.device)
-                self._output_layer = layer if same_logits(components.registry.module, layer, first) else None
-
     def forward(self, rollouts: Rollouts, rows: Tensor) -> ForwardResult:
         """Log-probs of the given rows with their graph, without logits where the output layer allows that."""
         components = self._components
         if self._output_layer is None:
             return components._compute_aligned_batch_logprobs(rollouts, rows)
         batch = pack_rows(rollouts, rows, components.device)
-        components.registry.check("CapturePass")
         with components.autocast():
             forward = hidden_logprobs(self._output_layer, batch)
         assert_attached("hidden states", forward.logits, "CapturePass", DETACHED_FIX)

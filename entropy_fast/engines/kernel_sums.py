@@ -24,6 +24,8 @@ class KernelSums:
         column_sums: [M] Σ_n K_nu = Y_u · X_sum.
         unit_sizes: [M] prompts per unit.
         kernel: [M, M], None when it was not kept.
+        by_parameter: [number of parameters] every parameter's part of X_sum · Y_sum - Σ K_uu, in registry order; None where
+            the engine did not take it apart.
     """
 
     x_dot_y: float
@@ -32,6 +34,7 @@ class KernelSums:
     column_sums: Tensor
     unit_sizes: Tensor
     kernel: Tensor | None = None
+    by_parameter: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +45,10 @@ class CrossKernelSums:
         x_dot_y: X_sum · Y_sum.
         row_sums: [B_E] X_n · Y_sum.
         column_sums: [B_U] Y_m · X_sum.
+        by_parameter: [number of parameters] every parameter's part of X_sum · Y_sum; None as above.
     """
 
     x_dot_y: float
     row_sums: Tensor
     column_sums: Tensor
+    by_parameter: Tensor | None = None

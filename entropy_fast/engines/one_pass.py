@@ -10,26 +10,25 @@ module knows get their gradients from two backwards a unit over the same graph, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture import UnitGradients
 from entropy_fast.engines.capture_pass import CapturePass
-from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.gradient_stack import GradientStack, kernel_of
+from entropy_fast.engines.gradient_sum import GradientSum, per_parameter_products
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
-from entropy_fast.engines.units import iter_microbatches, prompt_units
+from entropy_fast.engines.planner import CostModel, Plan
+from entropy_fast.engines.sweep import SweepReport, prompt_tokens, sweep
+from entropy_fast.engines.units import prompt_units
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.ops import precondition_accumulate
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 
 __all__ = ["OnePassEngine"]
-
-Visit = Callable[[list[int], UnitGradients], None]  # unit numbers, and their gradients
-
-_COLUMNS = 2**18  # of a stack of gradients, converted to fp64 at a time
 
 
 class OnePassEngine:
@@ -44,16 +43,48 @@ class OnePassEngine:
     def __init__(self, components: ProbeComponents) -> None:
         self._components = components
         self._capture = CapturePass(components)
+        self._costs = CostModel.of(components.model, components.registry.module, components.device)
+        self._reports: list[tuple[SweepReport, float]] = []  # and operations, of every sweep
+        self._stored = 0
 
     @property
     def note(self) -> str | None:
         """What the result should say about parameters on the slower path; None when there are none."""
         return self._capture.note
 
-    def plan(self, n_units: int) -> str:
-        """How the batch was gone through, and what was kept, in words."""
-        kept = "every unit's gradients kept" if self.fits(n_units) else "a second sweep for projections (memory_budget)"
-        return f"{self._capture.plan}; {kept}"
+    @property
+    def plan(self) -> Plan:
+        """How the batches were gone through, what that cost, and why; after `kernel_sums` or `cross_sums`."""
+        assert self._reports
+        reports = [report for report, _ in self._reports]
+        largest = max(report.largest for report in reports)
+        return Plan(
+            way=self._capture.way,
+            captured=self._capture.captured,
+            kernel_kept=self._stored > 0,
+            microbatches=max(report.microbatches for report in reports),
+            largest_microbatch=largest,
+            sweeps=len(reports),
+            prompt_backwards=2 if self._capture.shares else 1,
+            operations=sum(operations for _, operations in self._reports),
+            stored_bytes=self._stored,
+            activation_bytes=largest * self._costs.bytes_per_token,
+            reasons=tuple(self._reasons(sum(report.halved for report in reports))),
+        )
+
+    def _reasons(self, halved: int) -> list[str]:
+        config = self._components.config
+        if config.prompts_per_microbatch is not None:
+            reasons = [f"prompts_per_microbatch={config.prompts_per_microbatch} was asked for"]
+        elif self._capture.packs:
+            reasons = [f"products reach their full rate at about {self._costs.full_rate_tokens} tokens, more only takes memory"]
+        else:
+            reasons = ["one prompt at a time, since padded rows are not packed"]
+        if not self._stored:
+            reasons.append("gradients of all units do not fit memory_budget")
+        if halved:
+            reasons.append(f"memory ran out {halved} time(s) and microbatches were halved")
+        return reasons
 
     def kernel_sums(self, rollouts: Rollouts) -> KernelSums:
         """Kernel sums over the units of ``config``, with the whole kernel K where gradients of all units fit the budget.
@@ -61,156 +92,148 @@ class OnePassEngine:
         Raises:
             GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
             ModelStateError: two forwards of the same sequences differ.
+            ProbeMemoryError: memory ran out with a single prompt.
         """
         assert_grad_context("OnePassEngine.kernel_sums")
         components = self._components
         units = prompt_units(rollouts.n_prompts, components.config.blocks)
-        keep = self.fits(len(units))
-        sums, stack = self._sums_of(rollouts, units, keep, "XY")
+        sums, stack = self._sums_of(rollouts, units, "XY")
         x_sum = components.finish_sum_X(sums[0], rollouts)
         y_sum = components.finish_sum_Y(sums[1], rollouts)
         x_dot_y = components.compare_sums(x_sum, y_sum)
+        products = torch.tensor(per_parameter_products(x_sum.tensors, y_sum.tensors), dtype=torch.float64)
         sizes = torch.tensor([len(unit) for unit in units])
-        if keep:
-            kernel = self._kernel(stack[0], components.preconditioner.apply_preconditioner(stack[1]))
-            return KernelSums(x_dot_y, kernel.diagonal().clone(), kernel.sum(1), kernel.sum(0), sizes, kernel)
+        if stack is not None:
+            components.preconditioner.precondition_in_place(stack.update)
+            kernel, diagonals = kernel_of(stack.entropy, stack.update)
+            return KernelSums(
+                x_dot_y,
+                kernel.diagonal().clone(),
+                kernel.sum(1),
+                kernel.sum(0),
+                sizes,
+                kernel,
+                products - diagonals,
+            )
         dots = torch.zeros(len(units), 3, dtype=torch.float64)
+        diagonals = torch.zeros_like(products)
 
         def project(numbers: list[int], gradients: UnitGradients) -> None:
             for position, number in enumerate(numbers):
-                dots[number] = self._dots(gradients, position, x_sum, y_sum)
+                own = self._dots(gradients, position, x_sum, y_sum)
+                dots[number] = own.sum(0)
+                diagonals.add_(own[:, 0])
 
-        self._sweep(rollouts, units, project, stage="projections")
+        self._sweep(rollouts, units, project, labels="XY", stage="projections")
         diagonal, rows, columns = dots.unbind(1)
-        return KernelSums(x_dot_y, diagonal.contiguous(), rows.contiguous(), columns.contiguous(), sizes)
+        return KernelSums(
+            x_dot_y,
+            diagonal.contiguous(),
+            rows.contiguous(),
+            columns.contiguous(),
+            sizes,
+            None,
+            products - diagonals,
+        )
 
     def cross_sums(self, entropy: Rollouts, update: Rollouts) -> CrossKernelSums:
         """Kernel sums between two batches: U first, then E with X_n · Y_sum in the same backward.
 
         Raises:
-            GradientCoverageError, ModelStateError: as `kernel_sums`.
+            GradientCoverageError, ModelStateError, ProbeMemoryError: as `kernel_sums`.
         """
         assert_grad_context("OnePassEngine.cross_sums")
         components = self._components
         update_units = prompt_units(update.n_prompts, None)
-        keep = self.fits(len(update_units))
-        sums, stack = self._sums_of(update, update_units, keep, "Y")
+        sums, stack = self._sums_of(update, update_units, "Y")
         y_sum = components.finish_sum_Y(sums[1], update)
         x_total = self._empty_sum()
         rows = torch.zeros(entropy.n_prompts, dtype=torch.float64)
 
         def project_entropy(numbers: list[int], gradients: UnitGradients) -> None:
             for position, number in enumerate(numbers):
-                rows[number] = self._dots(gradients, position, x_total, y_sum)[1]
+                rows[number] = self._dots(gradients, position, x_total, y_sum)[:, 1].sum()
             self._add(x_total, gradients.entropy)
 
         entropy_units = prompt_units(entropy.n_prompts, None)
-        self._sweep(entropy, entropy_units, project_entropy, labels="X", start_again=x_total.clear)
+        self._sweep(entropy, entropy_units, project_entropy, labels="X", tables="X", start_again=x_total.clear)
         x_sum = components.finish_sum_X(x_total, entropy)
         x_dot_y = components.compare_sums(x_sum, y_sum)
+        products = torch.tensor(per_parameter_products(x_sum.tensors, y_sum.tensors), dtype=torch.float64)
         columns = torch.zeros(update.n_prompts, dtype=torch.float64)
-        if keep:
-            y_stack = components.preconditioner.apply_preconditioner(stack[1])
-            columns = self._kernel([x.unsqueeze(0) for x in x_sum.tensors], y_stack)[0]
+        if stack is not None:
+            components.preconditioner.precondition_in_place(stack.update)
+            columns = kernel_of([x.unsqueeze(0) for x in x_sum.tensors], stack.update)[0][0]
         else:
 
             def project_update(numbers: list[int], gradients: UnitGradients) -> None:
                 for position, number in enumerate(numbers):
-                    columns[number] = self._dots(gradients, position, x_sum, y_sum)[2]
+                    columns[number] = self._dots(gradients, position, x_sum, y_sum)[:, 2].sum()
 
-            self._sweep(update, update_units, project_update, stage="projections")
-        return CrossKernelSums(x_dot_y, rows, columns)
-
-    def fits(self, n_units: int) -> bool:
-        """Whether every unit's gradients fit the memory budget."""
-        registry = self._components.registry
-        bytes_each = sum(p.numel() * max(4, p.element_size()) for p in registry.tensors)
-        # X and g of every unit, and Y beside them.
-        return 3 * n_units * bytes_each <= self._components.config.memory_budget
+            self._sweep(update, update_units, project_update, labels="Y", stage="projections")
+        return CrossKernelSums(x_dot_y, rows, columns, products)
 
     def _empty_sum(self) -> GradientSum:
         on_cpu = self._components.config.accumulate_on == "cpu"
         return GradientSum.zeros(self._components.registry.tensors, torch.device("cpu") if on_cpu else None)
 
-    def _add(self, total: GradientSum, gradients: dict[str, Tensor]) -> None:
+    def _add(self, total: GradientSum, gradients: Mapping[str, Tensor]) -> None:
         total.add([gradients[n].sum(0) if n in gradients else None for n in self._components.registry.names])
 
     def _sums_of(
-        self, rollouts: Rollouts, units: list[list[int]], keep: bool, labels: str
-    ) -> tuple[tuple[GradientSum, GradientSum], tuple[list[Tensor], list[Tensor]]]:
-        """Raw X_sum and g_sum, and with ``keep`` the stacks ``[units, *shape]`` of X and g, in registry order."""
+        self, rollouts: Rollouts, units: list[list[int]], labels: str
+    ) -> tuple[tuple[GradientSum, GradientSum], GradientStack | None]:
+        """Raw X_sum and g_sum, and, where they fit the budget, X and g of every unit."""
+        registry = self._components.registry
         sums = self._empty_sum(), self._empty_sum()
-        stacks: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for label, stack, total in zip("XY", stacks, sums, strict=True):
-            if keep and label in labels:
-                stack.extend(t.new_zeros(len(units), *t.shape) for t in total.tensors)
+        if GradientStack.bytes_of(registry.tensors, len(units), labels) > self._components.config.memory_bytes:
 
-        def collect(numbers: list[int], gradients: UnitGradients) -> None:
-            for total, stack, found in zip(sums, stacks, (gradients.entropy, gradients.update), strict=True):
-                self._add(total, found)
-                for index, name in enumerate(self._components.registry.names if stack else ()):
-                    if name in found:
-                        stack[index][numbers[0] : numbers[-1] + 1] = found[name].to(stack[index].device)
+            def collect(_: list[int], gradients: UnitGradients) -> None:
+                for total, found in zip(sums, (gradients.entropy, gradients.update), strict=True):
+                    self._add(total, found)
 
-        def start_again() -> None:
-            for total, stack in zip(sums, stacks, strict=True):
-                total.clear()
-                for tensor in stack:
-                    tensor.zero_()
+            def start_again() -> None:
+                for total in sums:
+                    total.clear()
 
-        self._sweep(rollouts, units, collect, labels=labels, start_again=start_again)
-        return sums, stacks
+            self._sweep(rollouts, units, collect, labels=labels, tables=labels, start_again=start_again)
+            return sums, None
+        on_cpu = self._components.config.accumulate_on == "cpu"
+        stack = GradientStack(registry.names, registry.tensors, len(units), labels, on_cpu=on_cpu)
+        self._stored = max(self._stored, GradientStack.bytes_of(registry.tensors, len(units), labels))
+        self._sweep(
+            rollouts,
+            units,
+            stack.collect,
+            labels=labels,
+            tables=labels,
+            storage=stack.storage,
+            start_again=stack.clear,
+        )
+        for total, stored in zip(sums, (stack.entropy, stack.update), strict=True):
+            for index, tensor in enumerate(stored):
+                if stack.touched[index]:
+                    torch.sum(tensor, 0, out=total.tensors[index])
+            if stored:
+                total.touched[:] = stack.touched
+        return sums, stack
 
-    def _sweep(
-        self,
-        rollouts: Rollouts,
-        units: list[list[int]],
-        visit: Visit,
-        *,
-        labels: str = "",
-        stage: str | None = None,
-        start_again: Callable[[], None] = lambda: None,
-    ) -> None:
-        """One forward and backward over the batch; ``visit`` sees the gradients of a few complete units at a time.
-
-        ``labels`` are the passes (X, Y) whose tables of sequences are written.
-        """
-        components = self._components
-        tables = {label: components.new_table(label, rollouts) for label in labels}
-        parameters = dict(zip(components.registry.names, components.registry.tensors, strict=True))
-        groups = _groups(units, components.config.prompts_per_microbatch)
-        with components.probe_state():
-            position = 0
-            while position < len(groups):
-                numbers = groups[position]
-                gradients = UnitGradients(parameters, len(numbers))
-                unit_of = {prompt: place for place, number in enumerate(numbers) for prompt in units[number]}
-                prompts = [prompt for number in numbers for prompt in units[number]]
-                refused: set[str] = set()
-                for rows in iter_microbatches(rollouts, prompts, components.config.prompts_per_microbatch):
-                    unit = [unit_of[int(prompt)] for prompt in rollouts.prompt_index[rows]]
-                    refused = self._capture.run(rollouts, rows, unit, gradients, tables)
-                    if refused:
-                        break
-                if refused:
-                    # From the start: what was visited lacks these parameters.
-                    self._capture.leave_out(refused)
-                    start_again()
-                    position = 0
-                    continue
-                if position == 0 and labels:
-                    self._check_repeatable(rollouts, prompts, labels[0])
-                visit(numbers, gradients)
-                position += 1
-                components.report(stage or labels, prompts[-1] + 1, rollouts.n_prompts)
+    def _sweep(self, rollouts: Rollouts, units: list[list[int]], visit, **options) -> None:  # type: ignore[no-untyped-def]
+        report = sweep(self._components, self._capture, self._costs, rollouts, units, visit, **options)
+        shared = self._capture.shares
+        tokens = sum(prompt_tokens(rollouts, shared=shared))
+        scored = int(rollouts.response_lengths.sum())
+        prefix = max(0, tokens - scored) if shared else 0
+        self._reports.append((report, self._costs.operations(prefix, tokens - prefix, scored, len(options["labels"]))))
 
     def _dots(self, gradients: UnitGradients, position: int, x_sum: GradientSum, y_sum: GradientSum) -> Tensor:
-        """``[3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""
+        """``[parameters, 3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""
         moments = self._components.preconditioner.second_moments(x_sum.tensors)
         chosen = [i for i, name in enumerate(self._components.registry.names) if name in gradients.entropy]
         names = [self._components.registry.names[i] for i in chosen]
         on = [x_sum.tensors[i].device for i in chosen]
-        per_parameter = precondition_accumulate(
+        dots = torch.zeros(len(x_sum.tensors), 3, dtype=torch.float64)
+        dots[chosen] = precondition_accumulate(
             [gradients.entropy[name][position].to(device) for name, device in zip(names, on, strict=True)],
             [gradients.update[name][position].to(device) for name, device in zip(names, on, strict=True)],
             [moments.tensors[i] for i in chosen],
@@ -220,37 +243,5 @@ class OnePassEngine:
             eps=[moments.eps[i] for i in chosen],
             ratio=[moments.ratio[i] for i in chosen],
             update=False,
-        )
-        return per_parameter.sum(0).cpu()
-
-    @staticmethod
-    def _kernel(x_stack: Sequence[Tensor], y_stack: Sequence[Tensor]) -> Tensor:
-        """``[units of x, units of y]`` inner products, in fp64."""
-        kernel = torch.zeros(x_stack[0].shape[0], y_stack[0].shape[0], dtype=torch.float64)
-        for x, y in zip(x_stack, y_stack, strict=True):
-            left, right = (torch.split(stack.reshape(len(stack), -1), _COLUMNS, 1) for stack in (x, y))
-            for a, b in zip(left, right, strict=True):
-                kernel += (a.double() @ b.double().t()).cpu()
-        return kernel
-
-    def _check_repeatable(self, rollouts: Rollouts, prompts: list[int], label: str) -> None:
-        """Raise when a second forward of the first microbatch, from another random state, gives other log-probs."""
-        components = self._components
-        torch.rand(1, device=components.device)
-        rows = next(iter_microbatches(rollouts, prompts, components.config.prompts_per_microbatch))
-        again = self._capture.logprobs_again(rollouts, rows)
-        components.check_repeatable(components.sequences[label].sequence_logprobs[rows], again.double().cpu(), rows)
-
-
-def _groups(units: list[list[int]], prompts: int) -> list[list[int]]:
-    """Unit numbers in groups of about ``prompts`` prompts, at least one unit each."""
-    groups: list[list[int]] = []
-    held = 0
-    for number, unit in enumerate(units):
-        if groups and held + len(unit) <= prompts:
-            groups[-1].append(number)
-            held += len(unit)
-        else:
-            groups.append([number])
-            held = len(unit)
-    return groups
+        ).cpu()
+        return dots

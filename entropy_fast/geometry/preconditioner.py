@@ -112,6 +112,19 @@ class AdamPreconditioner:
                 preconditioned.append(gradient * scale.to(device=gradient.device, dtype=gradient.dtype))
         return preconditioned
 
+    def precondition_in_place(self, stacks: Sequence[Tensor]) -> None:
+        """As `apply_preconditioner`, for stacks [units, *shape] of raw gradients, which become P g.
+
+        Raises:
+            OptimizerStateError: the optimizer has stepped since this preconditioner was made.
+        """
+        self._check_current()
+        for stack, scale in zip(stacks, self._scales, strict=True):
+            if scale is None:
+                stack.zero_()
+            else:
+                stack.mul_(scale.to(device=stack.device, dtype=stack.dtype))
+
     def second_moments(self, gradients: Sequence[Tensor]) -> SecondMoments:
         """The second moments and factors for gradients like these, on their devices and in their dtypes.
 

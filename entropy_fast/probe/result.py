@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropy_fast.config import ProbeConfig, Weighting
 from entropy_fast.engines.coefficients import SequenceTable
+from entropy_fast.engines.planner import Plan
 from entropy_fast.errors import ConfigError
 from entropy_fast.geometry.preconditioner import ExcludedElements
 from entropy_fast.guards.coverage import PassCoverage
@@ -103,7 +104,7 @@ class Diagnostics:
     sampling: dict[str, tuple[float | None, float | None]]
     unbiased_variance: float | None
     warnings: tuple[str, ...]
-    plan: str | None = None
+    plan: Plan | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +168,11 @@ class DeltaH1Result:
             return None
         half = float(student_t.ppf((1 + level) / 2, self.row_sums.shape[0] - 1)) * self.std_error
         return self.delta_h1 - half, self.delta_h1 + half
+
+    @property
+    def plan(self) -> Plan | None:
+        """How the one-pass engine went through the batch, what that cost, and why; None for the two-pass engine."""
+        return self.diagnostics.plan
 
     @property
     def sign_established(self) -> bool | None:

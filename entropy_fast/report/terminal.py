@@ -43,7 +43,7 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     summary.add_row("entropy", Text(result.entropy_functional))
     summary.add_row("engine, geometry, estimate", Text(f"{result.engine}, {result.geometry}, {result.estimate}"))
     if result.diagnostics.plan is not None:
-        summary.add_row("plan", Text(result.diagnostics.plan))
+        summary.add_row("plan", Text(str(result.diagnostics.plan)))
     console.print(summary)
     console.print(Text(verdict(result), style="bold"))
     console.print(_errors(result))

@@ -17,7 +17,15 @@ from entropy_fast.reference import linear_logits
 from entropy_fast.teacher_forcing.batch import PackedBatch
 from entropy_fast.teacher_forcing.forward import ForwardResult, model_logits, result_of_values
 
-__all__ = ["OutputLayer", "allowed_difference", "find_output_layer", "hidden_logprobs", "same_logits"]
+__all__ = [
+    "OutputHead",
+    "OutputLayer",
+    "allowed_difference",
+    "find_output_head",
+    "find_output_layer",
+    "hidden_logprobs",
+    "same_logits",
+]
 
 # Largest difference of a logit, relative to the largest of all: far below what a scale or a bias does, above rounding.
 _ALLOWED_LOGITS = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -42,6 +50,38 @@ class OutputLayer:
     weight: Tensor
     bias: Tensor | None
     softcap: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputHead:
+    """The decoder of a model and whatever makes logits of its hidden states.
+
+    Attributes:
+        decoder: the module whose ``last_hidden_state`` goes into the output layer.
+        module: the output layer.
+        softcap: of the logits, or None.
+        frozen: the same as a frozen linear map; None where it is trained or of another kind.
+    """
+
+    decoder: nn.Module
+    module: nn.Module
+    softcap: float | None
+    frozen: OutputLayer | None
+
+
+def find_output_head(module: nn.Module) -> OutputHead | None:
+    """The decoder and output layer of a transformers model, under adapter wrappers too; None for other models."""
+    unwrap = getattr(module, "get_base_model", None)
+    base = unwrap() if callable(unwrap) else module
+    if not isinstance(base, PreTrainedModel) or base.base_model is base:
+        return None
+    head = base.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        return None
+    softcap = getattr(base.config, "final_logit_softcapping", None)
+    if softcap is not None and not softcap > 0:
+        return None
+    return OutputHead(base.base_model, head, softcap, find_output_layer(module))
 
 
 def find_output_layer(module: nn.Module) -> OutputLayer | None:

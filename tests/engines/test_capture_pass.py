@@ -26,7 +26,7 @@ from entropy_fast.errors import GraphDetachedError
 
 def plan_of(result: DeltaH1Result) -> str:
     assert result.diagnostics.plan is not None
-    return result.diagnostics.plan
+    return result.diagnostics.plan.way
 
 
 SHARED = "every prompt's tokens run once"

@@ -19,6 +19,9 @@ __all__ = ["Recorder", "captured_embedding", "captured_layer_norm", "captured_li
 class Recorder(Protocol):
     """Receives signals during a backward; N rows of sequences, T positions."""
 
+    def rows_of(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of ``x`` [..., H] without its last dimension, and 1 in every dimension that rows do not go along."""
+
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """The gradient is Σ over positions of the outer products of ``left`` [N, T, a] and ``right`` [N, T, b]."""
 
@@ -155,20 +158,21 @@ def captured_layer_norm(
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rows: int, between: int, name: str, recorder: Recorder) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rows: tuple[int, ...], name: str, recorder: Recorder) -> Tensor:
         ctx.name, ctx.recorder, ctx.shape = name, recorder, weight.shape
-        return weight.view(1, *(1,) * between, -1).expand(rows, *(1,) * between, -1)
+        return weight.expand(*rows, *weight.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
-        ctx.recorder.per_row(ctx.name, dy.reshape(dy.shape[0], *ctx.shape))
-        return None, None, None, None, None
+        ctx.recorder.per_row(ctx.name, dy.reshape(-1, *ctx.shape))
+        return None, None, None, None
 
 
 def captured_rows(weight: Tensor, x: Tensor, name: str, recorder: Recorder) -> Tensor:
     """A vector that multiplies the last dimension of ``x`` [N, ..., H], seen once per row: [N, 1, ..., H].
 
-    For modules that only ever broadcast it against their input.
+    Where a backward's rows are the tokens of a packed batch, it is seen once per token. For modules that only ever
+    broadcast it against their input.
     """
-    result: Tensor = _Rows.apply(weight, x.shape[0], x.dim() - 2, name, recorder)  # type: ignore[no-untyped-call]
+    result: Tensor = _Rows.apply(weight, recorder.rows_of(x), name, recorder)  # type: ignore[no-untyped-call]
     return result

@@ -27,6 +27,7 @@ from entropy_fast.teacher_forcing.output_layer import allowed_difference
 __all__ = [
     "SharedPrefixForward",
     "backward_through_prefix",
+    "frequencies_depend_on_length",
     "forward_with_shared_prefix",
     "prefix_length",
     "same_with_shared_prefix",
@@ -114,7 +115,7 @@ def same_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int)
     False for models whose state is something else than keys and values, and for those whose rotary frequencies depend on
     how long the input of a forward is: one batch would not tell for another.
     """
-    if _frequencies_depend_on_length(getattr(layer.decoder, "config", None)):
+    if frequencies_depend_on_length(getattr(layer.decoder, "config", None)):
         return False
     whole = hidden_logprobs(layer, batch)
     try:
@@ -125,7 +126,7 @@ def same_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int)
     return bool(((found - expected).abs() <= allowed_difference(whole.logits.dtype)).all())
 
 
-def _frequencies_depend_on_length(config: object) -> bool:
+def frequencies_depend_on_length(config: object) -> bool:
     """Whether a configuration asks for rotary embeddings of type longrope or dynamic, for any kind of layer."""
     found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
     while found:

@@ -22,6 +22,7 @@ class UnitGradients:
     Args:
         parameters: by name.
         n_units: U.
+        storage: by name, zeroed tensors [U, *shape] that X and g are added up in; tensors are made where it has none.
 
     Attributes:
         entropy: name to X ``[U, *shape]``, in fp32 or the parameter's dtype, whichever is wider.
@@ -30,28 +31,57 @@ class UnitGradients:
         refused: names whose signal did not come by sequences.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], n_units: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        n_units: int,
+        storage: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
+    ) -> None:
         self._parameters = parameters
         self._n_units = n_units
+        self._storage = storage or {}
         self.entropy: dict[str, Tensor] = {}
         self.update: dict[str, Tensor] = {}
         self.touched: set[str] = set()
         self.refused: set[str] = set()
         self._batch: _Batch | None = None
+        self._packed_tokens: int | None = None
 
     def expect(self, unit: Sequence[int], coefficients: tuple[Tensor, Tensor], positions: int) -> None:
-        """Say whose signals come next.
+        """Say whose signals come next: N rows of sequences.
 
         Args:
             unit: [N] unit of every row, rows of one unit next to one another.
             coefficients: [N] c and a, fp64.
             positions: T, in each row.
         """
-        self._batch = _Batch(unit, torch.stack(coefficients), positions)
+        self._packed_tokens = None
+        self._batch = _Batch(_runs(unit), len(unit), torch.stack(coefficients), positions)
 
-    def pause(self) -> None:
-        """Ignore signals until the next `expect`."""
+    def expect_packed(self, runs: Sequence[tuple[int, int, int]], coefficients: Tensor) -> None:
+        """Say whose signals come next: one row [1, N, ...] in which the tokens of many sequences stand in a line.
+
+        Args:
+            runs: unit, first token and the one after the last, covering all N tokens in order.
+            coefficients: [2, N] c and a of every token's sequence, fp64.
+        """
+        self._packed_tokens = coefficients.shape[1]
+        self._batch = _Batch(list(runs), coefficients.shape[1], coefficients, None)
+
+    def pause(self, packed_tokens: int | None = None) -> None:
+        """Ignore signals until the next `expect`; says how many tokens the next forward packs into one row, if it does."""
         self._batch = None
+        self._packed_tokens = packed_tokens
+
+    def rows_of(self, x: Tensor) -> tuple[int, ...]:
+        """See `Recorder.rows_of`."""
+        leading = x.shape[:-1]
+        if self._packed_tokens is None:
+            return (x.shape[0], *(1,) * (x.dim() - 2))
+        matching = [dimension for dimension, size in enumerate(leading) if size == self._packed_tokens]
+        # Where it cannot be told along which dimension the tokens go, the signal will be refused.
+        along = matching[0] if len(matching) == 1 else None
+        return tuple(size if dimension == along else 1 for dimension, size in enumerate(leading))
 
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """See `Recorder.product`."""
@@ -85,10 +115,12 @@ class UnitGradients:
         for total, scale in zip(self._wanted_sums(name), scales, strict=True):
             for unit, begin, end in self._batch.runs:
                 scaled = (values[begin:end].to(total.dtype) * scale[begin:end, None, None]).flatten(0, 1)
-                # Not index_add: that one is not deterministic on CUDA.
-                total[unit] += torch.ops.aten.embedding_dense_backward(
-                    scaled, places[begin:end].flatten(), total.shape[1], -1, False
-                )
+                chosen = places[begin:end].flatten()
+                if total.is_cuda:
+                    # index_add is not deterministic there.
+                    total[unit] += torch.ops.aten.embedding_dense_backward(scaled, chosen, total.shape[1], -1, False)
+                else:
+                    total[unit].index_add_(0, chosen, scaled)
 
     def per_position(self, name: str, values: Tensor) -> None:
         """See `Recorder.per_position`."""
@@ -101,6 +133,9 @@ class UnitGradients:
         """See `Recorder.per_row`."""
         if self._batch is None:
             return
+        if self._batch.positions is None:
+            # [1, N, ..., b] with ones elsewhere: a vector for every token.
+            rows = rows.reshape(-1, *self._parameters[name].shape)
         if rows.shape[0] != self._batch.n_rows:
             self.refused.add(name)
             return
@@ -121,7 +156,13 @@ class UnitGradients:
             return None
         shaped = []
         for part in parts:
-            if part.dim() >= 3 and part.shape[0] == batch.n_rows:
+            if batch.positions is None:
+                by_token = part if part.dim() == 2 else part.flatten(0, 1) if part.dim() >= 3 else None
+                if by_token is None or by_token.shape[0] != batch.n_rows or (part.dim() > 2 and part.shape[0] != 1):
+                    self.refused.add(name)
+                    return None
+                shaped.append(by_token.reshape(batch.n_rows, -1, part.shape[-1]))
+            elif part.dim() >= 3 and part.shape[0] == batch.n_rows:
                 shaped.append(part.flatten(1, -2))
             elif part.dim() == 2 and part.shape[0] == batch.n_rows * batch.positions:
                 shaped.append(part.view(batch.n_rows, batch.positions, -1))
@@ -134,9 +175,11 @@ class UnitGradients:
         self.touched.add(name)
         if name not in self.entropy:
             parameter = self._parameters[name]
-            for store in (self.entropy, self.update):
-                shape = (self._n_units, *parameter.shape)
-                store[name] = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
+            shape = (self._n_units, *parameter.shape)
+            for made, store in zip(self._storage.get(name, (None, None)), (self.entropy, self.update), strict=True):
+                if made is None:
+                    made = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
+                store[name] = made
         return self.entropy[name], self.update[name]
 
     def _wanted_sums(self, name: str) -> list[Tensor]:
@@ -144,23 +187,37 @@ class UnitGradients:
         return [total for total, wanted in zip(self._sums(name), self._batch.wanted, strict=True) if wanted]
 
     def _scales(self, name: str, device: torch.device) -> Tensor:
-        assert self._batch is not None
-        return self._batch.coefficients[self._batch.wanted].to(device=device, dtype=self._dtype(name))
+        batch, dtype = self._batch, self._dtype(name)
+        assert batch is not None
+        if (device, dtype) not in batch.scales:
+            batch.scales[device, dtype] = batch.coefficients[batch.wanted].to(device=device, dtype=dtype)
+        return batch.scales[device, dtype]
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.promote_types(self._parameters[name].dtype, torch.float32)
 
 
 class _Batch:
-    """The rows of the backward under way, and the runs of rows that belong to one unit."""
+    """The rows of the backward under way, and the runs of rows that belong to one unit.
 
-    def __init__(self, unit: Sequence[int], coefficients: Tensor, positions: int) -> None:
-        self.n_rows, self.positions, self.coefficients = len(unit), positions, coefficients
+    In a packed batch (``positions`` None) every token counts as a row.
+    """
+
+    def __init__(
+        self, runs: list[tuple[int, int, int]], n_rows: int, coefficients: Tensor, positions: int | None
+    ) -> None:
+        self.runs, self.n_rows, self.coefficients, self.positions = runs, n_rows, coefficients, positions
         # What is 0 throughout adds nothing, and is not computed.
         self.wanted: list[bool] = (coefficients != 0).any(1).tolist()
-        self.runs: list[tuple[int, int, int]] = []
-        for row, number in enumerate(unit):
-            if self.runs and self.runs[-1][0] == number:
-                self.runs[-1] = (number, self.runs[-1][1], row + 1)
-            else:
-                self.runs.append((number, row, row + 1))
+        self.scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+
+def _runs(unit: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Unit, begin and end of every stretch of rows of one unit."""
+    runs: list[tuple[int, int, int]] = []
+    for row, number in enumerate(unit):
+        if runs and runs[-1][0] == number:
+            runs[-1] = (number, runs[-1][1], row + 1)
+        else:
+            runs.append((number, row, row + 1))
+    return runs

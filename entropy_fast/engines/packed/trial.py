@@ -1,0 +1,98 @@
+"""Whether a model gives the same log-probs packed as it gives by itself, and what is wrong where it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from entropy_fast.engines.packed.passes import PackedPass
+from entropy_fast.errors import ModelStateError
+from entropy_fast.probe_components import ProbeComponents
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.teacher_forcing import align_logprobs, model_logits, pack_rows
+from entropy_fast.teacher_forcing.output_layer import allowed_difference
+
+__all__ = ["PlainLogprobs", "plain_logprobs", "refuse_interaction", "same_packed", "trial_rows"]
+
+# What a model may raise that does not work on packed tokens.
+_DOES_NOT_FIT = (AttributeError, TypeError, ValueError, IndexError, RuntimeError, KeyError)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainLogprobs:
+    """Log-probs of a few rows, each in a forward of its own.
+
+    Attributes:
+        values: of the scored tokens, row by row, nats.
+        sequences: [k] their sums.
+        dtype: of the logits.
+    """
+
+    values: Tensor
+    sequences: Tensor
+    dtype: torch.dtype
+
+    def agrees_with(self, found: Tensor) -> bool:
+        """Whether another way to the same log-probs is as near as their dtype lets it be."""
+        if found.shape != self.values.shape:
+            return False
+        return bool(((found - self.values).abs() <= allowed_difference(self.dtype)).all())
+
+
+def trial_rows(rollouts: Rollouts) -> Tensor:
+    """[2] the longest sequence of the batch and the shortest one that answers the same prompt."""
+    lengths = rollouts.attention_mask.sum(-1).cpu()
+    longest = int(lengths.argmax())
+    others = rollouts.rows_of_prompt(int(rollouts.prompt_index[longest]))
+    others = others[others != longest]
+    return torch.tensor([longest, int(others[lengths[others].argmin()])])
+
+
+def plain_logprobs(components: ProbeComponents, rollouts: Rollouts, rows: Tensor) -> PlainLogprobs:
+    """Log-probs of the given rows by the model's own logits."""
+    found = []
+    with torch.no_grad(), components.autocast():
+        for row in rows:
+            batch = pack_rows(rollouts, row[None], components.device)
+            logits = model_logits(components.registry.module, batch)
+            found.append(align_logprobs(logits, batch).token_logprobs[batch.loss_mask[:, 1:] == 1])
+    return PlainLogprobs(torch.cat(found), torch.stack([values.sum() for values in found]), logits.dtype)
+
+
+def same_packed(packed: PackedPass, rollouts: Rollouts, rows: Tensor, expected: PlainLogprobs) -> bool:
+    """Whether packing works for this model.
+
+    Args:
+        packed: the pass to try.
+        rollouts: the batch.
+        rows: [k] from `trial_rows`.
+        expected: their log-probs.
+    """
+    try:
+        return expected.agrees_with(packed.logprobs(rollouts, rows))
+    except _DOES_NOT_FIT:
+        return False
+
+
+def refuse_interaction(components: ProbeComponents, rollouts: Rollouts, rows: Tensor, expected: PlainLogprobs) -> None:
+    """Raise when log-probs are random, or depend on the other sequences of a batch.
+
+    Raises:
+        ModelStateError: they do; then a sequence has no gradient of its own.
+    """
+    again = plain_logprobs(components, rollouts, rows)
+    components.check_repeatable(expected.sequences.double().cpu(), again.sequences.double().cpu(), rows)
+    with torch.no_grad(), components.autocast():
+        batch = pack_rows(rollouts, rows, components.device)
+        together = align_logprobs(model_logits(components.registry.module, batch), batch).token_logprobs
+    found = together[batch.loss_mask[:, 1:] == 1]
+    if not expected.agrees_with(found):
+        worst = float((found - expected.values).abs().max())
+        raise ModelStateError(
+            f"sequences interact: log-probs of rows {rows.tolist()} in one forward differ by up to {worst:.3g} nats from those "
+            "of the same rows in forwards of their own.",
+            fix="remove what mixes rows (batch statistics, expert capacity limits); engine='two_pass' differentiates the "
+            "prompts of a microbatch together, as the model is.",
+        )

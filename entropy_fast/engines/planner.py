@@ -1,0 +1,160 @@
+"""How a batch is cut for the one-pass engine, and what that costs: a cost model read off the model, and the plan it leads to.
+
+Legend: P and Q tokens of prompts and of responses that go through the decoder, M scored tokens, H hidden size, V vocabulary.
+
+Operations are counted as a multiply and an add each. A token costs 2 operations per weight of every linear map on its way
+forward, as many backward, and 2 more per trained weight and kind of signal (X, g); a scored token costs 4 H V in the output
+layer. Bytes are what autograd keeps of a token: what goes into a linear map and what comes out of it. Both are estimates that
+serve to choose; neither is a measurement.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from entropy_fast.guards.model_state import checkpointed_modules
+
+__all__ = ["CostModel", "Plan", "cut"]
+
+# Tokens in one forward at which matrix products run at their full rate; more of them only take memory. Measured on a CPU.
+_FULL_RATE = {"cpu": 1536}
+_FULL_RATE_ELSEWHERE = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class CostModel:
+    """Operations and bytes of a model, by token.
+
+    Attributes:
+        linear: weights of the linear maps that every token goes through.
+        trained: those of them that are trained.
+        output: weights of the output layer.
+        bytes_per_token: that a forward keeps for its backward.
+        full_rate_tokens: tokens in one forward at which products run at their full rate.
+    """
+
+    linear: int
+    trained: int
+    output: int
+    bytes_per_token: int
+    full_rate_tokens: int
+
+    @classmethod
+    def of(cls, model: nn.Module, module: nn.Module, device: torch.device) -> CostModel:
+        """Read off a model: ``module`` is what runs the forward, ``model`` what wraps it."""
+        unwrap = getattr(module, "get_base_model", None)
+        base = unwrap() if callable(unwrap) else module
+        head = getattr(base, "get_output_embeddings", lambda: None)()
+        linear = trained = kept = 0
+        for submodule in module.modules():
+            sizes = _sizes(submodule)
+            if sizes is None or submodule is head:
+                continue
+            weight = next(submodule.parameters(recurse=False))
+            linear += sizes[0] * sizes[1]
+            trained += sizes[0] * sizes[1] if weight.requires_grad else 0
+            kept += (sizes[0] + sizes[1]) * max(2, weight.element_size())
+        if checkpointed_modules(model):
+            layers = getattr(getattr(base, "config", None), "num_hidden_layers", 1)
+            kept = kept // max(1, layers) * 2
+        sizes = None if head is None else _sizes(head)
+        return cls(
+            linear=linear,
+            trained=trained,
+            output=0 if sizes is None else sizes[0] * sizes[1],
+            bytes_per_token=kept,
+            full_rate_tokens=_FULL_RATE.get(device.type, _FULL_RATE_ELSEWHERE),
+        )
+
+    def operations(self, prefix: int, tail: int, scored: int, labels: int) -> float:
+        """Of one sweep over P, Q and M tokens with ``labels`` kinds of signal; attention scores are not counted."""
+        once = 2.0 * self.linear
+        responses = tail * (2 * once + 2.0 * labels * self.trained)
+        prompts = prefix * (once + labels * (once + 2.0 * self.trained))
+        return responses + prompts + 4.0 * scored * self.output
+
+
+def _sizes(module: nn.Module) -> tuple[int, int] | None:
+    """In and out features of a linear map, quantised or not."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+        return int(module.weight.shape[0]), int(module.nf)  # type: ignore[union-attr, arg-type]
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How the one-pass engine went through a batch.
+
+    Attributes:
+        way: how sequences were laid out and log-probs taken.
+        captured: how many parameters were captured.
+        kernel_kept: whether every unit's gradients were kept, which gives the whole kernel.
+        microbatches: in one sweep over the batch.
+        largest_microbatch: tokens.
+        sweeps: over a batch, each one forward and one backward.
+        prompt_backwards: backwards through prompts' tokens in a sweep, where those run once.
+        operations: estimate, multiplies and adds.
+        stored_bytes: of the gradients that were kept.
+        activation_bytes: estimate, of the largest microbatch.
+        reasons: why it was chosen.
+    """
+
+    way: str
+    captured: str
+    kernel_kept: bool
+    microbatches: int
+    largest_microbatch: int
+    sweeps: int
+    prompt_backwards: int
+    operations: float
+    stored_bytes: int
+    activation_bytes: int
+    reasons: tuple[str, ...]
+
+    def __str__(self) -> str:
+        kept = "every unit's gradients kept" if self.kernel_kept else "a second sweep for projections"
+        prompts = f" (and {self.prompt_backwards} through the prompts' tokens)" if self.prompt_backwards > 1 else ""
+        return (
+            f"{self.way}; {self.captured}; {kept}; {self.microbatches} microbatch(es) of at most {self.largest_microbatch} "
+            f"tokens; {self.sweeps} sweep(s) of one forward and one backward{prompts}; about {self.operations / 1e9:.3g} "
+            f"billion operations, {_size(self.stored_bytes)} of gradients and {_size(self.activation_bytes)} of activations. "
+            + "; ".join(self.reasons)
+            + "."
+        )
+
+
+def cut(tokens: Sequence[int], limit: int) -> list[list[int]]:
+    """Consecutive units in groups of about equal numbers of tokens.
+
+    Args:
+        tokens: of every unit.
+        limit: tokens a group should not exceed; a unit that does stands alone.
+
+    Returns:
+        Unit numbers of every group.
+    """
+    n_groups = max(1, -(-sum(tokens) // max(1, limit)))
+    share = sum(tokens) / n_groups
+    groups: list[list[int]] = [[]]
+    held = 0
+    for number, own in enumerate(tokens):
+        # The boundary nearest to an equal share, as long as the limit holds.
+        if groups[-1] and (held + own > limit or held + own / 2 > share):
+            groups.append([])
+            held = 0
+        groups[-1].append(number)
+        held += own
+    return groups
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"

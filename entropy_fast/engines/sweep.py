@@ -1,0 +1,200 @@
+"""One sweep of a batch by capture: groups of units, each with one forward and one backward, halved where memory runs out."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_fast.engines.capture import UnitGradients
+from entropy_fast.engines.capture_pass import CapturePass
+from entropy_fast.engines.planner import CostModel, cut
+from entropy_fast.errors import ProbeMemoryError
+from entropy_fast.probe_components import ProbeComponents
+from entropy_fast.rollouts import Rollouts
+
+__all__ = ["SweepReport", "sweep"]
+
+Visit = Callable[[list[int], UnitGradients], None]  # unit numbers, and their gradients
+Storage = Callable[[list[int]], Mapping[str, tuple[Tensor | None, Tensor | None]]]
+
+
+@dataclasses.dataclass
+class SweepReport:
+    """What a sweep did.
+
+    Attributes:
+        microbatches: that were gone through.
+        largest: tokens of the largest.
+        halved: how often memory ran out and a microbatch was halved.
+    """
+
+    microbatches: int = 0
+    largest: int = 0
+    halved: int = 0
+
+
+def no_storage(_numbers: list[int]) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
+    """Gradients of a group are made for it, and let go of after the visit."""
+    return {}
+
+
+def sweep(
+    components: ProbeComponents,
+    capture: CapturePass,
+    costs: CostModel,
+    rollouts: Rollouts,
+    units: list[list[int]],
+    visit: Visit,
+    *,
+    labels: str,
+    tables: str = "",
+    stage: str = "",
+    storage: Storage = no_storage,
+    start_again: Callable[[], None] = lambda: None,
+) -> SweepReport:
+    """Go through a batch; ``visit`` sees the gradients of a few complete units at a time.
+
+    Args:
+        components: model and options.
+        capture: what runs a microbatch.
+        costs: of the model.
+        rollouts: the batch.
+        units: prompts of every unit.
+        visit: called for each group of units.
+        labels: which of X and Y is wanted.
+        tables: passes (X, Y) whose tables of sequences are written.
+        stage: name for the progress report.
+        storage: zeroed tensors that the gradients of the given units are added up in.
+        start_again: called when everything visited so far is void.
+
+    Raises:
+        ProbeMemoryError: there is not enough memory for a single prompt.
+        ModelStateError: log-probs are random, or sequences interact.
+    """
+    written = {label: components.new_table(label, rollouts) for label in tables}
+    parameters = dict(zip(components.registry.names, components.registry.tensors, strict=True))
+    report = SweepReport()
+    with components.probe_state():
+        capture.choose(rollouts)
+        cutter = _Cutter(components, capture, costs, prompt_tokens(rollouts, shared=capture.shares))
+        waiting = cutter.groups(units)
+        done = 0
+        while waiting:
+            numbers = waiting[0]
+            prompts = [prompt for number in numbers for prompt in units[number]]
+            unit_of = {prompt: place for place, number in enumerate(numbers) for prompt in units[number]}
+            gradients = UnitGradients(parameters, len(numbers), storage(numbers))
+            parts = cutter.parts(prompts)
+            refused: set[str] = set()
+            try:
+                for part in parts:
+                    rows = torch.cat([rollouts.rows_of_prompt(prompt) for prompt in part])
+                    unit = [unit_of[int(prompt)] for prompt in rollouts.prompt_index[rows]]
+                    refused = capture.run(rollouts, rows, unit, gradients, written, labels)
+                    if refused:
+                        break
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                # Nothing of this group was visited.
+                message = str(error).splitlines()[0]
+            else:
+                if refused:
+                    # From the start: what was visited lacks these parameters.
+                    capture.leave_out(refused)
+                    start_again()
+                    waiting, done, report = cutter.groups(units), 0, SweepReport()
+                    continue
+                visit(numbers, gradients)
+                report.microbatches += len(parts)
+                report.largest = max(report.largest, *(cutter.size(part) for part in parts))
+                done += len(prompts)
+                del waiting[0]
+                components.report(stage or labels, done, rollouts.n_prompts)
+                continue
+            del gradients
+            _release()
+            report.halved += 1
+            if len(numbers) > 1:
+                half = len(numbers) // 2
+                waiting[0:1] = [numbers[:half], numbers[half:]]
+            elif not cutter.halve(parts):
+                raise ProbeMemoryError(
+                    f"memory ran out with a single prompt of {cutter.size(prompts)} tokens in a forward: {message}",
+                    fix="switch on gradient checkpointing, probe shorter responses or fewer per prompt; or lower memory_budget "
+                    "if every unit's gradients are kept.",
+                )
+    return report
+
+
+def prompt_tokens(rollouts: Rollouts, *, shared: bool) -> list[int]:
+    """Tokens of every prompt's sequences, the prompt's own counted once where they are ``shared``."""
+    attended = rollouts.attention_mask.sum(-1).cpu()
+    answered = rollouts.response_lengths.cpu()
+    counts = []
+    for prompt in range(rollouts.n_prompts):
+        rows = rollouts.rows_of_prompt(prompt)
+        own = attended[rows] - answered[rows]
+        counts.append(int((own.min() if shared else own.sum()) + answered[rows].sum()))
+    return counts
+
+
+class _Cutter:
+    """Groups of units and parts of groups: as many prompts in a forward as were asked for, else by tokens."""
+
+    def __init__(self, components: ProbeComponents, capture: CapturePass, costs: CostModel, tokens: list[int]) -> None:
+        self._capture, self._tokens = capture, tokens
+        self._count = components.config.prompts_per_microbatch
+        fitting = components.config.memory_bytes // max(1, costs.bytes_per_token)
+        self._limit = max(1, min(costs.full_rate_tokens, fitting))
+
+    def size(self, prompts: Sequence[int]) -> int:
+        """Tokens of the given prompts."""
+        return sum(self._tokens[prompt] for prompt in prompts)
+
+    def groups(self, units: list[list[int]]) -> list[list[int]]:
+        """Unit numbers of every group."""
+        if self._count is None and self._capture.packs:
+            return cut([self.size(unit) for unit in units], self._limit)
+        groups: list[list[int]] = []
+        held = 0
+        for number, unit in enumerate(units):
+            if groups and held + len(unit) <= (self._count or 1):
+                groups[-1].append(number)
+                held += len(unit)
+            else:
+                groups.append([number])
+                held = len(unit)
+        return groups
+
+    def parts(self, prompts: list[int]) -> list[list[int]]:
+        """Prompts of every forward."""
+        if self._count is None and self._capture.packs:
+            return [[prompts[n] for n in part] for part in cut([self._tokens[p] for p in prompts], self._limit)]
+        count = self._count or 1
+        return [prompts[start : start + count] for start in range(0, len(prompts), count)]
+
+    def halve(self, parts: list[list[int]]) -> bool:
+        """Make parts half as large from now on; False when they were single prompts."""
+        most = max(len(part) for part in parts)
+        if most == 1:
+            return False
+        self._limit = max(1, max(self.size(part) for part in parts) // 2)
+        if self._count is not None:
+            self._count = most // 2
+        return True
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
