@@ -9,7 +9,7 @@ EDITABLE := -e '.[demo,dev]' --config-settings editable_mode=strict
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 NATIVE_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup test test-all sanitize demo bench-kernels lint format clean FORCE
+.PHONY: setup test test-all sanitize demo bench-kernels bench-probe lint format clean FORCE
 
 setup: $(VENV)/installed
 
@@ -47,6 +47,12 @@ demo: setup
 # About ten minutes. What else runs meanwhile shows in the numbers.
 bench-kernels: setup
 	$(BIN)/python -m benchmarks.kernels
+
+# Long: most of it are the ways that the one-pass engine is measured against. Opacus, one of them, is not in `setup` because it
+# installs packages called benchmarks and examples.
+bench-probe: setup
+	$(INSTALL) 'opacus>=1.6'
+	$(BIN)/python -m benchmarks.probe --growth --profile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,20 +24,20 @@ from benchmarks.kernels.specs import Spec
 
 def in_own_process(spec: Spec, contender: str, device: str) -> int:
     """Bytes, measured by a fresh interpreter with the same number of threads."""
-    request = {
-        "spec": dataclasses.asdict(spec),
-        "contender": contender,
-        "device": device,
-        "threads": torch.get_num_threads(),
-    }
+    request = {"spec": dataclasses.asdict(spec), "contender": contender, "device": device}
+    return bytes_from("benchmarks.kernels.memory", request, f"{contender} of {spec.label}")
+
+
+def bytes_from(module: str, request: dict[str, Any], subject: str) -> int:
+    """The number that ``python -m module`` prints last, given the request and this process's number of threads as JSON."""
     # Freed blocks go back to the system at once, so that the peak is of what is in use and not of what the allocator keeps.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
-    command = [sys.executable, "-m", "benchmarks.kernels.memory", json.dumps(request)]
+    command = [sys.executable, "-m", module, json.dumps(request | {"threads": torch.get_num_threads()})]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], env=environment
     )
     if done.returncode:
-        raise RuntimeError(f"{contender} of {spec.label} failed in a process of its own:\n{done.stderr}")
+        raise RuntimeError(f"{subject} failed in a process of its own:\n{done.stderr}")
     return int(done.stdout.split()[-1])
 
 
@@ -52,12 +54,12 @@ def _give_back_freed_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def peak_of_process(contender: Contender) -> int:
+def peak_of_process(call: Callable[[], object]) -> int:
     """Growth of the resident set at its peak. The results count: they are there when the peak is reached."""
     _give_back_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, Linux alone
     before = _status("VmRSS")
-    results = contender.run()
+    results = call()
     peak = _status("VmHWM")
     del results
     return max(0, peak - before)
@@ -89,7 +91,7 @@ def main(request: dict) -> int:
     contender = _pick(spec, name, device)
     if name in ("compiled", "cut-cross-entropy"):
         contender.run()
-    print(peak_of_cuda(contender) if device == "cuda" else peak_of_process(contender))
+    print(peak_of_cuda(contender) if device == "cuda" else peak_of_process(contender.run))
     return 0
 
 

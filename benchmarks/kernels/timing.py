@@ -7,7 +7,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -91,16 +91,21 @@ def interleaved(
     rounds: int,
     between: Callable[[], object] = lambda: None,
     warm_up: int = 2,
+    fewer: Mapping[str, int] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each action in each round: A B C, A B C, ..., after ``warm_up`` rounds that do not count.
 
+    Actions in ``fewer`` sit out all rounds but the first so many: they take too long to be in every one.
     ``between`` runs before each action, outside its time: something that leaves caches and threads in one state whatever ran
     before, or else an action would find the data of its predecessor.
     """
     clock = _cuda_seconds if device == "cuda" else _cpu_seconds
+    fewer = fewer or {}
     times: dict[str, list[float]] = {name: [] for name in actions}
     for number in range(warm_up + rounds):
         for name, action in actions.items():
+            if number >= warm_up + fewer.get(name, rounds):
+                continue
             between()
             seconds = clock(action)
             if number >= warm_up:

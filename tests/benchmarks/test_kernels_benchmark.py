@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from own_benchmarks import make_importable
 
 if TYPE_CHECKING:
     from benchmarks.kernels import specs
@@ -23,8 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # At the end: everything else still comes from where it is installed.
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
+    make_importable(monkeypatch)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -1,0 +1,1 @@
+"""What a probe costs, beside the training step it forecasts and beside other ways to the same numbers."""

@@ -1,0 +1,212 @@
+"""Memory, growth, stages and operations, each held against something that is known."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from own_benchmarks import make_importable
+from torch.utils.flop_counter import FlopCounterMode
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_importable(monkeypatch)
+
+
+def test_the_peak_of_known_allocations() -> None:
+    from benchmarks.kernels.memory import peak_of_process
+
+    def held(mib: int) -> torch.Tensor:
+        return torch.ones(mib * MIB // 4)
+
+    def one_after_the_other() -> None:
+        for _ in range(3):
+            held(96)
+
+    def together() -> None:
+        _first, _second = held(96), held(64)
+
+    def rise_and_fall() -> torch.Tensor:
+        together()
+        return held(32)
+
+    kept = held(128)  # there before, so not counted
+    for call, expected in ((one_after_the_other, 96), (together, 160), (rise_and_fall, 160), (lambda: None, 0)):
+        assert abs(peak_of_process(call) / MIB - expected) < 3
+    del kept
+    gc.collect()
+
+
+def test_memory_of_a_contender_is_that_of_its_logits() -> None:
+    from benchmarks.probe.memory import in_own_process
+    from benchmarks.probe.workloads import Workload
+
+    workload = Workload(
+        "logits",
+        16,
+        16,
+        vocabulary=2**16,
+        hidden=32,
+        intermediate=48,
+        layers=1,
+        heads=4,
+        rank=4,
+        prompts=4,
+        responses=4,
+    )
+    plain = in_own_process(workload, "plain_step", None) / MIB
+    frozen = in_own_process(workload, "frozen", None) / MIB
+    # 16 rows of 17 and of 32 positions, float32. Backward holds logits and their gradient; the frozen way log-probs too.
+    assert 2 * 68 < plain < 3 * 68
+    assert 3 * 128 < frozen < 5 * 128
+
+
+def test_exponents_of_known_powers() -> None:
+    from benchmarks.probe.growth import AXES, LENGTH, exponent, fitted, outcomes
+
+    sizes = (8, 16, 32, 48, 80)
+    assert exponent(sizes, [3 * s**1.3 for s in sizes]) == pytest.approx(1.3)
+    axis = next(a for a in AXES if a.field == LENGTH)
+    times = [0.5 + 0.01 * s + 2e-4 * s**2 for s in axis.sizes]
+    grown = fitted(axis, times)
+    longest = axis.sizes[-1]
+    assert grown.quadratic_share == pytest.approx(2e-4 * longest**2 / times[-1], rel=1e-6)
+    assert grown.exponent_of_the_rest == pytest.approx(exponent(axis.sizes, [0.5 + 0.01 * s for s in axis.sizes]))
+    assert grown.exponent == pytest.approx(exponent(axis.sizes, times)) and grown.exponent > grown.exponent_of_the_rest
+    # Without a quadratic part there is none to find, and no negative one either.
+    for linear in ([0.1 * s for s in axis.sizes], [s**0.8 for s in axis.sizes]):
+        assert fitted(axis, linear).quadratic_share == pytest.approx(0, abs=1e-9)
+    # Cubic growth is not attention's, and the target sees it.
+    (outcome,) = outcomes([fitted(axis, [1e-6 * s**3 for s in axis.sizes])])
+    assert outcome.verdict == "MISSED"
+
+
+def test_sizes_span_a_decade_and_change_one_field() -> None:
+    from benchmarks.probe.growth import AXES
+
+    for axis in AXES:
+        assert axis.sizes[-1] / axis.sizes[0] == 10 and list(axis.sizes) == sorted(axis.sizes)
+        assert getattr(axis.workload(axis.sizes[1]), axis.field) == axis.sizes[1]
+        assert not axis.base.ragged
+
+
+def busy(seconds: float) -> None:
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+
+def outer() -> None:
+    busy(0.02)
+    inner()
+    busy(0.02)
+    careful_check()
+
+
+def inner() -> None:
+    busy(0.06)
+
+
+def careful_check() -> None:
+    busy(0.01)
+    inner()
+
+
+def test_time_goes_to_the_stage_of_the_innermost_frame_that_a_rule_knows() -> None:
+    from benchmarks.probe.stages import CHECKS, REST, Rule, StageClock
+
+    here = r"test_probe_measurements"
+    rules = [
+        Rule(CHECKS, here, "^careful_check$"),
+        Rule("out", here, "^outer$"),
+        Rule("in", here, "^inner$", ("out", CHECKS)),
+    ]
+    clock = StageClock(rules)
+    total = clock.run(outer)
+    assert sum(clock.seconds.values()) == pytest.approx(total)
+    found = {stage: clock.seconds[stage] for stage in ("out", "in", CHECKS, REST)}
+    # Frames entered while another process has the core only get longer; the order of the three holds all the same.
+    assert found["out"] >= 0.04 and found["in"] >= 0.06 and found[CHECKS] >= 0.07
+    assert found[REST] < 0.02
+    assert sys.getprofile() is None
+    with pytest.raises(ZeroDivisionError):
+        StageClock(rules).run(lambda: 1 / 0)
+    assert sys.getprofile() is None
+
+
+def test_the_rules_know_the_engine() -> None:
+    from benchmarks.probe.contenders import one_pass_result
+    from benchmarks.probe.setting import build
+    from benchmarks.probe.stages import REST, STAGES, StageClock
+    from benchmarks.probe.workloads import QUICK
+
+    setting = build(QUICK[0])
+    one_pass_result(setting)
+    clock = StageClock()
+    total = clock.run(lambda: one_pass_result(setting))
+    assert all(clock.seconds[stage] > 0 for stage in STAGES), clock.seconds
+    assert clock.seconds[REST] < 0.4 * total
+
+
+def test_operations_are_those_that_torch_counts() -> None:
+    from benchmarks.probe.operations import necessary
+    from benchmarks.probe.setting import build
+    from benchmarks.probe.workloads import Workload
+
+    workload = Workload("count", 6, 5, 64, 32, 48, 2, 4, 2, rank=4, prompts=3, responses=2, ragged=False)
+    setting = build(workload)
+    found = necessary(setting)
+    tokens = 11
+    with FlopCounterMode(display=False) as counter:
+        setting.model(setting.update.input_ids[:1]).logits.sum().backward()
+    products = ("mm", "addmm", "bmm")
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op).split(".")[-1] in products)
+    N_p, N_r = 3 * 6, 3 * 2 * 5
+    per_token = found.forward / (N_p + N_r) + found.backward / (2 * N_p + N_r) + found.captured / 2 / (N_p + N_r)
+    assert counted == tokens * (per_token + found.output_layer / N_r)
+    # A prompt's 6 tokens look at 1 to 6; a response's 5 at 7 to 11. Scores and values forward, four products backward.
+    prompts, responses = 3 * 21, 6 * 45
+    assert found.attention == 2 * 32 * 2 * (2 * (prompts + responses) + 4 * (2 * prompts + responses))
+    assert found.kernel == 2 * 3 * 3 * sum(p.numel() for p in setting.trained.values())
+    assert found.total == pytest.approx(
+        found.forward + found.backward + found.attention + found.output_layer + found.captured + found.kernel
+    )
+
+
+def test_text_is_sampled_once_and_scored_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.probe import text_rollouts
+    from benchmarks.probe.padded import padded_of
+    from benchmarks.probe.workloads import SMOL
+    from entropy_fast import Rollouts
+
+    sampled = Rollouts(
+        input_ids=torch.tensor([[5, 6, 7, 8, 0], [5, 6, 9, 0, 0], [4, 3, 2, 1, 9], [4, 3, 2, 8, 0]]),
+        attention_mask=torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1] * 5, [1, 1, 1, 1, 0]]),
+        loss_mask=torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]),
+        group_ids=torch.tensor([0, 0, 1, 1]),
+        rewards=torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64),
+        max_lengths=4,
+        temperature=1.0,
+        top_p=1.0,
+    )
+    calls = []
+    monkeypatch.setattr(text_rollouts, "load_tokenizer", lambda source: None)
+    monkeypatch.setattr(text_rollouts, "sample_rollouts", lambda *a, **k: calls.append(a) or sampled)
+    file = tmp_path / "new" / "rollouts.jsonl"
+    first, again = (text_rollouts.text_rollouts(torch.nn.Identity(), SMOL, file) for _ in range(2))
+    assert len(calls) == 1 and torch.equal(first.advantages, again.advantages)
+    assert bool((first.advantages.abs() > 0).all())  # also of the group whose rewards are all alike
+    padded = padded_of(first)
+    assert padded.ids.tolist() == [
+        [[0, 5, 6, 7, 8], [0, 5, 6, 9, 0]],
+        [[4, 3, 2, 1, 9], [4, 3, 2, 8, 0]],
+    ]
+    assert padded.scored.tolist() == [[[1, 1], [1, 0]], [[1, 1], [1, 0]]]
+    assert padded.positions[0, 0].tolist() == [0, 0, 1, 2, 3] and padded.budgets.tolist() == [4, 4]
