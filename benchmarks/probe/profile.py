@@ -22,7 +22,7 @@ class Profile:
     Attributes:
         workload: what was profiled.
         seconds: median wall time of a call without the clock.
-        profiled_seconds: wall time of the call under the clock, which slows Python down.
+        profiled_seconds: wall time of the fastest call under the clock, which slows Python down.
         stages: seconds by stage, of that call.
         operations: on paper.
         gemm_rate: float32 operations per second of a large product of square matrices, best of before and after.
@@ -47,7 +47,8 @@ def measure_profile(workload: Workload, repeat: int, gemm_size: int = 2048) -> P
     call = functools.partial(one_pass_result, setting)
     before = matrix_product_rate(gemm_size)
     times = interleaved({"one_pass": call}, "cpu", repeat, between=gc.collect, warm_up=1)["one_pass"]
-    clock = StageClock()
-    profiled = clock.run(call)
+    clocks = [StageClock() for _ in range(repeat)]
+    # The fastest: one call alone may have met something else that ran on the machine.
+    profiled, clock = min(((clock.run(call), clock) for clock in clocks), key=lambda found: found[0])
     rate = max(before, matrix_product_rate(gemm_size))
     return Profile(workload, statistics.median(times), profiled, clock.seconds, necessary(setting), rate)

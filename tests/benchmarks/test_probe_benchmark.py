@@ -225,7 +225,18 @@ def test_a_wrong_engine_ends_the_command_with_1(
 
 
 def test_the_whole_command(tmp_path: Path) -> None:
-    options = ["--quick", "--repeat", "1", "--no-memory", "--growth", "--profile", "--out", str(tmp_path)]
+    options = [
+        "--quick",
+        "--threads",
+        "1",
+        "--repeat",
+        "1",
+        "--no-memory",
+        "--growth",
+        "--profile",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.probe", *options], capture_output=True, text=True, check=False, cwd=ROOT
     )
@@ -278,7 +289,18 @@ def test_the_page_is_filled(tmp_path: Path) -> None:
     from benchmarks.probe import document
     from benchmarks.probe.__main__ import main
 
-    arguments = ["--quick", "--repeat", "1", "--no-memory", "--workloads", "short", "--out", str(tmp_path)]
+    arguments = [
+        "--quick",
+        "--threads",
+        "1",
+        "--repeat",
+        "1",
+        "--no-memory",
+        "--workloads",
+        "short",
+        "--out",
+        str(tmp_path),
+    ]
     assert main([*arguments, "--contenders", "one_pass,plain_step"]) == 0
     content = json.loads((tmp_path / "probe_cpu.json").read_text())
     page = (ROOT / "docs" / "performance.md").read_text()
