@@ -124,7 +124,7 @@ def sweep(
                 waiting[0:1] = [numbers[:half], numbers[half:]]
             elif not cutter.halve(parts):
                 raise ProbeMemoryError(
-                    f"memory ran out with a single prompt of {cutter.size(prompts)} tokens in a forward: {message}",
+                    f"memory ran out with a single prompt of {cutter.size(part)} tokens in a forward: {message}",
                     fix="switch on gradient checkpointing, probe shorter responses or fewer per prompt; or lower memory_budget "
                     "if every unit's gradients are kept.",
                 )
@@ -190,8 +190,8 @@ class _Cutter:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    # On the CPU torch raises a plain RuntimeError, whose words depend on the platform but for the allocator's name.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _release() -> None:
