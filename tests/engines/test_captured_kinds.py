@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -14,17 +15,22 @@ import peft
 import pytest
 import torch
 from engine_sums import Observed, assert_same_estimate, assert_same_sums, observe, relative
-from exactness import CHECKPOINTING, batch_of, checkpointed
+from exactness import BATCHES, BUDGET, CHECKPOINTING, checkpointed
 from probe_models.adapters import gpt_oss_with_lora, ia3_over, lora_over, with_adapter
 from probe_models.architectures import build_model, quantize_nf4, stepped_adamw
+from probe_models.batches import pack
 from probe_models.own_dtype import computing_in_own_dtype
 from torch import Tensor, nn
 
+from entropy_fast import OfflineEntropyProbe, Rollouts
 from entropy_fast.engines import capture_pass
 from entropy_fast.engines.capture import CapturedModules
 from entropy_fast.engines.capture.dora import dora_maker
+from entropy_fast.engines.capture.lora import lora_parts
+from entropy_fast.engines.packed import PackedPass
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.geometry import AdamState
+from entropy_fast.teacher_forcing import find_output_head
 
 ATTENTION_AND_MLP = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "opt": ["q_proj", "fc1"]}
 ON_EMBEDDINGS = ["embed_tokens", "q_proj"]
@@ -57,6 +63,13 @@ def no_slower_path() -> Iterator[None]:
         yield
 
 
+def with_padding_tokens(seed: int = 5) -> Rollouts:
+    """Four prompts; some responses hold the token that several families keep out of the gradient of their embeddings."""
+    samples = BATCHES["uneven groups"](seed)
+    mixed = [dataclasses.replace(s, response=(0, *s.response[1:])) if i % 3 else s for i, s in enumerate(samples)]
+    return pack(mixed, max_lengths=BUDGET)
+
+
 def way_of(observed: Observed) -> str:
     plan = observed.result.diagnostics.plan
     assert plan is not None
@@ -67,7 +80,7 @@ def way_of(observed: Observed) -> str:
 def test_exact_on_every_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = KINDS[kind]()
     optimizer = stepped_adamw(model)
-    rollouts = batch_of("uneven groups")
+    rollouts = with_padding_tokens()
     with computing_in_own_dtype(model):
         expected = observe("two_pass", model, optimizer, rollouts)
         for refused, way in (("", "packed"), ("same_packed", ""), ("same_with_shared_prefix", "whole sequences")):
@@ -86,7 +99,7 @@ def test_exact_with_checkpointing(kind: str, how: str) -> None:
     """Forwards run a second time within the backward."""
     model = KINDS[kind]()
     optimizer = stepped_adamw(model)
-    rollouts = batch_of("left-padded")
+    rollouts = with_padding_tokens()
     with computing_in_own_dtype(model), checkpointed(model, how):
         with no_slower_path():
             found = observe("one_pass", model, optimizer, rollouts)
@@ -106,7 +119,7 @@ SLOWER: dict[str, Callable[[], nn.Module]] = {
 def test_exact_on_the_slower_path(kind: str) -> None:
     model = SLOWER[kind]()
     optimizer = stepped_adamw(model)
-    rollouts = batch_of("uneven groups")
+    rollouts = with_padding_tokens()
     with computing_in_own_dtype(model):
         with pytest.warns(EntropyFastWarning, match="does not know"):
             found = observe("one_pass", model, optimizer, rollouts)
@@ -116,10 +129,45 @@ def test_exact_on_the_slower_path(kind: str) -> None:
 
 
 class _Sum:
-    """Adds a vector's signals up over rows and positions."""
+    """Adds signals up over rows and positions."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
 
     def per_position(self, name: str, values: Tensor) -> None:
-        self.found = {name: values.flatten(0, -2).sum(0)}
+        self.found[name] = values.flatten(0, -2).sum(0)
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        self.found[name] = left.flatten(0, -2).t() @ right.flatten(0, -2)
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["with its base", "added to its base"])
+def test_wide_adapters_compute_in_their_own_dtype(hooked: bool) -> None:
+    """A base in bf16 rounds what it gives, not what its adapters in fp32 learn from."""
+    model = wide_adapters_over_bf16(0)
+    layer = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear))
+    if hooked:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+    factors = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+    parts = lora_parts(layer, {id(p): name for name, p in factors.items()}, set(factors))
+    assert parts is not None
+    recorder = _Sum()
+    x = torch.randn(2, 9, layer.in_features).bfloat16().requires_grad_()
+    above = torch.randn(2, 9, layer.out_features).bfloat16()
+    outputs, of_input = [], []
+    for forward in (layer.forward, parts[1](layer.forward, recorder)):
+        outputs.append(forward(x))
+        assert outputs[-1].dtype == torch.bfloat16
+        found = torch.autograd.grad(outputs[-1], [x, *factors.values()], above, allow_unused=True)
+        of_input.append(found[0])
+        if forward == layer.forward:
+            expected = dict(zip(factors, found[1:], strict=True))
+        else:
+            assert found[1:] == (None, None)
+    assert relative(outputs[1], outputs[0]) < 2**-8
+    assert relative(of_input[1], of_input[0]) < 2**-8
+    for name, gradient in expected.items():
+        assert relative(recorder.found[name], gradient) < 1e-6, name
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -163,7 +211,7 @@ class _OwnPositions(nn.Module):
 def test_positions_broadcast_over_the_batch_are_refused() -> None:
     model = _OwnPositions(build_model("gpt2", dtype=torch.float64))
     optimizer = stepped_adamw(model)
-    rollouts = batch_of("uneven groups")
+    rollouts = with_padding_tokens()
     with pytest.warns(EntropyFastWarning, match=r"1 of .* trainable parameters .*'base\.transformer\.wpe\.weight'"):
         found = observe("one_pass", model, optimizer, rollouts)
     assert_same_sums(found, observe("two_pass", model, optimizer, rollouts), 1e-10)
@@ -172,7 +220,7 @@ def test_positions_broadcast_over_the_batch_are_refused() -> None:
 def test_sinks_are_not_packed() -> None:
     model = gpt_oss_with_lora()
     optimizer = stepped_adamw(model)
-    rollouts = batch_of("uneven groups")
+    rollouts = with_padding_tokens()
     with no_slower_path():
         found = observe("one_pass", model, optimizer, rollouts)
     expected = observe("two_pass", model, optimizer, rollouts)
@@ -180,6 +228,11 @@ def test_sinks_are_not_packed() -> None:
     # Norms compute in fp32 whatever the model's dtype is.
     assert_same_sums(found, expected, 2e-6)
     assert_same_estimate(found, expected, 2e-6)
+    head = find_output_head(model)
+    assert head is not None
+    packed = PackedPass(OfflineEntropyProbe(model, optimizer).components, head, share=True)
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        packed.logprobs(rollouts, torch.tensor([0, 1]))
 
 
 def wide_adapters_over_bf16(seed: int) -> nn.Module:
@@ -198,7 +251,7 @@ def test_wide_adapters_over_a_narrow_base_round_no_more_than_the_reference() -> 
         model = wide_adapters_over_bf16(seed)
         state = AdamState.from_optimizer(stepped_adamw(model), model)
         wide = copy.deepcopy(model).double()
-        rollouts = batch_of("uneven groups", seed)
+        rollouts = with_padding_tokens(seed)
         with computing_in_own_dtype(wide):
             truth = observe("two_pass", wide, state, rollouts)
         for engine, found in errors.items():
@@ -215,7 +268,7 @@ def test_over_a_four_bit_base(options: dict[str, bool]) -> None:
     config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", target_modules=["q_proj", "fc1"], **options)
     model = with_adapter(quantize_nf4(build_model("opt")), config)
     optimizer = stepped_adamw(model)
-    rollouts = batch_of("uneven groups")
+    rollouts = with_padding_tokens()
     with no_slower_path():
         one, two = (observe(engine, model, optimizer, rollouts) for engine in ("one_pass", "two_pass"))
     assert_same_sums(one, two, 1e-4)
