@@ -108,6 +108,25 @@ def test_exact_with_checkpointing(kind: str, how: str) -> None:
     assert_same_estimate(found, expected, 1e-10)
 
 
+def test_under_autocast_rounds_no_more_than_the_reference() -> None:
+    """Against fp64 of the same weights, pooled over the kinds."""
+    errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
+    for build in KINDS.values():
+        model = build().float()
+        state = AdamState.from_optimizer(stepped_adamw(model), model)
+        wide = copy.deepcopy(model).double()
+        rollouts = with_padding_tokens()
+        with computing_in_own_dtype(wide):
+            truth = observe("two_pass", wide, state, rollouts)
+        for engine, found in errors.items():
+            with no_slower_path():
+                result = observe(engine, model, state, rollouts, autocast_dtype=torch.bfloat16)
+            found.append(relative(result.kernel, truth.kernel))
+    one, two = (torch.tensor(values).square().mean().sqrt() for values in errors.values())
+    assert two > 1e-3  # it really computes in bf16
+    assert one <= 1.5 * two, errors
+
+
 SLOWER: dict[str, Callable[[], nn.Module]] = {
     # The layer takes the bias off again outside of the map that adds it.
     "dora, trained biases": lambda: lora_over("opt", use_dora=True, bias="lora_only", target_modules=["q_proj"]),

@@ -38,7 +38,7 @@ class CapturedModules:
         for path, submodule in module.named_modules():
             layer = lora_embedding(submodule, names) or ia3_linear(submodule, names)
             if layer is not None:
-                # Its parameters lie in containers that have no forward.
+                # Its parameters lie in modules whose own forwards do not run then.
                 containers, layer_maker, used = layer
                 contained |= containers
                 holders.append((submodule, layer_maker, used))
