@@ -31,7 +31,7 @@ from entropy_fast.engines.coefficients import (
     sequence_coefficients,
 )
 from entropy_fast.engines.packed import PackedPass
-from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, trial_rows
+from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, sees_a_window, trial_rows
 from entropy_fast.guards.grad_context import assert_attached
 from entropy_fast.guards.model_state import checkpointed_modules, reentrant_checkpointing
 from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
@@ -134,17 +134,19 @@ class CapturePass:
         components = self._components
         components.registry.check("CapturePass")
         head = find_output_head(components.registry.module)
-        rows = trial_rows(rollouts)
+        config = None if head is None else getattr(head.decoder, "config", None)
+        share = reentrant_checkpointing(components.model) is None
+        rows = trial_rows(rollouts, two=not share or sees_a_window(config))
         expected = plain_logprobs(components, rollouts, rows)
+        self._trial = (int(rows[0]), float(expected.sequences[0]))
         # From another random state, so that randomness nobody switched off shows as a difference.
         torch.rand(1, device=components.device)
-        if head is not None and not frequencies_depend_on_length(getattr(head.decoder, "config", None)):
-            packed = PackedPass(components, head, share=reentrant_checkpointing(components.model) is None)
+        if head is not None and not frequencies_depend_on_length(config):
+            packed = PackedPass(components, head, share=share)
             if same_packed(packed, rollouts, rows, expected):
                 self._packed = packed
-                self._trial = (int(rows[0]), float(expected.sequences[0]))
                 return
-        refuse_interaction(components, rollouts, rows, expected)
+        refuse_interaction(components, rollouts)
         if head is not None and head.frozen is not None:
             with components.autocast():
                 first = pack_rows(rollouts, rows[:1], components.device)

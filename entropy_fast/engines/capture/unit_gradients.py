@@ -12,6 +12,9 @@ from torch import Tensor
 
 __all__ = ["UnitGradients"]
 
+# Elements of a parameter from which on products are added to its sums one by one: another pass over them would be felt.
+_LARGE = 2**16
+
 
 class UnitGradients:
     """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
@@ -108,8 +111,16 @@ class UnitGradients:
         rounded = scaled.to(flat.dtype)
         if flat.dtype == torch.bfloat16:
             rounded = torch.cat([rounded, (scaled - rounded).to(flat.dtype)], 1)
-        rounded = rounded.t()
         runs = self._batch.runs
+        if flat.dtype == into[0].dtype and into[0][0].numel() >= _LARGE:
+            for unit, begin, end in runs:
+                span = slice(begin * inner, end * inner)
+                for place, total in enumerate(into):
+                    own = rounded[span, place * columns : (place + 1) * columns]
+                    left, right = (flat[span], own) if turned else (own, flat[span])
+                    total[unit].addmm_(left.t(), right)
+            return
+        rounded = rounded.t()
         products = flat.new_empty(len(runs), rounded.shape[0], flat.shape[1])
         for place, (_, begin, end) in enumerate(runs):
             span = slice(begin * inner, end * inner)
