@@ -137,7 +137,7 @@ class UnitGradients:
                 for (unit, _, _), one in zip(runs, found, strict=True):
                     total[unit].add_(one)
 
-    def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
+    def scatter(self, name: str, index: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
         """See `Recorder.scatter`."""
         found = self._by_rows(name, index.unsqueeze(-1), rows)
         if found is None or self._batch is None:
@@ -147,11 +147,12 @@ class UnitGradients:
             for unit, begin, end in self._batch.runs:
                 scaled = (values[begin:end].to(total.dtype) * scale[begin:end, None, None]).flatten(0, 1)
                 chosen = places[begin:end].flatten()
+                into = total[unit].t() if transposed else total[unit]
                 if total.is_cuda:
                     # index_add is not deterministic there.
-                    total[unit] += torch.ops.aten.embedding_dense_backward(scaled, chosen, total.shape[1], -1, False)
+                    into += torch.ops.aten.embedding_dense_backward(scaled, chosen, into.shape[0], -1, False)
                 else:
-                    total[unit].index_add_(0, chosen, scaled)
+                    into.index_add_(0, chosen, scaled)
 
     def per_position(self, name: str, values: Tensor) -> None:
         """See `Recorder.per_position`."""
