@@ -39,7 +39,7 @@ class OfflineEntropyProbe:
             estimate alone, the entropy batch by forwards without a backward.
 
     Raises:
-        ConfigError: there is no such engine.
+        ConfigError: there is no such engine, or it cannot do what ``config`` asks for.
         OptimizerStateError, LearningRateError, ModelStateError: the three do not fit together.
     """
 
@@ -56,6 +56,11 @@ class OfflineEntropyProbe:
         if engine not in ENGINES:
             raise ConfigError(
                 f"OfflineEntropyProbe: engine is {engine!r}.", fix=f"use one of {', '.join(map(repr, ENGINES))}."
+            )
+        if config is not None and config.by_sequence and engine != OnePassEngine.name:
+            raise ConfigError(
+                f"OfflineEntropyProbe: by_sequence with engine {engine!r}, which does not take its sums apart by sequence.",
+                fix="pass engine='one_pass'.",
             )
         self.engine = engine
         state = _adam_state(optimizer, model)
