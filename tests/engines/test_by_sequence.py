@@ -45,7 +45,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 def assert_parameters(result: DeltaH1Result, expected: Shares) -> None:
     assert result.by_parameter is not None
     assert list(result.by_parameter) == expected.names
-    assert_close(torch.tensor(list(result.by_parameter.values())).double(), expected.terms.sum((1, 2)))
+    assert_close(torch.tensor(list(result.by_parameter.values()), dtype=torch.float64), expected.terms.sum((1, 2)))
     assert sum(result.by_parameter.values()) == pytest.approx(result.delta_h1, rel=1e-9)
     assert sum(result.by_layer.values()) == pytest.approx(result.delta_h1, rel=1e-9)
 

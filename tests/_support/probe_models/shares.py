@@ -85,7 +85,7 @@ def _sequences(
             [torch.zeros_like(p) if g is None else g.double() for g, p in zip(taken, parameters, strict=True)]
         )
         weights.append({"dr_grpo": 1 / BUDGET, "per_token": 1 / len(sample.response), "sequence": 1.0}[weighting])
-        weighted.append(weights[-1] * float(value))
+        weighted.append(weights[-1] * float(value.detach()))
     c, a = [], []
     for i, sample in enumerate(samples):
         others = [weighted[j] for j, other in enumerate(samples) if other.group == sample.group and j != i]
