@@ -40,7 +40,7 @@ class OfflineEntropyProbe:
             ask for what it alone has (``conditional_variance="alpha"``, ``y_pass="autograd_grad"``).
 
     Raises:
-        ConfigError: there is no such engine.
+        ConfigError: there is no such engine, or it cannot do what ``config`` asks for.
         OptimizerStateError, LearningRateError, ModelStateError: the three do not fit together.
     """
 
@@ -59,6 +59,11 @@ class OfflineEntropyProbe:
                 f"OfflineEntropyProbe: engine is {engine!r}.", fix=f"use one of {', '.join(map(repr, ENGINES))}."
             )
         self.engine = _chosen(config or ProbeConfig()) if engine == "auto" else engine
+        if config is not None and config.by_sequence and self.engine != OnePassEngine.name:
+            raise ConfigError(
+                f"OfflineEntropyProbe: by_sequence with engine {self.engine!r}, which does not take its sums apart by sequence.",
+                fix="pass engine='one_pass'.",
+            )
         state = _adam_state(optimizer, model)
         self.components = ProbeComponents(model, state, config, learning_rate, on_progress)
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.capture import CapturedModules, UnitGradients
+from entropy_fast.engines.capture import CapturedModules, SignalRows
 from entropy_fast.engines.capture.modules import uncaptured_uses
 from entropy_fast.engines.capture.shared_prefix import (
     backward_through_prefix,
@@ -158,7 +158,7 @@ class CapturePass:
         rollouts: Rollouts,
         rows: Tensor,
         unit: list[int],
-        gradients: UnitGradients,
+        gradients: SignalRows,
         tables: dict[str, SequenceTable],
         labels: str = "XY",
     ) -> set[str]:
@@ -178,16 +178,18 @@ class CapturePass:
         components = self._components
         components.registry.check("CapturePass")
         with self._modules.recording(gradients):
-            gradients.pause()
+            gradients.start(rows)
             if self._packed is not None and self.packs:
-                signals = self._packed.run(rollouts, rows, unit, gradients, labels)
+                packed = self._packed.of_whole_sequences() if gradients.whole_sequences else self._packed
+                signals = packed.run(rollouts, rows, unit, gradients, labels)
                 self._put(tables, rows, signals.sequence_logprobs, signals.coefficients)
                 return self._refused(gradients)
-            shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
-            self._n_shared += shared
-            self._n_whole += not shared
-            if shared:
-                return self._refused(gradients)
+            if not gradients.whole_sequences:
+                shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
+                self._n_shared += shared
+                self._n_whole += not shared
+                if shared:
+                    return self._refused(gradients)
             forward = self.forward(rollouts, rows)
             coefficients = components._coefficients(forward, rollouts, rows)
             self._put(tables, rows, forward.sequence_logprobs, coefficients)
@@ -208,7 +210,7 @@ class CapturePass:
             self._trial = None
             self._components.check_repeatable(torch.tensor([expected]).double(), found, torch.tensor([row]))
 
-    def _refused(self, gradients: UnitGradients) -> set[str]:
+    def _refused(self, gradients: SignalRows) -> set[str]:
         """Parameters that turned out not to be capturable; ordinary gradients are removed."""
         registry = self._components.registry
         refused = gradients.refused | uncaptured_uses(registry.tensors, registry.names, self._modules.captured)
@@ -221,7 +223,7 @@ class CapturePass:
         rollouts: Rollouts,
         rows: Tensor,
         unit: list[int],
-        gradients: UnitGradients,
+        gradients: SignalRows,
         tables: dict[str, SequenceTable],
     ) -> bool:
         """The microbatch with every prompt's tokens run once; False when that cannot be done, and then nothing has been."""
@@ -275,25 +277,22 @@ class CapturePass:
         return forward
 
     def _slower_path(
-        self, forward: ForwardResult, coefficients: Coefficients, unit: Sequence[int], gradients: UnitGradients
+        self, forward: ForwardResult, coefficients: Coefficients, unit: Sequence[int], gradients: SignalRows
     ) -> None:
-        """Gradients of the parameters that are not captured: two backwards a unit, over the same graph."""
+        """Gradients of the parameters that are not captured: one backward for each that is wanted, over the same graph."""
         left = [
             (p.name, p.tensor) for p in self._components.registry.parameters if p.name not in self._modules.captured
         ]
         if not left:
             return
         S = forward.sequence_logprobs
-        member = torch.tensor(unit, device=S.device)
-        for number in sorted(set(unit)):
-            for which, values in (("X", coefficients.entropy), ("Y", coefficients.update)):
-                own = torch.where(member == number, values, 0.0)
-                scale = power_of_two_scale(own)
-                torch.autograd.backward(((scale * own).to(S.dtype) * S).sum(), retain_graph=True)
-                for name, parameter in left:
-                    if parameter.grad is not None:
-                        gradients.put(name, number, which, parameter.grad / scale)
-                        parameter.grad = None
+        for term in gradients.terms(unit, coefficients):
+            scale = power_of_two_scale(term.weights)
+            torch.autograd.backward(((scale * term.weights).to(S.dtype) * S).sum(), retain_graph=True)
+            for name, parameter in left:
+                if parameter.grad is not None:
+                    gradients.put(name, term, parameter.grad / scale)
+                    parameter.grad = None
 
     def _capture(self) -> CapturedModules:
         registry = self._components.registry
