@@ -61,7 +61,7 @@ class OfflineEntropyProbe:
         self.engine = _chosen(config or ProbeConfig()) if engine == "auto" else engine
         if config is not None and config.by_sequence and self.engine != OnePassEngine.name:
             raise ConfigError(
-                f"OfflineEntropyProbe: by_sequence with engine {self.engine!r}, which does not take its sums apart by sequence.",
+                f"OfflineEntropyProbe: by_sequence with engine {self.engine!r}, which does not take sums apart by sequence.",
                 fix="pass engine='one_pass'.",
             )
         state = _adam_state(optimizer, model)
