@@ -46,7 +46,7 @@ def lora_parts(
     for name in active:
         a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
         # Dropout is off while a probe runs; anything else in its place is not known here.
-        if not (_plain(a) and _plain(b)) or type(dropout) not in (nn.Identity, nn.Dropout):
+        if not (_plain(a) and _plain(b)) or type(dropout) not in (nn.Identity, nn.Dropout) or _changed(dropout):
             return None
         if a.bias is not None or b.bias is not None or a.weight.dtype != b.weight.dtype:
             return None
@@ -77,6 +77,9 @@ def _is_lora(module: Any) -> bool:
 
 
 def _plain(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Linear and "forward" not in module.__dict__ and not any(getattr(module, h) for h in _HOOKS)
-    )
+    return type(module) is nn.Linear and not _changed(module)
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether this instance does more than its class."""
+    return "forward" in module.__dict__ or any(getattr(module, h) for h in _HOOKS)
