@@ -20,7 +20,7 @@ from probe_models.architectures import (
     enable_checkpointing,
     quantize_nf4,
 )
-from probe_models.batches import Sample, make_samples, pack
+from probe_models.batches import PAD, Sample, make_samples, pack
 from torch import nn
 
 from entropy_fast import Rollouts
@@ -85,7 +85,7 @@ def _same_prompt_twice(seed: int) -> list[Sample]:
 
 
 def _uneven_lengths(seed: int) -> list[Sample]:
-    """Prompts of 1 to 19 tokens; beside responses of one token such as fill the budget."""
+    """Prompts of 1 to 19 tokens; beside responses of one token such as fill the budget, one with the padding token inside."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(n: int) -> tuple[int, ...]:
@@ -97,6 +97,8 @@ def _uneven_lengths(seed: int) -> list[Sample]:
         samples += [
             Sample(group, prompt, draw(length), float(torch.randn((), generator=generator))) for length in lengths
         ]
+    longest = samples[1].response
+    samples[1] = dataclasses.replace(samples[1], response=(*longest[:3], PAD, *longest[4:]))
     return samples
 
 
