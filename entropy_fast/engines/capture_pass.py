@@ -136,7 +136,7 @@ class CapturePass:
         head = find_output_head(components.registry.module)
         config = None if head is None else getattr(head.decoder, "config", None)
         share = reentrant_checkpointing(components.model) is None
-        rows = trial_rows(rollouts, two=not share or sees_a_window(config))
+        rows = trial_rows(rollouts, longest=not share or sees_a_window(config))
         expected = plain_logprobs(components, rollouts, rows)
         self._trial = (int(rows[0]), float(expected.sequences[0]))
         # From another random state, so that randomness nobody switched off shows as a difference.

@@ -73,7 +73,8 @@ def sweep(
     """
     written = {label: components.new_table(label, rollouts) for label in tables}
     report = SweepReport()
-    with components.probe_state():
+    # Compiled modules run as they were written: what is exchanged in them is not what was compiled.
+    with components.probe_state(), torch.compiler.set_stance("force_eager"):
         capture.choose(rollouts)
         cutter = _Cutter(components, capture, costs, prompt_tokens(rollouts, shared=shared and capture.shares))
         waiting = cutter.groups(units)

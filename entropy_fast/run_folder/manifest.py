@@ -25,7 +25,7 @@ class ProbeSettings:
     weighting: str = "dr_grpo"
     mode: str = "exact"
     blocks: int | None = None
-    prompts_per_microbatch: int = 1
+    prompts_per_microbatch: int | None = None
     full_kernel: bool = False
     by_sequence: bool = False
     autocast_bfloat16: bool = False

@@ -49,7 +49,7 @@ def main(rank: int, world: int, rendezvous: str, result: str) -> None:
         if stage in ("X", "Y", "XY"):  # reported from inside the pass
             during.add(wrapped.require_backward_grad_sync)
 
-    probe = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look)
+    probe = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look, engine="two_pass")
     found["wrapped"] = numbers(probe, rank)
     alpha = OfflineEntropyProbe(wrapped, case.optimizer, config=ProbeConfig(conditional_variance="alpha"))
     found["alpha"] = numbers(alpha, rank)

@@ -89,7 +89,7 @@ def test_shares_of_sequences(folder, capsys):
     # The next result has none, and must not stand beside those of this one.
     assert run(command) == 0
     assert not (out / "per_sequence.parquet").exists()
-    assert run(["probe", str(folder), "--by-sequence", "--out", str(out)]) == 2  # the default engine
+    assert run(["probe", str(folder), "--by-sequence", "--engine", "two_pass", "--out", str(out)]) == 2
     assert "engine='one_pass'" in " ".join(capsys.readouterr().err.split())
 
 
@@ -275,9 +275,10 @@ def test_a_run_folders_switch_can_be_switched_off(folder):
     document = json.loads((folder / "run.json").read_text())
     document["probe"]["full_kernel"] = True
     (folder / "run.json").write_text(json.dumps(document))
-    assert run(["probe", str(folder), "--no-picture"]) == 0
+    command = ["probe", str(folder), "--no-picture", "--engine", "two_pass"]
+    assert run(command) == 0
     assert json.loads((folder / "result.json").read_text())["kernel"] is not None
-    assert run(["probe", str(folder), "--no-picture", "--no-full-kernel"]) == 0
+    assert run([*command, "--no-full-kernel"]) == 0
     assert json.loads((folder / "result.json").read_text())["kernel"] is None
 
 

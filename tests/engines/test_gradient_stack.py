@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.engines.capture import UnitGradients
+from entropy_fast.engines.capture.signal_rows import Term
 from entropy_fast.engines.gradient_stack import GradientStack, kernel_of
 
 # Below, at and above the number of elements that are added up in the accumulator's dtype, and several times it.
@@ -55,8 +56,10 @@ def visit(stack: GradientStack, numbers: list[int], value: float, name: str = "a
     gradients = UnitGradients(dict(zip(NAMES, parameters(), strict=True)), len(numbers), stack.storage(numbers))
     for place, number in enumerate(numbers):
         shape = (2, 3) if name == "a" else (4,)
-        gradients.put(name, place, "X", torch.full(shape, value + number, dtype=torch.float64))
-        gradients.put(name, place, "Y", torch.full(shape, 10 * (value + number), dtype=torch.float64))
+        gradients.put(name, Term(place, 0, torch.ones(1)), torch.full(shape, value + number, dtype=torch.float64))
+        gradients.put(
+            name, Term(place, 1, torch.ones(1)), torch.full(shape, 10 * (value + number), dtype=torch.float64)
+        )
     if complete:
         stack.collect(numbers, gradients)
 

@@ -22,7 +22,7 @@ _DOES_NOT_FIT = (AttributeError, TypeError, ValueError, IndexError, RuntimeError
 
 @dataclasses.dataclass(frozen=True)
 class PlainLogprobs:
-    """Log-probs of a few rows, each in a forward of its own.
+    """Log-probs of a few rows.
 
     Attributes:
         values: of the scored tokens, row by row, nats.
@@ -41,15 +41,15 @@ class PlainLogprobs:
         return bool(((found - self.values).abs() <= allowed_difference(self.dtype)).all())
 
 
-def trial_rows(rollouts: Rollouts, *, two: bool) -> Tensor:
-    """[1 or 2] sequences to try with: the shortest answer to the longest prompt, which costs little, and the longest of all."""
+def trial_rows(rollouts: Rollouts, *, longest: bool) -> Tensor:
+    """[2 or 3] sequences to try with: the two shortest answers to the longest prompt, which cost little, and the longest."""
     attended, answered = rollouts.attention_mask.sum(-1).cpu(), rollouts.response_lengths.cpu()
     own = rollouts.rows_of_prompt(int(rollouts.prompt_index[int((attended - answered).argmax())]))
-    first = int(own[answered[own].argmin()])
-    if not two:
-        return torch.tensor([first])
-    attended[first] = 0
-    return torch.tensor([first, int(attended.argmax())])
+    chosen = own[answered[own].argsort(stable=True)[:2]].tolist()
+    if longest:
+        attended[chosen] = 0
+        chosen.append(int(attended.argmax()))
+    return torch.tensor(chosen)
 
 
 def sees_a_window(config: object) -> bool:
@@ -58,14 +58,17 @@ def sees_a_window(config: object) -> bool:
     return getattr(config, "sliding_window", None) is not None or any(kind != "full_attention" for kind in kinds)
 
 
-def plain_logprobs(components: ProbeComponents, rollouts: Rollouts, rows: Tensor) -> PlainLogprobs:
-    """Log-probs of the given rows by the model's own logits."""
-    found = []
+def plain_logprobs(
+    components: ProbeComponents, rollouts: Rollouts, rows: Tensor, *, together: bool = True
+) -> PlainLogprobs:
+    """Log-probs of the given rows by the model's own logits, in one forward or each in its own."""
+    found: list[Tensor] = []
     with torch.no_grad(), components.autocast():
-        for row in rows:
-            batch = pack_rows(rollouts, row[None], components.device)
+        for part in [rows] if together else [row[None] for row in rows]:
+            batch = pack_rows(rollouts, part, components.device)
             logits = model_logits(components.registry.module, batch)
-            found.append(align_logprobs(logits, batch).token_logprobs[batch.loss_mask[:, 1:] == 1])
+            tokens = align_logprobs(logits, batch).token_logprobs
+            found.extend(row[keep == 1] for row, keep in zip(tokens, batch.loss_mask[:, 1:], strict=True))
     return PlainLogprobs(torch.cat(found), torch.stack([values.sum() for values in found]), logits.dtype)
 
 
@@ -90,16 +93,13 @@ def refuse_interaction(components: ProbeComponents, rollouts: Rollouts) -> None:
     Raises:
         ModelStateError: they do; then a sequence has no gradient of its own.
     """
-    rows = trial_rows(rollouts, two=True)
-    expected = plain_logprobs(components, rollouts, rows)
+    rows = trial_rows(rollouts, longest=True)
+    expected = plain_logprobs(components, rollouts, rows, together=False)
     # From another random state, so that randomness nobody switched off shows as a difference.
     torch.rand(1, device=components.device)
-    again = plain_logprobs(components, rollouts, rows)
+    again = plain_logprobs(components, rollouts, rows, together=False)
     components.check_repeatable(expected.sequences.double().cpu(), again.sequences.double().cpu(), rows)
-    with torch.no_grad(), components.autocast():
-        batch = pack_rows(rollouts, rows, components.device)
-        together = align_logprobs(model_logits(components.registry.module, batch), batch).token_logprobs
-    found = together[batch.loss_mask[:, 1:] == 1]
+    found = plain_logprobs(components, rollouts, rows).values
     if not expected.agrees_with(found):
         worst = float((found - expected.values).abs().max())
         raise ModelStateError(
