@@ -43,6 +43,8 @@ class ProbeConfig:
         memory_budget: bytes, as a number or like "8GiB", that the one-pass engine may spend on keeping every unit's gradients,
             which gives the whole influence kernel; above it the kernel's diagonal, row and column sums come from a second
             sweep over the batch. A microbatch's activations are held to it too.
+        by_sequence: give every sequence's share of δH₁ too, by one more sweep a batch; for the one-pass engine alone. With one
+            batch, every unit's gradients have to fit ``memory_budget``.
 
     Raises:
         ConfigError: an option has a value outside what is listed.
@@ -60,6 +62,7 @@ class ProbeConfig:
     full_kernel: bool = False
     max_excluded_share: float = 0.01
     memory_budget: int | str = 4 * 2**30
+    by_sequence: bool = False
 
     def __post_init__(self) -> None:
         for field, choices in (

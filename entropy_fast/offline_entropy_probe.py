@@ -23,7 +23,7 @@ from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 
 __all__ = ["ENGINES", "OfflineEntropyProbe"]
 
-ENGINES = ("two_pass", OnePassEngine.name, ForwardModeEngine.name)
+ENGINES = ("auto", OnePassEngine.name, "two_pass", ForwardModeEngine.name)
 
 
 class OfflineEntropyProbe:
@@ -35,11 +35,12 @@ class OfflineEntropyProbe:
         config: options; None takes the defaults.
         learning_rate: overrides the optimizer's, rescaling all groups alike.
         on_progress: called with stage, prompts done and prompts in all.
-        engine: ``two_pass``, the reference; ``one_pass``, everything from one forward and one backward; ``jvp``, the two-batch
-            estimate alone, the entropy batch by forwards without a backward.
+        engine: ``one_pass``, everything from one forward and one backward; ``two_pass``, the reference; ``jvp``, the two-batch
+            estimate alone, the entropy batch by forwards without a backward; ``auto``, the first, or the second where options
+            ask for what it alone has (``conditional_variance="alpha"``, ``y_pass="autograd_grad"``).
 
     Raises:
-        ConfigError: there is no such engine.
+        ConfigError: there is no such engine, or it cannot do what ``config`` asks for.
         OptimizerStateError, LearningRateError, ModelStateError: the three do not fit together.
     """
 
@@ -51,13 +52,18 @@ class OfflineEntropyProbe:
         config: ProbeConfig | None = None,
         learning_rate: float | None = None,
         on_progress: ProgressCallback | None = None,
-        engine: str = "two_pass",
+        engine: str = "auto",
     ) -> None:
         if engine not in ENGINES:
             raise ConfigError(
                 f"OfflineEntropyProbe: engine is {engine!r}.", fix=f"use one of {', '.join(map(repr, ENGINES))}."
             )
-        self.engine = engine
+        self.engine = _chosen(config or ProbeConfig()) if engine == "auto" else engine
+        if config is not None and config.by_sequence and self.engine != OnePassEngine.name:
+            raise ConfigError(
+                f"OfflineEntropyProbe: by_sequence with engine {self.engine!r}, which does not take sums apart by sequence.",
+                fix="pass engine='one_pass'.",
+            )
         state = _adam_state(optimizer, model)
         self.components = ProbeComponents(model, state, config, learning_rate, on_progress)
 
@@ -160,6 +166,12 @@ class OfflineEntropyProbe:
         check_group_sizes(batch)
         check_rollouts_fit_model(batch, self.components.registry.module)
         return batch, empty
+
+
+def _chosen(config: ProbeConfig) -> str:
+    """The engine of ``auto``."""
+    plain = config.conditional_variance == "per_prompt" and config.y_pass == "backward"
+    return OnePassEngine.name if plain else "two_pass"
 
 
 def _adam_state(optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str], model: nn.Module) -> AdamState:

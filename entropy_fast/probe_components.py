@@ -22,7 +22,7 @@ from entropy_fast.engines.coefficients import (
     sequence_coefficients,
 )
 from entropy_fast.engines.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
-from entropy_fast.engines.gradient_sum import GradientSum, inner_product, per_parameter_products
+from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products, per_parameter_products
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.engines.planner import Plan
 from entropy_fast.engines.units import iter_microbatches, prompt_units
@@ -200,7 +200,7 @@ class ProbeComponents:
         else:
             rows = self._projections("X", entropy, y_sum.tensors)
         columns = self._projections("Y", update, x_sum.tensors)
-        return CrossKernelSums(x_dot_y, rows, columns)
+        return CrossKernelSums(x_dot_y, rows, columns, parameter_products(x_sum, y_sum))
 
     def compute_conditional_variance_over_E_alpha(  # noqa: N802 (E as in the theory)
         self, entropy: Rollouts, y_mean: Sequence[Tensor]
@@ -251,8 +251,7 @@ class ProbeComponents:
         dots = []  # per unit X_u · Y_u, X_u · Y_sum and Y_u · X_sum
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         for unit in units:
-            x_unit = self._gradient_sum("X", rollouts, unit).tensors
-            g_unit = self._gradient_sum("Y", rollouts, unit).tensors
+            x_unit, g_unit = (self._gradient_sum(label, rollouts, unit).tensors for label in ("X", "Y"))
             per_parameter = precondition_accumulate(
                 x_unit,
                 g_unit,
@@ -264,12 +263,12 @@ class ProbeComponents:
                 ratio=moments.ratio,
                 update=False,
             )
-            dots.append(per_parameter.sum(0).cpu())
+            dots.append(per_parameter.cpu())
             if self.config.full_kernel:
                 y_unit = self.preconditioner.apply_preconditioner(g_unit)
                 kept.append(([x.cpu() for x in x_unit], [y.cpu() for y in y_unit]))
             self.report("diagonal", unit[-1] + 1, rollouts.n_prompts)
-        diagonal, row_sums, column_sums = torch.stack(dots).unbind(1)
+        diagonal, row_sums, column_sums = torch.stack([dot.sum(0) for dot in dots]).unbind(1)
         kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
         return KernelSums(
             x_dot_y=x_dot_y,
@@ -278,6 +277,7 @@ class ProbeComponents:
             column_sums=column_sums.contiguous(),
             unit_sizes=torch.tensor([len(unit) for unit in units]),
             kernel=torch.tensor(kernel, dtype=torch.float64) if kernel else None,
+            by_parameter=parameter_products(x_sum, y_sum) - torch.stack(dots)[:, :, 0].sum(0),
         )
 
     def _projections(self, which: str, rollouts: Rollouts, direction: Sequence[Tensor]) -> Tensor:

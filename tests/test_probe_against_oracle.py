@@ -56,7 +56,7 @@ def setups() -> dict[str, Setup]:
 
 
 def probe(setup: Setup, **options: Any) -> OfflineEntropyProbe:
-    return OfflineEntropyProbe(*setup, config=ProbeConfig(**options))
+    return OfflineEntropyProbe(*setup, config=ProbeConfig(**options), engine="two_pass")
 
 
 def check_same_batch(
@@ -259,7 +259,7 @@ def test_learning_rate_given_or_scheduled_scales_the_estimate_and_nothing_else(s
     rollouts = make_rollouts(Shape(budget=2), models.VOCABULARY, seed=7)
     model, optimizer = setups["tiny"]
     expected = oracle.prompt_gradients(model, optimizer, rollouts, "dr_grpo")
-    result = OfflineEntropyProbe(model, optimizer, learning_rate=0.25).compute_delta_h1(rollouts)
+    result = OfflineEntropyProbe(model, optimizer, learning_rate=0.25, engine="two_pass").compute_delta_h1(rollouts)
     check_same_batch(result, expected, u_statistics.singles(expected.x), lr=0.25)
 
 

@@ -42,6 +42,7 @@ class Inputs:
             blocks=s.blocks,
             prompts_per_microbatch=s.prompts_per_microbatch,
             full_kernel=s.full_kernel,
+            by_sequence=s.by_sequence,
             accumulate_on=cast(AccumulateOn, s.accumulate_on),
             conditional_variance=cast(ConditionalVariance, s.conditional_variance),
             strict=s.strict,

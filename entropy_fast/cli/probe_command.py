@@ -50,6 +50,10 @@ def probe(
         bool | None,
         typer.Option("--full-kernel/--no-full-kernel", help="Keep the whole influence kernel K.", show_default=False),
     ] = None,
+    by_sequence: Annotated[
+        bool | None,
+        typer.Option("--by-sequence/--no-by-sequence", help="Shares of sequences (one_pass).", show_default=False),
+    ] = None,
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--no-bf16", help="Forwards under bfloat16 autocast.", show_default=False)
     ] = None,
@@ -98,6 +102,7 @@ def probe(
         "prompts_per_microbatch": prompts_per_microbatch,
         "learning_rate": learning_rate,
         "full_kernel": full_kernel,
+        "by_sequence": by_sequence,
         "autocast_bfloat16": bf16,
         "accumulate_on": accumulate_on,
         "conditional_variance": conditional_variance,

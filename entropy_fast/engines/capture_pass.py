@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.capture import CapturedModules, UnitGradients
+from entropy_fast.engines.capture import CapturedModules, SignalRows
 from entropy_fast.engines.capture.modules import uncaptured_uses
 from entropy_fast.engines.capture.shared_prefix import (
     backward_through_prefix,
@@ -31,7 +31,7 @@ from entropy_fast.engines.coefficients import (
     sequence_coefficients,
 )
 from entropy_fast.engines.packed import PackedPass
-from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, trial_rows
+from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, sees_a_window, trial_rows
 from entropy_fast.guards.grad_context import assert_attached
 from entropy_fast.guards.model_state import checkpointed_modules, reentrant_checkpointing
 from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
@@ -134,17 +134,19 @@ class CapturePass:
         components = self._components
         components.registry.check("CapturePass")
         head = find_output_head(components.registry.module)
-        rows = trial_rows(rollouts)
+        config = None if head is None else getattr(head.decoder, "config", None)
+        share = reentrant_checkpointing(components.model) is None
+        rows = trial_rows(rollouts, two=not share or sees_a_window(config))
         expected = plain_logprobs(components, rollouts, rows)
+        self._trial = (int(rows[0]), float(expected.sequences[0]))
         # From another random state, so that randomness nobody switched off shows as a difference.
         torch.rand(1, device=components.device)
-        if head is not None and not frequencies_depend_on_length(getattr(head.decoder, "config", None)):
-            packed = PackedPass(components, head, share=reentrant_checkpointing(components.model) is None)
+        if head is not None and not frequencies_depend_on_length(config):
+            packed = PackedPass(components, head, share=share)
             if same_packed(packed, rollouts, rows, expected):
                 self._packed = packed
-                self._trial = (int(rows[0]), float(expected.sequences[0]))
                 return
-        refuse_interaction(components, rollouts, rows, expected)
+        refuse_interaction(components, rollouts)
         if head is not None and head.frozen is not None:
             with components.autocast():
                 first = pack_rows(rollouts, rows[:1], components.device)
@@ -156,7 +158,7 @@ class CapturePass:
         rollouts: Rollouts,
         rows: Tensor,
         unit: list[int],
-        gradients: UnitGradients,
+        gradients: SignalRows,
         tables: dict[str, SequenceTable],
         labels: str = "XY",
     ) -> set[str]:
@@ -176,16 +178,18 @@ class CapturePass:
         components = self._components
         components.registry.check("CapturePass")
         with self._modules.recording(gradients):
-            gradients.pause()
+            gradients.start(rows)
             if self._packed is not None and self.packs:
-                signals = self._packed.run(rollouts, rows, unit, gradients, labels)
+                packed = self._packed.of_whole_sequences() if gradients.whole_sequences else self._packed
+                signals = packed.run(rollouts, rows, unit, gradients, labels)
                 self._put(tables, rows, signals.sequence_logprobs, signals.coefficients)
                 return self._refused(gradients)
-            shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
-            self._n_shared += shared
-            self._n_whole += not shared
-            if shared:
-                return self._refused(gradients)
+            if not gradients.whole_sequences:
+                shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
+                self._n_shared += shared
+                self._n_whole += not shared
+                if shared:
+                    return self._refused(gradients)
             forward = self.forward(rollouts, rows)
             coefficients = components._coefficients(forward, rollouts, rows)
             self._put(tables, rows, forward.sequence_logprobs, coefficients)
@@ -206,7 +210,7 @@ class CapturePass:
             self._trial = None
             self._components.check_repeatable(torch.tensor([expected]).double(), found, torch.tensor([row]))
 
-    def _refused(self, gradients: UnitGradients) -> set[str]:
+    def _refused(self, gradients: SignalRows) -> set[str]:
         """Parameters that turned out not to be capturable; ordinary gradients are removed."""
         registry = self._components.registry
         refused = gradients.refused | uncaptured_uses(registry.tensors, registry.names, self._modules.captured)
@@ -219,7 +223,7 @@ class CapturePass:
         rollouts: Rollouts,
         rows: Tensor,
         unit: list[int],
-        gradients: UnitGradients,
+        gradients: SignalRows,
         tables: dict[str, SequenceTable],
     ) -> bool:
         """The microbatch with every prompt's tokens run once; False when that cannot be done, and then nothing has been."""
@@ -273,25 +277,22 @@ class CapturePass:
         return forward
 
     def _slower_path(
-        self, forward: ForwardResult, coefficients: Coefficients, unit: Sequence[int], gradients: UnitGradients
+        self, forward: ForwardResult, coefficients: Coefficients, unit: Sequence[int], gradients: SignalRows
     ) -> None:
-        """Gradients of the parameters that are not captured: two backwards a unit, over the same graph."""
+        """Gradients of the parameters that are not captured: one backward for each that is wanted, over the same graph."""
         left = [
             (p.name, p.tensor) for p in self._components.registry.parameters if p.name not in self._modules.captured
         ]
         if not left:
             return
         S = forward.sequence_logprobs
-        member = torch.tensor(unit, device=S.device)
-        for number in sorted(set(unit)):
-            for which, values in (("X", coefficients.entropy), ("Y", coefficients.update)):
-                own = torch.where(member == number, values, 0.0)
-                scale = power_of_two_scale(own)
-                torch.autograd.backward(((scale * own).to(S.dtype) * S).sum(), retain_graph=True)
-                for name, parameter in left:
-                    if parameter.grad is not None:
-                        gradients.put(name, number, which, parameter.grad / scale)
-                        parameter.grad = None
+        for term in gradients.terms(unit, coefficients):
+            scale = power_of_two_scale(term.weights)
+            torch.autograd.backward(((scale * term.weights).to(S.dtype) * S).sum(), retain_graph=True)
+            for name, parameter in left:
+                if parameter.grad is not None:
+                    gradients.put(name, term, parameter.grad / scale)
+                    parameter.grad = None
 
     def _capture(self) -> CapturedModules:
         registry = self._components.registry

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["GradientSum", "inner_product", "per_parameter_products"]
+__all__ = ["GradientSum", "inner_product", "parameter_products", "per_parameter_products"]
 
 
 @dataclasses.dataclass
@@ -62,3 +62,8 @@ def per_parameter_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> l
         float(torch.dot(a.reshape(-1).to(torch.float64), b.reshape(-1).to(device=a.device, dtype=torch.float64)))
         for a, b in zip(left, right, strict=True)
     ]
+
+
+def parameter_products(left: GradientSum, right: GradientSum) -> Tensor:
+    """[parameters] `per_parameter_products` of two sums, fp64 on the CPU."""
+    return torch.tensor(per_parameter_products(left.tensors, right.tensors), dtype=torch.float64)

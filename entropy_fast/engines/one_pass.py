@@ -10,18 +10,20 @@ module knows get their gradients from two backwards a unit over the same graph, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.capture import UnitGradients
+from entropy_fast.engines.by_sequence import one_batch_parts, refuse_without_stack, two_batch_parts
+from entropy_fast.engines.capture import Directions, SequenceProjections, UnitGradients
 from entropy_fast.engines.capture_pass import CapturePass
 from entropy_fast.engines.gradient_stack import GradientStack, kernel_of
-from entropy_fast.engines.gradient_sum import GradientSum, per_parameter_products
+from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.engines.planner import CostModel, Plan
-from entropy_fast.engines.sweep import SweepReport, prompt_tokens, sweep
+from entropy_fast.engines.sweep import Found, SweepReport, prompt_tokens, sweep
 from entropy_fast.engines.units import prompt_units
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.ops import precondition_accumulate
@@ -29,6 +31,8 @@ from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 
 __all__ = ["OnePassEngine"]
+
+Storage = Callable[[list[int]], Mapping[str, tuple[Tensor | None, Tensor | None]]]  # for the given units, zeroed
 
 
 class OnePassEngine:
@@ -84,6 +88,8 @@ class OnePassEngine:
             reasons = ["one prompt at a time, since padded rows are not packed"]
         if not self._stored:
             reasons.append("gradients of all units do not fit memory_budget")
+        if config.by_sequence:
+            reasons.append("by_sequence takes one more sweep a batch, of whole sequences")
         if halved:
             reasons.append(f"memory ran out {halved} time(s) and microbatches were halved")
         return reasons
@@ -95,15 +101,19 @@ class OnePassEngine:
             GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
             ModelStateError: two forwards of the same sequences differ.
             ProbeMemoryError: memory ran out with a single prompt.
+            ConfigError: ``by_sequence`` was asked for, and gradients of all units do not fit the budget.
         """
         assert_grad_context("OnePassEngine.kernel_sums")
         components = self._components
         units = prompt_units(rollouts.n_prompts, components.config.blocks)
+        if components.config.by_sequence:
+            needed = GradientStack.bytes_of(components.registry.tensors, len(units), "XY")
+            refuse_without_stack(needed, components.config.memory_bytes)
         sums, stack = self._sums_of(rollouts, units, "XY")
         x_sum = components.finish_sum_X(sums[0], rollouts)
         y_sum = components.finish_sum_Y(sums[1], rollouts)
         x_dot_y = components.compare_sums(x_sum, y_sum)
-        products = torch.tensor(per_parameter_products(x_sum.tensors, y_sum.tensors), dtype=torch.float64)
+        products = parameter_products(x_sum, y_sum)
         sizes = torch.tensor([len(unit) for unit in units])
         if stack is not None:
             components.preconditioner.precondition_in_place(stack.update)
@@ -116,6 +126,9 @@ class OnePassEngine:
                 sizes,
                 kernel,
                 products - diagonals,
+                one_batch_parts(components, self._project, rollouts, units, x_sum, y_sum, stack)
+                if components.config.by_sequence
+                else None,
             )
         dots = torch.zeros(len(units), 3, dtype=torch.float64)
         diagonals = torch.zeros_like(products)
@@ -161,7 +174,7 @@ class OnePassEngine:
         self._sweep(entropy, entropy_units, project_entropy, labels="X", tables="X", start_again=x_total.clear)
         x_sum = components.finish_sum_X(x_total, entropy)
         x_dot_y = components.compare_sums(x_sum, y_sum)
-        products = torch.tensor(per_parameter_products(x_sum.tensors, y_sum.tensors), dtype=torch.float64)
+        products = parameter_products(x_sum, y_sum)
         columns = torch.zeros(update.n_prompts, dtype=torch.float64)
         if stack is not None:
             components.preconditioner.precondition_in_place(stack.update)
@@ -173,7 +186,12 @@ class OnePassEngine:
                     columns[number] = self._dots(gradients, position, x_sum, y_sum)[:, 2].sum()
 
             self._sweep(update, update_units, project_update, labels="Y", stage="projections")
-        return CrossKernelSums(x_dot_y, rows, columns, products)
+        by_sequence = (
+            two_batch_parts(components, self._project, entropy, update, x_sum, y_sum)
+            if components.config.by_sequence
+            else None
+        )
+        return CrossKernelSums(x_dot_y, rows, columns, products, by_sequence=by_sequence)
 
     def _empty_sum(self) -> GradientSum:
         on_cpu = self._components.config.accumulate_on == "cpu"
@@ -220,13 +238,74 @@ class OnePassEngine:
                 total.touched[:] = stack.touched
         return sums, stack
 
-    def _sweep(self, rollouts: Rollouts, units: list[list[int]], visit, **options) -> None:  # type: ignore[no-untyped-def]
-        report = sweep(self._components, self._capture, self._costs, rollouts, units, visit, **options)
-        shared = self._capture.shares
+    def _project(
+        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, count: int, *, by_unit: bool
+    ) -> Tensor:
+        """``[N, count]`` ∇S_i · V, fp64 on the CPU, by one sweep of whole sequences."""
+        device = self._components.device
+        values = torch.zeros(rollouts.n_sequences, count, dtype=torch.float64, device=device)
+
+        def recorder(numbers: list[int]) -> SequenceProjections:
+            return SequenceProjections(
+                lambda name, place: directions(name, numbers[place]),
+                rollouts.n_sequences,
+                count,
+                device,
+                by_unit=by_unit,
+            )
+
+        def collect(_: list[int], found: SequenceProjections) -> None:
+            values.add_(found.values)
+
+        self._record(
+            rollouts,
+            units,
+            recorder,
+            collect,
+            labels="XY"[:count],
+            stage="sequences",
+            shared=False,
+            start_again=values.zero_,
+        )
+        return values.cpu()
+
+    def _sweep(
+        self,
+        rollouts: Rollouts,
+        units: list[list[int]],
+        visit: Callable[[list[int], UnitGradients], None],
+        *,
+        storage: Storage | None = None,
+        **options: Any,
+    ) -> None:
+        registry = self._components.registry
+        parameters = dict(zip(registry.names, registry.tensors, strict=True))
+
+        def recorder(numbers: list[int]) -> UnitGradients:
+            return UnitGradients(parameters, len(numbers), None if storage is None else storage(numbers))
+
+        self._record(rollouts, units, recorder, visit, **options)
+
+    def _record(
+        self,
+        rollouts: Rollouts,
+        units: list[list[int]],
+        recorder: Callable[[list[int]], Found],
+        visit: Callable[[list[int], Found], None],
+        *,
+        labels: str,
+        shared: bool = True,
+        **options: Any,
+    ) -> None:
+        """One `sweep`, counted in the plan."""
+        components, capture, costs = self._components, self._capture, self._costs
+        options |= {"labels": labels, "shared": shared}
+        report = sweep(components, capture, costs, rollouts, units, recorder, visit, **options)
+        shared = shared and capture.shares
         tokens = sum(prompt_tokens(rollouts, shared=shared))
         scored = int(rollouts.response_lengths.sum())
         prefix = max(0, tokens - scored) if shared else 0
-        self._reports.append((report, self._costs.operations(prefix, tokens - prefix, scored, len(options["labels"]))))
+        self._reports.append((report, costs.operations(prefix, tokens - prefix, scored, len(labels))))
 
     def _dots(self, gradients: UnitGradients, position: int, x_sum: GradientSum, y_sum: GradientSum) -> Tensor:
         """``[parameters, 3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""

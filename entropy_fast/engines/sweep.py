@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
-from entropy_fast.engines.capture import UnitGradients
+from entropy_fast.engines.capture import SignalRows
 from entropy_fast.engines.capture_pass import CapturePass
 from entropy_fast.engines.planner import CostModel, cut
 from entropy_fast.errors import ProbeMemoryError
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["SweepReport", "sweep"]
+__all__ = ["Found", "SweepReport", "prompt_tokens", "sweep"]
 
-Visit = Callable[[list[int], UnitGradients], None]  # unit numbers, and their gradients
-Storage = Callable[[list[int]], Mapping[str, tuple[Tensor | None, Tensor | None]]]
+Found = TypeVar("Found", bound=SignalRows)  # the recorder of a sweep
 
 
 @dataclasses.dataclass
@@ -37,26 +36,22 @@ class SweepReport:
     halved: int = 0
 
 
-def no_storage(_numbers: list[int]) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
-    """Gradients of a group are made for it, and let go of after the visit."""
-    return {}
-
-
 def sweep(
     components: ProbeComponents,
     capture: CapturePass,
     costs: CostModel,
     rollouts: Rollouts,
     units: list[list[int]],
-    visit: Visit,
+    recorder: Callable[[list[int]], Found],
+    visit: Callable[[list[int], Found], None],
     *,
     labels: str,
     tables: str = "",
     stage: str = "",
-    storage: Storage = no_storage,
+    shared: bool = True,
     start_again: Callable[[], None] = lambda: None,
 ) -> SweepReport:
-    """Go through a batch; ``visit`` sees the gradients of a few complete units at a time.
+    """Go through a batch; ``visit`` sees what the backwards of a few complete units brought.
 
     Args:
         components: model and options.
@@ -64,11 +59,12 @@ def sweep(
         costs: of the model.
         rollouts: the batch.
         units: prompts of every unit.
-        visit: called for each group of units.
+        recorder: makes what takes in the signals of the given units, which are successive.
+        visit: called for each group of units, by their numbers, with that.
         labels: which of X and Y is wanted.
         tables: passes (X, Y) whose tables of sequences are written.
         stage: name for the progress report.
-        storage: zeroed tensors that the gradients of the given units are added up in.
+        shared: whether a prompt's tokens may run once; microbatches are cut accordingly.
         start_again: called when everything visited so far is void.
 
     Raises:
@@ -76,18 +72,17 @@ def sweep(
         ModelStateError: log-probs are random, or sequences interact.
     """
     written = {label: components.new_table(label, rollouts) for label in tables}
-    parameters = dict(zip(components.registry.names, components.registry.tensors, strict=True))
     report = SweepReport()
     with components.probe_state():
         capture.choose(rollouts)
-        cutter = _Cutter(components, capture, costs, prompt_tokens(rollouts, shared=capture.shares))
+        cutter = _Cutter(components, capture, costs, prompt_tokens(rollouts, shared=shared and capture.shares))
         waiting = cutter.groups(units)
         done = 0
         while waiting:
             numbers = waiting[0]
             prompts = [prompt for number in numbers for prompt in units[number]]
             unit_of = {prompt: place for place, number in enumerate(numbers) for prompt in units[number]}
-            gradients = UnitGradients(parameters, len(numbers), storage(numbers))
+            gradients = recorder(numbers)
             parts = cutter.parts(prompts)
             refused: set[str] = set()
             try:
@@ -124,7 +119,7 @@ def sweep(
                 waiting[0:1] = [numbers[:half], numbers[half:]]
             elif not cutter.halve(parts):
                 raise ProbeMemoryError(
-                    f"memory ran out with a single prompt of {cutter.size(prompts)} tokens in a forward: {message}",
+                    f"memory ran out with a single prompt of {cutter.size(part)} tokens in a forward: {message}",
                     fix="switch on gradient checkpointing, probe shorter responses or fewer per prompt; or lower memory_budget "
                     "if every unit's gradients are kept.",
                 )
@@ -190,8 +185,8 @@ class _Cutter:
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error)
+    # On the CPU torch raises a plain RuntimeError, whose words depend on the platform but for the allocator's name.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _release() -> None:

@@ -77,6 +77,7 @@ class AdamPreconditioner:
         self._registry = registry
         self._versions = self._current_versions()
         self._moments: dict[tuple[torch.device, ...], SecondMoments] = {}
+        self._unusual: dict[str, tuple[int, int]] = {}  # by name: elements where v is 0, and where sqrt(v̂) is below ε
         first = state.groups[0].learning_rate
         self.learning_rate = _check_rate(first if learning_rate is None else learning_rate, learning_rate is None)
         rates = [group.learning_rate for group in state.groups]
@@ -159,17 +160,20 @@ class AdamPreconditioner:
         total = lost = 0.0
         zero_moment = without_state = not_in_optimizer = below_eps = 0
         for gradient, parameter, scale in zip(gradients, self._registry.parameters, self._scales, strict=True):
-            squares = gradient.to(torch.float64).square()
-            total += float(squares.sum())
+            flat = gradient.reshape(-1).to(torch.float64)
+            norm = float(flat @ flat)
+            total += norm
             if scale is not None:
-                root = self._root(parameter.name)
-                assert root is not None and parameter.group is not None
-                undefined = (root == 0).to(gradient.device)
-                zero_moment += int((undefined & (gradient != 0)).sum())
-                lost += float(squares[undefined].sum())
-                below_eps += int(((root > 0) & (root < self._state.groups[parameter.group].eps)).sum())
+                zeros, small = self._unusual[parameter.name]
+                below_eps += small
+                if zeros:
+                    root = self._root(parameter.name)
+                    assert root is not None
+                    undefined = (root == 0).to(gradient.device)
+                    zero_moment += int((undefined & (gradient != 0)).sum())
+                    lost += float(gradient[undefined].to(torch.float64).square().sum())
                 continue
-            lost += float(squares.sum())
+            lost += norm
             if parameter.group is None:
                 not_in_optimizer += int((gradient != 0).sum())
             else:
@@ -187,6 +191,8 @@ class AdamPreconditioner:
                 scales.append(None)
                 continue
             group = self._state.groups[parameter.group]
+            zeros = int((root == 0).sum())
+            self._unusual[parameter.name] = zeros, int((root < group.eps).sum()) - zeros
             scale = self._ratios[parameter.group] / (root + group.eps)
             scales.append(torch.where(root > 0, scale, torch.zeros_like(scale)))
         return scales

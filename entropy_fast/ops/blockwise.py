@@ -21,9 +21,10 @@ _BLOCK_BYTES = {2: 2**21, 4: 2**23, 8: 2**23}
 # What the blocks take at most (for the entropy there is another). Beside them and the results there are a few arrays of
 # rows x H, and the part of the weights under work where it has to be cast.
 WORKSPACE_BYTES = 2**24
-# Every product has this many rows, the last ones filled up: BLAS libraries take other paths, with other roundings, for other
-# numbers of rows, and a row's result must not depend on how many others there are.
-_ROWS = 512
+# Rows of a product, the last ones filled up. BLAS libraries take other paths, with other roundings, for few rows, and a row's
+# result must not depend on how many others there are; in fp32 and wider all paths that were tried round alike from the smaller
+# number on.
+_ROWS, _LEAST_ROWS, _ROWS_STEP = 512, 384, 32
 
 
 def linear_token_logprobs(
@@ -47,8 +48,9 @@ def linear_token_logprobs(
     n_units = unit_gradients * (1 + want_entropy)
     units = [torch.zeros(hidden.shape, dtype=dtype) for _ in range(n_units)]
     kept = (targets != ignore_index).nonzero().squeeze(1)
-    for chosen in torch.split(kept, _ROWS) if len(kept) else ():
-        found, found_units = _rows(hidden[chosen], weight, targets[chosen], bias, softcap, n_units)
+    size = _product_rows(len(kept), hidden.dtype)
+    for chosen in torch.split(kept, size) if len(kept) else ():
+        found, found_units = _rows(hidden[chosen], weight, targets[chosen], bias, softcap, n_units, size)
         scalars[:, chosen] = found
         for whole, part in zip(units, found_units, strict=True):
             whole[chosen] = part
@@ -60,6 +62,15 @@ def linear_token_logprobs(
         units[0] if units else None,
         units[1] if n_units > 1 else None,
     )
+
+
+def _product_rows(n: int, dtype: torch.dtype) -> int:
+    """Rows of every product for ``n`` rows in all: equal parts, so that little has to be filled up."""
+    if dtype.itemsize < 4:
+        return _ROWS
+    parts = max(1, -(-n // _ROWS))
+    share = -(-n // parts)
+    return min(_ROWS, max(_LEAST_ROWS, -(-share // _ROWS_STEP) * _ROWS_STEP))
 
 
 def _block_width(dtype: torch.dtype) -> int:
@@ -79,29 +90,35 @@ def block_logits(
 
 
 def _rows(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, n_units: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    n_units: int,
+    size: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """``[3, rows]`` logprob, lse and entropy in float64, and ``n_units`` unit gradients."""
+    """``[3, rows]`` logprob, lse and entropy in float64, and ``n_units`` unit gradients, by products of ``size`` rows."""
     n = hidden.shape[0]
     dtype = accumulator(hidden)
     # Some matrix products read past the end of a row and count on 0 times that being 0: a NaN would get into the row before.
     finite = hidden.isfinite().all(1, keepdim=True)
-    h = hidden.new_zeros(_ROWS, hidden.shape[1])
+    h = hidden.new_zeros(size, hidden.shape[1])
     h[:n] = hidden.masked_fill(~finite, 0.0)
     # A target that no block holds: rows that only fill up.
-    y = torch.nn.functional.pad(targets, (0, _ROWS - n), value=-1)
-    state = torch.zeros(_ROWS, 8, dtype=torch.float64)
+    y = torch.nn.functional.pad(targets, (0, size - n), value=-1)
+    state = torch.zeros(size, 8, dtype=torch.float64)
     state[:, 0], state[:, 4] = -torch.inf, torch.nan
-    sums = [torch.zeros(_ROWS, h.shape[1], dtype=dtype) for _ in range(n_units)]
+    sums = [torch.zeros(size, h.shape[1], dtype=dtype) for _ in range(n_units)]
     # Allocated once: fresh memory of this size would be mapped, and its pages cleared, for every block.
     width = min(_block_width(h.dtype), weight.shape[0])
-    workspace = torch.empty(max(1, n_units), _ROWS * width, dtype=h.dtype)
+    workspace = torch.empty(max(1, n_units), size * width, dtype=h.dtype)
     # Sums are in the accumulator's dtype; products of narrower factors have to be added to them.
     products = [torch.empty_like(h) for _ in sums] if h.dtype != dtype else []
     for begin in range(0, weight.shape[0], width):
         block = slice(begin, min(begin + width, weight.shape[0]))
         part = weight[block].to(h.dtype)
-        views = [flat[: _ROWS * len(part)].view(_ROWS, len(part)) for flat in workspace]
+        views = [flat[: size * len(part)].view(size, len(part)) for flat in workspace]
         z = block_logits(h, part, None if bias is None else bias[block], softcap, out=views[0])
         weights = views[:n_units]
         native_backend.softmax_block(

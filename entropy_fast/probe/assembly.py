@@ -11,6 +11,7 @@ from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.engines.units import prompt_units
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.guards.coverage import coverage_difference
+from entropy_fast.probe.attribution import SequenceContributions, by_parameter, sequence_contributions
 from entropy_fast.probe.result import (
     ENTROPY_FUNCTIONAL,
     UNIT,
@@ -25,6 +26,8 @@ from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 from entropy_fast.statistics import two_batch_estimate, u_estimate
 
 __all__ = ["empty_response_message", "same_batch_result", "two_batch_result"]
+
+ADDS_UP = 1e-6  # relative; what shares may miss without a note
 
 
 def same_batch_result(
@@ -59,6 +62,10 @@ def same_batch_result(
         )
     ]
     variance = None if estimate.unbiased_variance is None else lr * lr * estimate.unbiased_variance
+    factor, found = lr / estimate.pairs, sums.by_sequence
+    by_sequence: dict[Role, SequenceContributions] | None = None
+    if found is not None:
+        by_sequence = {"both": sequence_contributions(found.entropy, found.update, factor, empty)}
     return _result(
         components,
         engine,
@@ -71,6 +78,8 @@ def same_batch_result(
         std_error=_scaled(estimate.se_jackknife, lr),
         standard_errors=errors,
         unbiased_variance=variance,
+        factor=factor,
+        by_sequence=by_sequence,
     )
 
 
@@ -111,6 +120,13 @@ def two_batch_result(
     notes = _notes(components, batches, empty)
     if components.config.full_kernel:
         notes.append("full_kernel was asked for; the two-batch estimate does not keep K.")
+    factor, found = lr / estimate.pairs, sums.by_sequence
+    by_sequence: dict[Role, SequenceContributions] | None = None
+    if found is not None:
+        by_sequence = {
+            "entropy": sequence_contributions(found.entropy, None, factor, empty["entropy"]),
+            "update": sequence_contributions(None, found.update, factor, empty["update"]),
+        }
     return _result(
         components,
         engine,
@@ -123,6 +139,8 @@ def two_batch_result(
         std_error=_scaled(estimate.se_conditional, lr),
         standard_errors=errors,
         unbiased_variance=None,
+        factor=factor,
+        by_sequence=by_sequence,
     )
 
 
@@ -145,9 +163,18 @@ def _result(
     std_error: float | None,
     standard_errors: tuple[StandardError, ...],
     unbiased_variance: float | None,
+    factor: float,
+    by_sequence: dict[Role, SequenceContributions] | None,
 ) -> DeltaH1Result:
     assert components.excluded is not None
     one_batch = isinstance(sums, KernelSums)
+    for role, shares_of in (by_sequence or {}).items():
+        gap = abs(float(shares_of.delta_h1.sum()) - value)
+        if gap > ADDS_UP * abs(value):
+            notes.append(
+                f"the shares of sequences ({role}) add up to δH₁ but for {gap:.2g}, which rounding leaves where large shares "
+                "cancel."
+            )
     return DeltaH1Result(
         delta_h1=value,
         std_error=std_error,
@@ -178,6 +205,8 @@ def _result(
             plan=components.plan,
         ),
         derivatives=None if isinstance(sums, KernelSums) else sums.derivatives,
+        by_parameter=by_parameter(components.registry.names, sums.by_parameter, factor),
+        by_sequence=by_sequence,
     )
 
 

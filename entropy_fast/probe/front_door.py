@@ -50,10 +50,9 @@ def fast_delta_h1(
         rollouts: the batch the update will be made from. Alone, it is also where the entropy gradient is estimated.
         entropy_rollouts: an independent batch for the entropy gradient; then the two-batch estimate is returned, with
             the error conditional on the update.
-        engine: ``two_pass``, the reference; ``one_pass``, which takes everything from one forward and one backward and is
-            several times faster; ``jvp``, for ``entropy_rollouts`` alone, which takes them by forwards without a backward and
-            also gives every sequence's and token's derivative; ``auto`` takes the reference, until the others have seen more
-            models.
+        engine: ``auto``, which is ``one_pass`` (everything from one forward and one backward) unless an option asks for what
+            ``two_pass``, the reference, alone has; or one of these by name; or ``jvp``, for a large ``entropy_rollouts``, which
+            goes through it by forwards without a backward.
         weighting: length weight of a sequence log-prob, ``dr_grpo``, ``per_token`` or ``sequence``; None takes the one in
             ``config``, which is ``dr_grpo`` unless set.
         learning_rate: overrides the optimizer's (all groups rescaled alike).
@@ -91,7 +90,7 @@ def fast_delta_h1(
         config=config,
         learning_rate=learning_rate,
         on_progress=on_progress,
-        engine="two_pass" if engine == "auto" else engine,
+        engine=engine,
     )
     if entropy_rollouts is None:
         return probe.compute_delta_h1(rollouts)

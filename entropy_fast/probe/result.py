@@ -15,6 +15,7 @@ from entropy_fast.engines.planner import Plan
 from entropy_fast.errors import ConfigError
 from entropy_fast.geometry.preconditioner import ExcludedElements
 from entropy_fast.guards.coverage import PassCoverage
+from entropy_fast.probe.attribution import SequenceContributions, by_layer
 from entropy_fast.rollouts import EmptyResponseReport
 
 __all__ = ["DeltaH1Result", "Diagnostics", "PromptContribution", "StandardError"]
@@ -132,6 +133,10 @@ class DeltaH1Result:
         config: the options it was computed with.
         diagnostics: what to know before believing it.
         derivatives: of every sequence's and token's log-prob along the update; None where the engine has only sums.
+        by_parameter: share of δH₁ by parameter name, in model order, adding up to δH₁; None where the engine did not take its
+            sums apart.
+        by_sequence: shares of sequences by the role of their batch (``both`` in the same-batch estimate; ``entropy`` and
+            ``update`` in the two-batch one); None unless ``ProbeConfig.by_sequence`` asked for them.
     """
 
     delta_h1: float
@@ -152,6 +157,8 @@ class DeltaH1Result:
     config: ProbeConfig
     diagnostics: Diagnostics
     derivatives: DirectionalDerivatives | None = None
+    by_parameter: dict[str, float] | None = None
+    by_sequence: dict[Role, SequenceContributions] | None = None
 
     def interval(self, level: float = 0.95) -> tuple[float, float] | None:
         """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.
@@ -171,6 +178,14 @@ class DeltaH1Result:
             return None
         half = float(student_t.ppf((1 + level) / 2, self.row_sums.shape[0] - 1)) * self.std_error
         return self.delta_h1 - half, self.delta_h1 + half
+
+    @property
+    def by_layer(self) -> dict[str, float] | None:
+        """``by_parameter`` added up by decoder layer; what is in no layer (embeddings, the final norm) by its module.
+
+        In model order; None where ``by_parameter`` is.
+        """
+        return None if self.by_parameter is None else by_layer(self.by_parameter)
 
     @property
     def plan(self) -> Plan | str | None:

@@ -6,12 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from entropy_fast.probe.attribution import SequenceContributions
 from entropy_fast.probe.result import DeltaH1Result, PromptContribution
 from entropy_fast.report.text import printable
 
 __all__ = ["print_result", "verdict"]
 
 PROMPTS_SHOWN = 10
+SEQUENCES_SHOWN = 5
 
 
 def verdict(result: DeltaH1Result) -> str:
@@ -48,6 +50,8 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     console.print(Text(verdict(result), style="bold"))
     console.print(_errors(result))
     console.print(_prompts(result))
+    for role, shares in (result.by_sequence or {}).items():
+        console.print(Text(_sequences(role, shares)))
     for warning in result.diagnostics.warnings:
         console.print(Text(f"note: {warning}", style="yellow"))
 
@@ -78,6 +82,14 @@ def _prompts(result: DeltaH1Result) -> Table:
             Text(f"{p.mean_response_length:.1f}"),
         )
     return table
+
+
+def _sequences(role: str, shares: SequenceContributions) -> str:
+    """The rows with the largest shares, on one line; the role is named in the two-batch estimate."""
+    ranked = shares.delta_h1.abs().argsort(descending=True, stable=True)[:SEQUENCES_SHOWN].tolist()
+    which = "" if role == "both" else f"[{role}] "
+    shown = ", ".join(f"row {row} ({_number(float(shares.delta_h1[row]))})" for row in ranked)
+    return f"{which}Sequences that matter most ({len(ranked)} of {len(shares.delta_h1)}): {shown}"
 
 
 def prompt_label(prompt: PromptContribution, limit: int = 60) -> str:

@@ -27,6 +27,7 @@ class ProbeSettings:
     blocks: int | None = None
     prompts_per_microbatch: int = 1
     full_kernel: bool = False
+    by_sequence: bool = False
     autocast_bfloat16: bool = False
     accumulate_on: str = "device"
     conditional_variance: str = "per_prompt"

@@ -1,4 +1,7 @@
-"""``result.json`` and ``per_prompt.parquet``: a result on disk, in full precision, written whole or not at all."""
+"""``result.json``, ``per_prompt.parquet`` and ``per_sequence.parquet``: a result on disk, in full precision.
+
+Every file is written whole or not at all; the last one where the result has shares of sequences.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_result(result: DeltaH1Result, folder: Path) -> list[Path]:
-    """Write both files into the folder (see `prepare_folder`); returns their paths."""
+    """Write all files into the folder (see `prepare_folder`); returns their paths.
+
+    A ``per_sequence.parquet`` of an earlier result is removed when this one has none: it would belong to other numbers.
+    """
     prepare_folder(folder)
     paths = [folder / "result.json", folder / "per_prompt.parquet"]
     text = json.dumps(result_document(result), indent=2, allow_nan=False) + "\n"
@@ -49,7 +55,31 @@ def write_result(result: DeltaH1Result, folder: Path) -> list[Path]:
         temporary.write_text(text, encoding="utf-8")
     with atomic_path(paths[1]) as temporary:
         pq.write_table(table, temporary)
-    return paths
+    last = folder / "per_sequence.parquet"
+    if result.by_sequence is None:
+        last.unlink(missing_ok=True)
+        return paths
+    with atomic_path(last) as temporary:
+        pq.write_table(_sequence_table(result), temporary)
+    return [*paths, last]
+
+
+def _sequence_table(result: DeltaH1Result) -> pa.Table:
+    """One row a sequence: its batch's role, its row in the rollouts, whether it was counted, and its shares."""
+    assert result.by_sequence is not None
+    parts = []
+    for role, shares in result.by_sequence.items():
+        count = len(shares.delta_h1)
+        columns: dict[str, pa.Array] = {
+            "role": pa.array([role] * count, pa.string()),
+            "row": pa.array(range(count), pa.int64()),
+            "counted": pa.array(shares.counted.tolist(), pa.bool_()),
+        }
+        for name in ("delta_h1", "as_entropy", "as_update"):
+            values: torch.Tensor | None = getattr(shares, name)
+            columns[name] = pa.array([None] * count if values is None else values.tolist(), pa.float64())
+        parts.append(pa.table(columns))
+    return pa.concat_tables(parts)
 
 
 def result_document(result: DeltaH1Result) -> dict[str, Any]:

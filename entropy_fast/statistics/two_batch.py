@@ -28,6 +28,7 @@ class TwoBatchEstimate:
         v_y: variance from the update batch alone; None with a single update prompt, and where t_m are not known.
         se_conditional: sqrt(V_X), about the change by this very update.
         se_total: sqrt(V_X + V_Y), an upper bound for the change by an update from another batch.
+        pairs: B_E B_U, what X_sum · Y_sum is divided by.
     """
 
     value: float
@@ -37,6 +38,7 @@ class TwoBatchEstimate:
     v_y: float | None
     se_conditional: float | None
     se_total: float | None
+    pairs: int
 
 
 def two_batch_estimate(
@@ -66,6 +68,7 @@ def two_batch_estimate(
         v_y=v_y,
         se_conditional=None if v_x is None else math.sqrt(v_x),
         se_total=None if v_x is None or v_y is None else math.sqrt(v_x + v_y),
+        pairs=n_entropy * n_update,
     )
 
 

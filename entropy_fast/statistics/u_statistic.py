@@ -41,6 +41,7 @@ class UEstimate:
         contributions: [M] each unit's share of U; they sum to U.
         as_entropy: [M] share of U by whose entropy changes (rows), summing to U.
         as_update: [M] share of U by whose update does it (columns), summing to U.
+        pairs: B² - Σ |b|², what U is divided by.
     """
 
     value: float
@@ -54,6 +55,7 @@ class UEstimate:
     contributions: Tensor
     as_entropy: Tensor
     as_update: Tensor
+    pairs: float
 
 
 def u_estimate(
@@ -117,6 +119,7 @@ def u_estimate(
         contributions=contributions,
         as_entropy=as_entropy,
         as_update=as_update,
+        pairs=pairs,
     )
 
 

@@ -73,6 +73,26 @@ def test_options_go_over_the_run_folder(folder):
     assert changed["delta_h1"] != direct(folder).delta_h1
 
 
+def test_shares_of_sequences(folder, capsys):
+    out = folder / "o"
+    command = ["probe", str(folder), "--no-picture", "--out", str(out), "--engine", "one_pass"]
+    assert run([*command, "--by-sequence"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    document = json.loads((out / "result.json").read_text())
+    rows = pq.read_table(out / "per_sequence.parquet").to_pylist()
+    assert [row["row"] for row in rows] == list(range(read_rollouts(folder / "rollouts.jsonl").n_sequences))
+    assert [row["delta_h1"] for row in rows] == document["by_sequence"]["both"]["delta_h1"]
+    assert sum(row["delta_h1"] for row in rows) == pytest.approx(document["delta_h1"], rel=1e-4)
+    assert sum(document["by_parameter"].values()) == pytest.approx(document["delta_h1"], rel=1e-9)
+    largest = max(rows, key=lambda row: abs(row["delta_h1"]))
+    assert f"of {len(rows)}): row {largest['row']} ({largest['delta_h1']:+.3e})" in shown
+    # The next result has none, and must not stand beside those of this one.
+    assert run(command) == 0
+    assert not (out / "per_sequence.parquet").exists()
+    assert run(["probe", str(folder), "--by-sequence", "--out", str(out)]) == 2  # the default engine
+    assert "engine='one_pass'" in " ".join(capsys.readouterr().err.split())
+
+
 def test_two_batches(folder):
     rollouts = str(folder / "rollouts.jsonl")
     shutil.copy(rollouts, folder / "entropy.jsonl")

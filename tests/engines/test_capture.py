@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from entropy_fast.engines.capture import CapturedModules, UnitGradients
+from entropy_fast.engines.capture import CapturedModules, SequenceProjections, UnitGradients
 
 
 class TestUnitGradients:
@@ -33,6 +33,56 @@ class TestUnitGradients:
         gradients.product("w", torch.ones(2, 4, 3), torch.ones(2, 4, 2))
         gradients.per_row("w", torch.ones(2, 3, 2))
         assert not gradients.touched
+
+
+class TestSequenceProjections:
+    """Two sequences of one unit and one of another, in a line of tokens; V differs between units."""
+
+    def projections(self, *shape: int) -> tuple[SequenceProjections, torch.Tensor]:
+        directions = torch.randn(2, *shape, dtype=torch.float64)
+        found = SequenceProjections(lambda _, unit: (directions[unit],), 4, 1, torch.device("cpu"), by_unit=True)
+        found.start(torch.tensor([3, 0, 2]))
+        found.expect_packed(
+            [(0, 0, 3), (1, 3, 5)], torch.ones(2, 5, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2])
+        )
+        return found, directions
+
+    def expected(self, by_token: torch.Tensor) -> torch.Tensor:
+        values = by_token.new_zeros(4, 1)
+        values[3, 0], values[0, 0], values[2, 0] = by_token[:2].sum(), by_token[2], by_token[3:].sum()
+        return values
+
+    def test_products_from_either_side(self) -> None:
+        for rows, columns in ((3, 7), (7, 3)):
+            found, directions = self.projections(rows, columns)
+            left, right = torch.randn(1, 5, rows).double(), torch.randn(1, 5, columns).double()
+            found.product("w", left, right)
+            of = directions[[0, 0, 0, 1, 1]]
+            torch.testing.assert_close(found.values, self.expected(torch.einsum("ta,tab,tb->t", left[0], of, right[0])))
+
+    def test_look_ups_in_a_table_and_in_a_transposed_one(self) -> None:
+        index, rows = torch.tensor([[4, 0, 4, 2, 1]]), torch.randn(1, 5, 3).double()
+        for transposed in (False, True):
+            found, directions = self.projections(*((3, 6) if transposed else (6, 3)))
+            found.scatter("e", index, rows, transposed=transposed)
+            tables = directions.transpose(1, 2) if transposed else directions
+            looked_up = tables[[0, 0, 0, 1, 1], index[0]]
+            torch.testing.assert_close(found.values, self.expected((looked_up * rows[0]).sum(-1)))
+
+    def test_signals_that_are_not_by_sequence_are_refused(self) -> None:
+        found, _ = self.projections(3, 2)
+        found.product("w", torch.ones(2, 5, 3), torch.ones(2, 5, 2))
+        found.per_row("b", torch.ones(4, 3, 2))
+        assert found.refused == {"w", "b"}
+        assert not found.values.any()
+
+    def test_nothing_is_recorded_while_paused(self) -> None:
+        found, _ = self.projections(3, 2)
+        found.pause()
+        found.product("w", torch.ones(1, 5, 3), torch.ones(1, 5, 2))
+        found.per_position("w", torch.ones(1, 5, 6))
+        found.scatter("w", torch.zeros(1, 5).long(), torch.ones(1, 5, 2))
+        assert not found.values.any()
 
 
 def test_routed_experts_are_not_captured() -> None:

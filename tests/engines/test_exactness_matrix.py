@@ -39,11 +39,11 @@ JUDGED = combinations(ADAPTERS, CHECKPOINTING, tuple(PRECISIONS), paired=())
 
 
 @pytest.fixture(autouse=True)
-def announced() -> object:
-    """Embeddings and positions of some families take the slower path in full fine-tuning, and it is said."""
+def no_slower_path() -> object:
+    """Every parameter of these models is captured."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
-            "ignore", message=".*ways the one-pass engine does not know", category=EntropyFastWarning
+            "error", message=".*ways the one-pass engine does not know", category=EntropyFastWarning
         )
         yield
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -44,12 +45,14 @@ def test_experts_are_exact_on_the_slower_path(family: str, router_logits: bool) 
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 @pytest.mark.parametrize("family", ["qwen2", "llama", "opt"])
 def test_lora_over_8_bit_maps(family: str, threshold: float) -> None:
-    """Both engines round activations to 8 bits alike, row by row, so that they agree as fp32 does."""
+    """Both engines round activations to 8 bits alike, row by row, so that they agree as fp32 does; all is captured."""
     model = add_lora(quantize_int8(build_model(family), threshold=threshold))
     assert "Linear8bitLt" in {type(m).__name__ for m in model.modules()}
     optimizer = stepped_adamw(model)
     rollouts = batch_of("uneven groups")
-    one, two = (observe(engine, model, optimizer, rollouts) for engine in ("one_pass", "two_pass"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*one-pass engine does not know.*", category=EntropyFastWarning)
+        one, two = (observe(engine, model, optimizer, rollouts) for engine in ("one_pass", "two_pass"))
     plain = observe("two_pass", add_lora(build_model(family)), AdamState.from_optimizer(optimizer, model), rollouts)
     assert relative(plain.kernel, two.kernel) > 1e-3  # it really rounds
     assert relative(one.kernel, two.kernel) <= 1e-4

@@ -5,6 +5,8 @@ on it afterwards.
 """
 
 from entropy_fast.engines.capture.modules import CapturedModules
+from entropy_fast.engines.capture.sequence_projections import Directions, SequenceProjections
+from entropy_fast.engines.capture.signal_rows import SignalRows
 from entropy_fast.engines.capture.unit_gradients import UnitGradients
 
-__all__ = ["CapturedModules", "UnitGradients"]
+__all__ = ["CapturedModules", "Directions", "SequenceProjections", "SignalRows", "UnitGradients"]

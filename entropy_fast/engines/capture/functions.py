@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Recorder", "captured_embedding", "captured_layer_norm", "captured_linear", "captured_rows"]
+__all__ = ["Recorder", "captured_layer_norm", "captured_linear", "captured_rows"]
 
 
 class Recorder(Protocol):
@@ -25,8 +25,11 @@ class Recorder(Protocol):
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """The gradient is Σ over positions of the outer products of ``left`` [N, T, a] and ``right`` [N, T, b]."""
 
-    def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
-        """The gradient is the sum of ``rows`` [N, T, b] into the places ``index`` [N, T] of a [places, b] parameter."""
+    def scatter(self, name: str, index: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
+        """The gradient is the sum of ``rows`` [N, T, b] into the places ``index`` [N, T] of a [places, b] parameter.
+
+        The parameter is [b, places] if ``transposed``.
+        """
 
     def per_position(self, name: str, values: Tensor) -> None:
         """The gradient is the sum of ``values`` [N, T, b] over rows and positions."""
@@ -79,33 +82,6 @@ def captured_linear(
 ) -> Tensor:
     """A linear map whose weight's and bias's signals go to ``recorder`` under ``names`` (None: it is frozen)."""
     result: Tensor = _Linear.apply(x, weight, bias, names, transposed, recorder)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Embedding(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, index: Tensor, weight: Tensor, padding_index: int | None, name: str, recorder: Recorder
-    ) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.padding_index, ctx.name, ctx.recorder = padding_index, name, recorder
-        return F.embedding(index, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
-        (index,) = ctx.saved_tensors
-        if ctx.padding_index is not None:
-            # That row gets no gradient, as torch has it.
-            dy = dy.masked_fill((index == ctx.padding_index).unsqueeze(-1), 0.0)
-        ctx.recorder.scatter(ctx.name, index, dy)
-        return None, None, None, None, None
-
-
-def captured_embedding(
-    index: Tensor, weight: Tensor, padding_index: int | None, name: str, recorder: Recorder
-) -> Tensor:
-    """A look-up whose table's signal goes to ``recorder``."""
-    result: Tensor = _Embedding.apply(index, weight, padding_index, name, recorder)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -12,14 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from entropy_fast.engines.capture.functions import (
-    Recorder,
-    captured_embedding,
-    captured_layer_norm,
-    captured_linear,
-    captured_rows,
-)
+from entropy_fast.engines.capture.dora import dora_maker
+from entropy_fast.engines.capture.functions import Recorder, captured_layer_norm, captured_linear, captured_rows
+from entropy_fast.engines.capture.lookups import embedding_maker, lora_embedding
 from entropy_fast.engines.capture.lora import lora_parts
+from entropy_fast.engines.capture.scaled import ia3_linear
 
 __all__ = ["CapturedModules"]
 
@@ -36,8 +33,17 @@ class CapturedModules:
     """
 
     def __init__(self, module: nn.Module, names: Mapping[int, str], left_out: frozenset[str] = frozenset()) -> None:
-        holders = []
+        holders: list[tuple[nn.Module, Callable[[Forward, Recorder], Forward] | None, set[str]]] = []
+        contained: set[int] = set()
         for path, submodule in module.named_modules():
+            layer = lora_embedding(submodule, names) or ia3_linear(submodule, names)
+            if layer is not None:
+                # Its parameters lie in modules whose own forwards do not run then.
+                containers, layer_maker, used = layer
+                contained |= containers
+                holders.append((submodule, layer_maker, used))
+            if id(submodule) in contained:
+                continue
             own = {slot: names[id(p)] for slot, p in submodule._parameters.items() if p is not None and id(p) in names}
             if own:
                 # Experts get tokens in an order of their own, which nothing in their shape tells.
@@ -94,16 +100,14 @@ def _maker(module: nn.Module, own: Mapping[str, str]) -> Callable[[Forward, Reco
         )
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return _transposed_linear(module, weight, bias)
-    if type(module) is nn.Embedding and weight and module.max_norm is None:
-        if module.sparse or module.scale_grad_by_freq:
-            return None
-        return lambda _, recorder: (
-            lambda index: captured_embedding(index, module.weight, module.padding_idx, weight, recorder)
-        )
+    if isinstance(module, nn.Embedding):
+        return embedding_maker(module, own)
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1 and module.weight is not None:
         return lambda _, recorder: (
             lambda x: captured_layer_norm(x, module.weight, module.bias, module.eps, (weight, bias), recorder)
         )
+    if weight and (found := dora_maker(module, weight)) is not None:
+        return found
     is_rms_norm = type(module).__name__.endswith("RMSNorm") and type(module).__module__.startswith("transformers.")
     if is_rms_norm and weight and [p.dim() for p in module.parameters()] == [1]:
         return lambda forward, recorder: _with_weight_per_row(module, forward, weight, recorder)

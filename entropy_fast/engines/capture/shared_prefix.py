@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from entropy_fast.engines.capture.unit_gradients import UnitGradients
+from entropy_fast.engines.capture.signal_rows import SignalRows
 from entropy_fast.engines.coefficients import power_of_two_scale
 from entropy_fast.ops import linear_token_logprobs
 from entropy_fast.teacher_forcing import OutputLayer, PackedBatch, hidden_logprobs
@@ -139,7 +139,7 @@ def frequencies_depend_on_length(config: object) -> bool:
 
 
 def backward_through_prefix(
-    forward: SharedPrefixForward, coefficients: tuple[Tensor, Tensor], unit: int, gradients: UnitGradients, length: int
+    forward: SharedPrefixForward, coefficients: tuple[Tensor, Tensor], unit: int, gradients: SignalRows, length: int
 ) -> None:
     """The two backwards through the prompt's graph, after the one through the responses has filled the leaves' gradients.
 

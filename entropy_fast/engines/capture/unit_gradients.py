@@ -5,15 +5,21 @@ Legend: c_i and a_i coefficients of sequence i, X_u = Σ_{i in u} c_i ∇S_i, g_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from entropy_fast.engines.capture.signal_rows import SignalRows, Term
+from entropy_fast.engines.coefficients import Coefficients
+
 __all__ = ["UnitGradients"]
 
+# Elements of a parameter from which on products are added to its sums one by one: another pass over them would be felt.
+_LARGE = 2**16
 
-class UnitGradients:
+
+class UnitGradients(SignalRows):
     """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
 
     Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions; a matrix
@@ -28,7 +34,6 @@ class UnitGradients:
         entropy: name to X ``[U, *shape]``, in fp32 or the parameter's dtype, whichever is wider.
         update: name to g, likewise.
         touched: names that have received a signal.
-        refused: names whose signal did not come by sequences.
     """
 
     def __init__(
@@ -37,51 +42,13 @@ class UnitGradients:
         n_units: int,
         storage: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
     ) -> None:
+        super().__init__()
         self._parameters = parameters
         self._n_units = n_units
         self._storage = storage or {}
         self.entropy: dict[str, Tensor] = {}
         self.update: dict[str, Tensor] = {}
         self.touched: set[str] = set()
-        self.refused: set[str] = set()
-        self._batch: _Batch | None = None
-        self._packed_tokens: int | None = None
-
-    def expect(self, unit: Sequence[int], coefficients: tuple[Tensor, Tensor], positions: int) -> None:
-        """Say whose signals come next: N rows of sequences.
-
-        Args:
-            unit: [N] unit of every row, rows of one unit next to one another.
-            coefficients: [N] c and a, fp64.
-            positions: T, in each row.
-        """
-        self._packed_tokens = None
-        self._batch = _Batch(_runs(unit), len(unit), torch.stack(coefficients), positions)
-
-    def expect_packed(self, runs: Sequence[tuple[int, int, int]], coefficients: Tensor) -> None:
-        """Say whose signals come next: one row [1, N, ...] in which the tokens of many sequences stand in a line.
-
-        Args:
-            runs: unit, first token and the one after the last, covering all N tokens in order.
-            coefficients: [2, N] c and a of every token's sequence, fp64.
-        """
-        self._packed_tokens = coefficients.shape[1]
-        self._batch = _Batch(list(runs), coefficients.shape[1], coefficients, None)
-
-    def pause(self, packed_tokens: int | None = None) -> None:
-        """Ignore signals until the next `expect`; says how many tokens the next forward packs into one row, if it does."""
-        self._batch = None
-        self._packed_tokens = packed_tokens
-
-    def rows_of(self, x: Tensor) -> tuple[int, ...]:
-        """See `Recorder.rows_of`."""
-        leading = x.shape[:-1]
-        if self._packed_tokens is None:
-            return (x.shape[0], *(1,) * (x.dim() - 2))
-        matching = [dimension for dimension, size in enumerate(leading) if size == self._packed_tokens]
-        # Where it cannot be told along which dimension the tokens go, the signal will be refused.
-        along = matching[0] if len(matching) == 1 else None
-        return tuple(size if dimension == along else 1 for dimension, size in enumerate(leading))
 
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """See `Recorder.product`."""
@@ -108,8 +75,16 @@ class UnitGradients:
         rounded = scaled.to(flat.dtype)
         if flat.dtype == torch.bfloat16:
             rounded = torch.cat([rounded, (scaled - rounded).to(flat.dtype)], 1)
-        rounded = rounded.t()
         runs = self._batch.runs
+        if flat.dtype == into[0].dtype and into[0][0].numel() >= _LARGE:
+            for unit, begin, end in runs:
+                span = slice(begin * inner, end * inner)
+                for place, total in enumerate(into):
+                    own = rounded[span, place * columns : (place + 1) * columns]
+                    left, right = (flat[span], own) if turned else (own, flat[span])
+                    total[unit].addmm_(left.t(), right)
+            return
+        rounded = rounded.t()
         products = flat.new_empty(len(runs), rounded.shape[0], flat.shape[1])
         for place, (_, begin, end) in enumerate(runs):
             span = slice(begin * inner, end * inner)
@@ -126,7 +101,7 @@ class UnitGradients:
                 for (unit, _, _), one in zip(runs, found, strict=True):
                     total[unit].add_(one)
 
-    def scatter(self, name: str, index: Tensor, rows: Tensor) -> None:
+    def scatter(self, name: str, index: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
         """See `Recorder.scatter`."""
         found = self._by_rows(name, index.unsqueeze(-1), rows)
         if found is None or self._batch is None:
@@ -136,11 +111,12 @@ class UnitGradients:
             for unit, begin, end in self._batch.runs:
                 scaled = (values[begin:end].to(total.dtype) * scale[begin:end, None, None]).flatten(0, 1)
                 chosen = places[begin:end].flatten()
+                into = total[unit].t() if transposed else total[unit]
                 if total.is_cuda:
                     # index_add is not deterministic there.
-                    total[unit] += torch.ops.aten.embedding_dense_backward(scaled, chosen, total.shape[1], -1, False)
+                    into += torch.ops.aten.embedding_dense_backward(scaled, chosen, into.shape[0], -1, False)
                 else:
-                    total[unit].index_add_(0, chosen, scaled)
+                    into.index_add_(0, chosen, scaled)
 
     def per_position(self, name: str, values: Tensor) -> None:
         """See `Recorder.per_position`."""
@@ -164,32 +140,17 @@ class UnitGradients:
                 wide = rows[begin:end].to(total.dtype).flatten(1)
                 total[unit] += (scale[begin:end] @ wide).view(total.shape[1:])
 
-    def put(self, name: str, unit: int, which: str, gradient: Tensor) -> None:
-        """Add a gradient that was found in another way; ``which`` is ``X`` or ``Y``."""
-        entropy, update = self._sums(name)
-        (entropy if which == "X" else update)[unit] += gradient.to(entropy.dtype)
+    def terms(self, unit: Sequence[int], coefficients: Coefficients) -> Iterator[Term]:
+        """See `SignalRows.terms`: X and g of every unit, ``which`` 0 and 1."""
+        for number in sorted(set(unit)):
+            for which, values in enumerate((coefficients.entropy, coefficients.update)):
+                member = torch.tensor(unit, device=values.device)
+                yield Term(number, which, torch.where(member == number, values, 0.0))
 
-    def _by_rows(self, name: str, *parts: Tensor) -> list[Tensor] | None:
-        """``[N, T, ·]`` views, or None where there is no such shape in them."""
-        batch = self._batch
-        if batch is None:
-            return None
-        shaped = []
-        for part in parts:
-            if batch.positions is None:
-                by_token = part if part.dim() == 2 else part.flatten(0, 1) if part.dim() >= 3 else None
-                if by_token is None or by_token.shape[0] != batch.n_rows or (part.dim() > 2 and part.shape[0] != 1):
-                    self.refused.add(name)
-                    return None
-                shaped.append(by_token.reshape(batch.n_rows, -1, part.shape[-1]))
-            elif part.dim() >= 3 and part.shape[0] == batch.n_rows:
-                shaped.append(part.flatten(1, -2))
-            elif part.dim() == 2 and part.shape[0] == batch.n_rows * batch.positions:
-                shaped.append(part.view(batch.n_rows, batch.positions, -1))
-            else:
-                self.refused.add(name)
-                return None
-        return shaped
+    def put(self, name: str, term: Term, gradient: Tensor) -> None:
+        """See `SignalRows.put`."""
+        total = self._sums(name)[term.which][term.unit]
+        total += gradient.to(total.dtype)
 
     def _sums(self, name: str) -> tuple[Tensor, Tensor]:
         self.touched.add(name)
@@ -225,31 +186,3 @@ class UnitGradients:
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.promote_types(self._parameters[name].dtype, torch.float32)
-
-
-class _Batch:
-    """The rows of the backward under way, and the runs of rows that belong to one unit.
-
-    In a packed batch (``positions`` None) every token counts as a row.
-    """
-
-    def __init__(
-        self, runs: list[tuple[int, int, int]], n_rows: int, coefficients: Tensor, positions: int | None
-    ) -> None:
-        self.runs, self.n_rows, self.coefficients, self.positions = runs, n_rows, coefficients, positions
-        # What is 0 throughout adds nothing, and is not computed.
-        self.wanted: list[bool] = (coefficients != 0).any(1).tolist()
-        self.scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.units_in_order = [unit for unit, _, _ in runs] == list(range(len(runs)))
-        self.spread: dict[tuple[torch.device, torch.dtype, int, int], Tensor] = {}
-
-
-def _runs(unit: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Unit, begin and end of every stretch of rows of one unit."""
-    runs: list[tuple[int, int, int]] = []
-    for row, number in enumerate(unit):
-        if runs and runs[-1][0] == number:
-            runs[-1] = (number, runs[-1][1], row + 1)
-        else:
-            runs.append((number, row, row + 1))
-    return runs

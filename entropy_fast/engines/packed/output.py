@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.capture import UnitGradients
+from entropy_fast.engines.capture import SignalRows
 from entropy_fast.engines.coefficients import Coefficients, length_weights, sequence_coefficients
 from entropy_fast.engines.packed.layout import PackedLayout
 from entropy_fast.ops import linear_token_logprobs_with_units, token_logprobs
@@ -55,7 +55,7 @@ def output_signals(
     hidden: Tensor,
     layout: PackedLayout,
     rollouts: Rollouts,
-    gradients: UnitGradients,
+    gradients: SignalRows,
     labels: str,
 ) -> OutputSignals:
     """Log-probs, coefficients and unit gradients; what an output layer is trained by goes to ``gradients``.
@@ -92,10 +92,11 @@ def output_signals(
             logprobs = packed_logprobs(head, leaf, layout.targets[own])
         refuse_nan(logprobs)
         rows = slice(layout.groups[groups.start].rows[0], layout.groups[groups.stop - 1].rows[1])
-        row = layout.scored_row[own] - rows.start
+        sequence = layout.scored_row[own]
+        row = sequence - rows.start
         sums = _sums_by_row(logprobs.detach(), row, rows.stop - rows.start)
         coefficients = sequence_coefficients(sums, layout.rows[rows], rollouts, weights)
-        gradients.expect_packed(_runs(layout, groups), wanted_weights(coefficients, labels)[:, row])
+        gradients.expect_packed(_runs(layout, groups), wanted_weights(coefficients, labels)[:, row], sequence)
         torch.autograd.backward(logprobs.sum())
         assert leaf.grad is not None
         units[own] = leaf.grad

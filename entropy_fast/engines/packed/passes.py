@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.capture import UnitGradients
+from entropy_fast.engines.capture import SignalRows
 from entropy_fast.engines.coefficients import power_of_two_scale
 from entropy_fast.engines.packed.exchange import PackedRun, attention_configurations, attention_exchanged
 from entropy_fast.engines.packed.layout import PackedGroup, PackedLayout, pack_microbatch
@@ -41,6 +41,10 @@ class PackedPass:
         self._configurations = attention_configurations(head.decoder)
         self.share = share
 
+    def of_whole_sequences(self) -> PackedPass:
+        """The same pass in which nothing is shared."""
+        return PackedPass(self._components, self._head, share=False) if self.share else self
+
     def logprobs(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
         """[M] log-probs of the scored tokens of the given rows, without a graph."""
         layout = self._layout(rollouts, rows, [0] * len(rows))
@@ -50,7 +54,7 @@ class PackedPass:
             return packed_logprobs(self._head, _scored(layout, before, after), layout.targets)
 
     def run(
-        self, rollouts: Rollouts, rows: Tensor, unit: list[int], gradients: UnitGradients, labels: str
+        self, rollouts: Rollouts, rows: Tensor, unit: list[int], gradients: SignalRows, labels: str
     ) -> OutputSignals:
         """Add one microbatch of whole prompts to ``gradients``.
 
@@ -85,7 +89,7 @@ class PackedPass:
     def _layout(self, rollouts: Rollouts, rows: Tensor, unit: list[int]) -> PackedLayout:
         return pack_microbatch(rollouts, rows, unit, self._components.device, share=self.share)
 
-    def _forward(self, layout: PackedLayout, run: PackedRun, gradients: UnitGradients | None) -> tuple[Tensor, Tensor]:
+    def _forward(self, layout: PackedLayout, run: PackedRun, gradients: SignalRows | None) -> tuple[Tensor, Tensor]:
         """[1, P, H] and [1, Q, H] hidden states of the prefixes and the tails."""
         states = []
         for run.on_tails, ids, positions in (
@@ -105,14 +109,15 @@ class PackedPass:
         return hidden
 
     def _backward_through_tails(
-        self, layout: PackedLayout, after: Tensor, signals: OutputSignals, weights: Tensor, gradients: UnitGradients
+        self, layout: PackedLayout, after: Tensor, signals: OutputSignals, weights: Tensor, gradients: SignalRows
     ) -> None:
         if not after.requires_grad:
             return
         by_tail = layout.source < after.shape[1]
         above = torch.zeros_like(after)
         above[0, layout.source[by_tail]] = signals.unit_gradients[by_tail].to(after.dtype)
-        gradients.expect_packed(_runs(layout.groups, tails=True), weights[:, layout.tail_row])
+        sequence = None if self.share else layout.tail_row
+        gradients.expect_packed(_runs(layout.groups, tails=True), weights[:, layout.tail_row], sequence)
         torch.autograd.backward(after, above)
 
     def _backward_through_prefixes(
@@ -122,7 +127,7 @@ class PackedPass:
         before: Tensor,
         signals: OutputSignals,
         weights: Tensor,
-        gradients: UnitGradients,
+        gradients: SignalRows,
     ) -> None:
         run.on_tails = False
         labels = [label for label in range(2) if bool((weights[label] != 0).any())]

@@ -14,7 +14,7 @@ from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing import align_logprobs, model_logits, pack_rows
 from entropy_fast.teacher_forcing.output_layer import allowed_difference
 
-__all__ = ["PlainLogprobs", "plain_logprobs", "refuse_interaction", "same_packed", "trial_rows"]
+__all__ = ["PlainLogprobs", "plain_logprobs", "refuse_interaction", "same_packed", "sees_a_window", "trial_rows"]
 
 # What a model may raise that does not work on packed tokens.
 _DOES_NOT_FIT = (AttributeError, TypeError, ValueError, IndexError, RuntimeError, KeyError)
@@ -41,13 +41,21 @@ class PlainLogprobs:
         return bool(((found - self.values).abs() <= allowed_difference(self.dtype)).all())
 
 
-def trial_rows(rollouts: Rollouts) -> Tensor:
-    """[2] the longest sequence of the batch and the shortest one that answers the same prompt."""
-    lengths = rollouts.attention_mask.sum(-1).cpu()
-    longest = int(lengths.argmax())
-    others = rollouts.rows_of_prompt(int(rollouts.prompt_index[longest]))
-    others = others[others != longest]
-    return torch.tensor([longest, int(others[lengths[others].argmin()])])
+def trial_rows(rollouts: Rollouts, *, two: bool) -> Tensor:
+    """[1 or 2] sequences to try with: the shortest answer to the longest prompt, which costs little, and the longest of all."""
+    attended, answered = rollouts.attention_mask.sum(-1).cpu(), rollouts.response_lengths.cpu()
+    own = rollouts.rows_of_prompt(int(rollouts.prompt_index[int((attended - answered).argmax())]))
+    first = int(own[answered[own].argmin()])
+    if not two:
+        return torch.tensor([first])
+    attended[first] = 0
+    return torch.tensor([first, int(attended.argmax())])
+
+
+def sees_a_window(config: object) -> bool:
+    """Whether a model's attention looks back a limited number of tokens, in some layer."""
+    kinds = getattr(config, "layer_types", None) or ()
+    return getattr(config, "sliding_window", None) is not None or any(kind != "full_attention" for kind in kinds)
 
 
 def plain_logprobs(components: ProbeComponents, rollouts: Rollouts, rows: Tensor) -> PlainLogprobs:
@@ -67,7 +75,7 @@ def same_packed(packed: PackedPass, rollouts: Rollouts, rows: Tensor, expected: 
     Args:
         packed: the pass to try.
         rollouts: the batch.
-        rows: [k] from `trial_rows`.
+        rows: [k] to try with.
         expected: their log-probs.
     """
     try:
@@ -76,12 +84,16 @@ def same_packed(packed: PackedPass, rollouts: Rollouts, rows: Tensor, expected: 
         return False
 
 
-def refuse_interaction(components: ProbeComponents, rollouts: Rollouts, rows: Tensor, expected: PlainLogprobs) -> None:
+def refuse_interaction(components: ProbeComponents, rollouts: Rollouts) -> None:
     """Raise when log-probs are random, or depend on the other sequences of a batch.
 
     Raises:
         ModelStateError: they do; then a sequence has no gradient of its own.
     """
+    rows = trial_rows(rollouts, two=True)
+    expected = plain_logprobs(components, rollouts, rows)
+    # From another random state, so that randomness nobody switched off shows as a difference.
+    torch.rand(1, device=components.device)
     again = plain_logprobs(components, rollouts, rows)
     components.check_repeatable(expected.sequences.double().cpu(), again.sequences.double().cpu(), rows)
     with torch.no_grad(), components.autocast():

@@ -23,8 +23,9 @@ class Case:
     samples: list[Sample]
     rollouts: Rollouts
 
-    def probe(self, **options: Any) -> OfflineEntropyProbe:
-        return OfflineEntropyProbe(self.model, self.optimizer, config=ProbeConfig(**options))
+    def probe(self, *, engine: str = "two_pass", **options: Any) -> OfflineEntropyProbe:
+        """By the reference engine unless another is asked for."""
+        return OfflineEntropyProbe(self.model, self.optimizer, config=ProbeConfig(**options), engine=engine)
 
 
 def case_of(model: nn.Module, group_sizes: Sequence[int] = (2, 3, 2)) -> Case:
