@@ -82,9 +82,10 @@ def test_every_weighting(weighting: str, batch: str) -> None:
     assert_same_estimate(one, two, 1e-10)
 
 
-@pytest.mark.parametrize(
-    "targets", [["q_proj"], ["k_proj"], ["v_proj"], ["q_proj", "v_proj"], ["o_proj"], ["down_proj"]]
-)
+SOME_MAPS = (["q_proj"], ["k_proj"], ["v_proj"], ["q_proj", "v_proj"], ["o_proj"], ["down_proj"])
+
+
+@pytest.mark.parametrize("targets", SOME_MAPS, ids=" ".join)
 def test_adapters_on_some_maps(targets: list[str]) -> None:
     """In the first layer what has no adapter before it needs no gradient: queries, keys or values, one without the others."""
     model = wide_model("llama", lora=True, targets=targets)
