@@ -188,13 +188,20 @@ def build_model(
     return model.to(dtype).train()
 
 
-def add_lora(model: nn.Module, *, dropout: float = 0.0, seed: int = 1, adapter: str = "default") -> peft.PeftModel:
-    """LoRA on every linear map but the head, its B matrices away from zero (at zero, A has no gradient at all)."""
+def add_lora(
+    model: nn.Module,
+    *,
+    dropout: float = 0.0,
+    seed: int = 1,
+    adapter: str = "default",
+    targets: str | list[str] = "all-linear",
+) -> peft.PeftModel:
+    """LoRA on the targets (every linear map but the head), B matrices away from zero (at zero, A has no gradient at all)."""
     config = peft.LoraConfig(
         r=4,
         lora_alpha=8,
         lora_dropout=dropout,
-        target_modules="all-linear",
+        target_modules=targets,
         task_type="CAUSAL_LM",
         fan_in_fan_out=isinstance(model, GPT2LMHeadModel),
     )
