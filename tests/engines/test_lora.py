@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from entropy_fast.engines.capture import UnitGradients
 from entropy_fast.engines.capture.lora import lora_parts
 
 
@@ -136,10 +137,6 @@ def pre_hook(model: peft.PeftModel) -> None:
     layer_of(model).lora_A["default"].register_forward_pre_hook(lambda *_: None)
 
 
-def backward_hook(model: peft.PeftModel) -> None:
-    layer_of(model).base_layer.register_full_backward_hook(lambda *_: None)
-
-
 def forward_of_its_own(model: peft.PeftModel) -> None:
     layer_of(model).forward = layer_of(model).forward
 
@@ -156,17 +153,38 @@ def other_dtype(model: peft.PeftModel) -> None:
 CHANGES = {
     "merged": merged,
     "disabled": disabled,
-    "trained base": base_trained,
-    "hook on the base": hook_on("base_layer"),
     "hook on A": hook_on("lora_A.default"),
     "hook on B": hook_on("lora_B.default"),
     "hook on dropout": hook_on("lora_dropout.default"),
     "pre-hook": pre_hook,
-    "backward hook": backward_hook,
     "forward of its own": forward_of_its_own,
     "other dropout": other_dropout,
+}
+
+
+# The base runs by itself then, hooks and all; only its adapters are one function.
+BESIDE_THE_BASE = {
+    "trained base": base_trained,
+    "hook on the base": hook_on("base_layer"),
     "other dtype": other_dtype,
 }
+
+
+@pytest.mark.parametrize("change", BESIDE_THE_BASE)
+def test_a_base_that_does_something_besides_runs_by_itself(change: str) -> None:
+    model = lora_model()
+    BESIDE_THE_BASE[change](model)
+    names = trained(model)
+    layer = layer_of(model)
+    ran = []
+    layer.base_layer.register_forward_hook(lambda *_: ran.append(True))
+    parts = lora_parts(layer, names, set(names.values()))
+    assert parts is not None
+    assert id(layer.base_layer) not in parts[0]
+    x = torch.randn(4, 6, dtype=torch.float64)
+    found = parts[1](layer.forward, UnitGradients({}, 1))(x)
+    assert len(ran) == 1
+    torch.testing.assert_close(found, layer(x), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -200,7 +200,7 @@ class _PackedAttention(torch.autograd.Function):
             above = part.padded_gradient(gradient[0], k.shape[1])
             again = None if log_sums is None else part.padded(output[0], k.shape[1])
             dq, dk, dv = attend_backward(q, k, v, mask, options, above, again, log_sums)
-            if length and prefix is not None and prefix.key.requires_grad:
+            if length and prefix is not None and (prefix.key.requires_grad or prefix.value.requires_grad):
                 begin, end = part.group.rows
                 prefix.add(part.group, ctx.weights[0][:, begin:end], dk[:, :, :length], dv[:, :, :length])
             for total, own in zip(found, (dq, dk[:, :, length:], dv[:, :, length:]), strict=True):
