@@ -93,11 +93,11 @@ def sweep(
                     refused = capture.run(rollouts, rows, unit, gradients, written, labels)
                     if refused:
                         break
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
                     raise
                 # Nothing of this group was visited.
-                message = str(error).splitlines()[0]
+                message = (str(error) or type(error).__name__).splitlines()[0]
             else:
                 if refused:
                     # From the start: what was visited lacks these parameters.
@@ -185,9 +185,9 @@ class _Cutter:
         return True
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
     # On the CPU torch raises a plain RuntimeError, whose words depend on the platform but for the allocator's name.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _release() -> None:
