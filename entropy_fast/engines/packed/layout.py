@@ -76,12 +76,13 @@ class PackedLayout:
     place: Tensor
     longest: int
 
-    def by_sequence(self, values: Tensor) -> Tensor:
-        """[n] sums of ``values`` [M] over the scored tokens of each sequence, in their dtype."""
+    def by_sequence(self, values: Tensor, scored: slice = slice(None), rows: slice = slice(None)) -> Tensor:
+        """[n] sums of ``values`` [M] over the scored tokens of each sequence, in their dtype; of a stretch of both, too."""
+        begin, end, _ = rows.indices(len(self.rows))
         # A table and a row sum, not index_add: that one is not deterministic on CUDA.
-        table = values.new_zeros(len(self.rows) * self.longest)
-        table[self.place] = values
-        return table.view(len(self.rows), self.longest).sum(-1)
+        table = values.new_zeros((end - begin) * self.longest)
+        table[self.place[scored] - begin * self.longest] = values
+        return table.view(end - begin, self.longest).sum(-1)
 
 
 def shared_length(tokens: Sequence[Tensor], first_scored: Sequence[int]) -> int:

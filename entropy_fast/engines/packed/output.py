@@ -94,7 +94,7 @@ def output_signals(
         rows = slice(layout.groups[groups.start].rows[0], layout.groups[groups.stop - 1].rows[1])
         sequence = layout.scored_row[own]
         row = sequence - rows.start
-        sums = _sums_by_row(logprobs.detach(), row, rows.stop - rows.start)
+        sums = layout.by_sequence(logprobs.detach(), own, rows)
         coefficients = sequence_coefficients(sums, layout.rows[rows], rollouts, weights)
         gradients.expect_packed(_runs(layout, groups), wanted_weights(coefficients, labels)[:, row], sequence)
         torch.autograd.backward(logprobs.sum())
@@ -136,12 +136,3 @@ def _runs(layout: PackedLayout, groups: slice) -> list[tuple[int, int, int]]:
         runs.append((layout.groups[number].unit, at, at + size))
         at += size
     return runs
-
-
-def _sums_by_row(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
-    """[n_rows] sums of ``values``, whose rows come one after the other."""
-    lengths = torch.bincount(row, minlength=n_rows)
-    place = torch.arange(len(row), device=row.device) - (lengths.cumsum(0) - lengths)[row]
-    table = values.new_zeros(n_rows, int(lengths.max()))
-    table[row, place] = values
-    return table.sum(-1)
