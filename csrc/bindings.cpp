@@ -13,6 +13,7 @@
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
 #include "cpu/token_logprobs.h"
+#include "cpu/unit_products.h"
 #if ENTROPY_FAST_WITH_CUDA
 #include "cuda/precondition_accumulate.h"
 #include "cuda/token_logprobs.h"
@@ -99,6 +100,7 @@ PYBIND11_MODULE(_native, module) {
     define(module, "softmax_block_cpu", softmax_block_call, cpu::softmax_block);
     define(module, "sums_of_blocks_cpu", sums_of_blocks_call, cpu::sums_of_blocks);
     define(module, "precondition_accumulate_cpu", precondition_accumulate_call, cpu::precondition_accumulate);
+    define(module, "unit_products_cpu", unit_products_call, cpu::unit_products);
 #if ENTROPY_FAST_WITH_CUDA
     // The last argument of these is a stream, of those above the number of threads.
     define(module, "token_logprobs_forward_cuda", token_logprobs_forward_call, cuda::token_logprobs_forward);

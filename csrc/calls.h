@@ -6,6 +6,7 @@
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
+#include "unit_products.h"
 
 namespace entropy_fast {
 
@@ -95,6 +96,30 @@ inline PreconditionAccumulate precondition_accumulate_call(Address entries, Addr
             x_scale,
             g_scale,
             update};
+}
+
+inline UnitProducts unit_products_call(Address narrow, Address wide, Address weights, Address runs, Address first_sums,
+                                       Address second_sums, int64_t n_runs, int64_t narrow_columns,
+                                       int64_t wide_columns, int64_t narrow_row, int64_t wide_row, int64_t weights_row,
+                                       int64_t tokens_per_row, int64_t unit_stride, int64_t narrow_stride,
+                                       int64_t wide_stride, ElementType element_type) {
+    return {pointer<const void>(narrow),
+            pointer<const void>(wide),
+            pointer<const void>(weights),
+            pointer<const UnitRun>(runs),
+            pointer<void>(first_sums),
+            pointer<void>(second_sums),
+            n_runs,
+            narrow_columns,
+            wide_columns,
+            narrow_row,
+            wide_row,
+            weights_row,
+            tokens_per_row,
+            unit_stride,
+            narrow_stride,
+            wide_stride,
+            element_type};
 }
 
 }  // namespace entropy_fast

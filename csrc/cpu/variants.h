@@ -6,6 +6,7 @@
 #include "../precondition_accumulate.h"
 #include "../softmax_block.h"
 #include "../token_logprobs.h"
+#include "../unit_products.h"
 
 namespace entropy_fast {
 namespace cpu {
@@ -17,17 +18,19 @@ struct Kernels {
     void (*softmax_block)(const SoftmaxBlock& call, int64_t begin, int64_t end);
     void (*sums_of_blocks)(const SumsOfBlocks& call, int64_t begin, int64_t end);
     void (*precondition_accumulate)(const PreconditionAccumulate& call, int64_t begin, int64_t end);
+    void (*unit_products)(const UnitProducts& call, int64_t begin, int64_t end);
 };
 
-#define ENTROPY_FAST_DECLARE_VARIANT(name)                                                                       \
-    namespace name {                                                                                             \
-    void token_logprobs_forward(const TokenLogprobsForward& call, int64_t begin, int64_t end);                   \
-    void token_logprobs_backward(const TokenLogprobsBackward& call, int64_t begin, int64_t end);                 \
-    void softmax_block(const SoftmaxBlock& call, int64_t begin, int64_t end);                                    \
-    void sums_of_blocks(const SumsOfBlocks& call, int64_t begin, int64_t end);                                   \
-    void precondition_accumulate(const PreconditionAccumulate& call, int64_t begin, int64_t end);                \
-    constexpr Kernels kernels = {token_logprobs_forward, token_logprobs_backward, softmax_block, sums_of_blocks, \
-                                 precondition_accumulate};                                                       \
+#define ENTROPY_FAST_DECLARE_VARIANT(name)                                                        \
+    namespace name {                                                                              \
+    void token_logprobs_forward(const TokenLogprobsForward& call, int64_t begin, int64_t end);    \
+    void token_logprobs_backward(const TokenLogprobsBackward& call, int64_t begin, int64_t end);  \
+    void softmax_block(const SoftmaxBlock& call, int64_t begin, int64_t end);                     \
+    void sums_of_blocks(const SumsOfBlocks& call, int64_t begin, int64_t end);                    \
+    void precondition_accumulate(const PreconditionAccumulate& call, int64_t begin, int64_t end); \
+    void unit_products(const UnitProducts& call, int64_t begin, int64_t end);                     \
+    constexpr Kernels kernels = {token_logprobs_forward, token_logprobs_backward, softmax_block,  \
+                                 sums_of_blocks,         precondition_accumulate, unit_products}; \
     }
 
 ENTROPY_FAST_DECLARE_VARIANT(baseline)

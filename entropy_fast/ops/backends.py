@@ -13,7 +13,16 @@ import torch
 from entropy_fast.errors import BackendUnavailableError, ConfigError, EntropyFastWarning
 from entropy_fast.ops import native_backend, triton_backend
 
-__all__ = ["AUTO", "BACKENDS", "BackendRecord", "backend_report", "count_call", "requested", "resolve_backend"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "BackendRecord",
+    "backend_report",
+    "count_call",
+    "requested",
+    "resolve_backend",
+    "runs_natively",
+]
 
 AUTO = "auto"
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -123,6 +132,16 @@ def resolve_backend(wanted: str | None, device: torch.device, offered: tuple[str
             fix=f"see `entropy-fast doctor`, or leave {origin} unset to have a backend chosen by device.",
         )
     return wanted
+
+
+def runs_natively(device: torch.device) -> bool:
+    """Whether a helper of the engines that has a compiled twin for CPUs alone runs compiled on ``device``.
+
+    Not where ``ENTROPY_FAST_BACKEND`` names another backend; and no warning where there is no compiled library, since the ops
+    give one.
+    """
+    wanted = os.environ.get(_ENVIRONMENT_VARIABLE) or AUTO
+    return wanted in (AUTO, "native") and not native_backend.cpu_reason(device.type)
 
 
 def _best(device_type: str, offered: tuple[str, ...]) -> str:

@@ -3,6 +3,7 @@
 from entropy_fast.reference.linear_token_logprobs import LinearTokenLogprobs, linear_logits, linear_token_logprobs
 from entropy_fast.reference.precondition_accumulate import precondition_accumulate
 from entropy_fast.reference.token_logprobs import log_probabilities, token_logprobs, token_logprobs_backward
+from entropy_fast.reference.unit_products import unit_products
 
 __all__ = [
     "LinearTokenLogprobs",
@@ -12,4 +13,5 @@ __all__ = [
     "precondition_accumulate",
     "token_logprobs",
     "token_logprobs_backward",
+    "unit_products",
 ]

@@ -14,6 +14,7 @@ from kernel_calls import (
 )
 from kernel_drivers import CallImage, CallResults
 from logprob_cases import DTYPES, assert_right, make_case, shaped_rows, special_rows
+from unit_product_calls import unit_product_calls, unit_product_case
 
 
 class EveryOp:
@@ -49,6 +50,16 @@ class EveryOp:
             for entropy in (False, True)
             for with_products in (False, True)
         ]
+        self._unit_products = [
+            unit_product_calls(unit_product_case(lengths, columns, dtype, **options), self.image)
+            for dtype in DTYPES
+            for lengths, columns, options in (
+                ([70, 0, 3], (5, 300), {}),
+                ([9, 20, 1], (40, 33), {"turned": True, "inner": 2, "order": [1, 0, 1]}),
+                ([130], (16, 64), {"labels": 1}),
+                ([], (1, 1), {}),
+            )
+        ]
         self._sums = []
         for sizes in ((0, 1, 7, CHUNK + 1), ()):
             for update in (True, False):
@@ -62,5 +73,7 @@ class EveryOp:
             assert_softmax_block(softmax, results)
         for block_sums in self._block_sums:
             assert_block_sums(block_sums, results)
+        for unit_products in self._unit_products:
+            unit_products.assert_right(results)
         for sums in self._sums:
             assert_accumulated(*sums.outcome(results), sums.case)

@@ -27,6 +27,7 @@ OPS = {
     "softmax_block": (2, "@4P4qd?i0q"),
     "precondition_accumulate": (3, "@5P2q2d?0q"),
     "sums_of_blocks": (4, "@5P2qi0q"),
+    "unit_products": (5, "@6P10qi0q"),
 }
 
 

@@ -19,6 +19,7 @@ FUNCTIONS = (
     ("softmax_block_cpu", "@4P4qd?i0q"),
     ("precondition_accumulate_cpu", "@5P2q2d?0q"),
     ("sums_of_blocks_cpu", "@5P2qi0q"),
+    ("unit_products_cpu", "@6P10qi0q"),
 )
 
 

@@ -18,6 +18,7 @@
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
+#include "unit_products.h"
 
 class CallFile {
   public:
@@ -65,6 +66,9 @@ class CallFile {
                     break;
                 case 4:
                     run(*struct_of<SumsOfBlocks>(call));
+                    break;
+                case 5:
+                    run(*struct_of<UnitProducts>(call));
                     break;
                 default:
                     std::abort();

@@ -3,6 +3,7 @@
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
 #include "cpu/token_logprobs.h"
+#include "cpu/unit_products.h"
 
 namespace {
 
@@ -15,6 +16,7 @@ struct Run {
     }
     void operator()(const entropy_fast::SoftmaxBlock& call) const { entropy_fast::cpu::softmax_block(call, 1); }
     void operator()(const entropy_fast::SumsOfBlocks& call) const { entropy_fast::cpu::sums_of_blocks(call, 1); }
+    void operator()(const entropy_fast::UnitProducts& call) const { entropy_fast::cpu::unit_products(call, 1); }
     void operator()(const entropy_fast::PreconditionAccumulate& call) const {
         entropy_fast::cpu::precondition_accumulate(call, 1);
     }
