@@ -9,6 +9,7 @@
 #include "build_info.h"
 #include "calls.h"
 #include "cpu/dispatch.h"
+#include "cpu/frozen_layers.h"
 #include "cpu/parallel.h"
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
@@ -100,6 +101,10 @@ PYBIND11_MODULE(_native, module) {
     define(module, "softmax_block_cpu", softmax_block_call, cpu::softmax_block);
     define(module, "sums_of_blocks_cpu", sums_of_blocks_call, cpu::sums_of_blocks);
     define(module, "precondition_accumulate_cpu", precondition_accumulate_call, cpu::precondition_accumulate);
+    define(module, "rms_norm_forward_cpu", rms_norm_forward_call, cpu::rms_norm_forward);
+    define(module, "rms_norm_backward_cpu", rms_norm_backward_call, cpu::rms_norm_backward);
+    define(module, "gated_silu_forward_cpu", gated_silu_forward_call, cpu::gated_silu_forward);
+    define(module, "gated_silu_backward_cpu", gated_silu_backward_call, cpu::gated_silu_backward);
     define(module, "unit_products_cpu", unit_products_call, cpu::unit_products);
 #if ENTROPY_FAST_WITH_CUDA
     // The last argument of these is a stream, of those above the number of threads.

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "frozen_layers.h"
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
@@ -119,6 +120,47 @@ inline UnitProducts unit_products_call(Address narrow, Address wide, Address wei
             unit_stride,
             narrow_stride,
             wide_stride,
+            element_type};
+}
+
+inline RmsNormForward rms_norm_forward_call(Address x, Address weight, Address y, Address scales, int64_t rows,
+                                            int64_t width, double epsilon, ElementType element_type) {
+    return {pointer<const void>(x),
+            pointer<const void>(weight),
+            pointer<void>(y),
+            pointer<void>(scales),
+            rows,
+            width,
+            epsilon,
+            element_type};
+}
+
+inline RmsNormBackward rms_norm_backward_call(Address dy, Address x, Address weight, Address scales, Address dx,
+                                              int64_t rows, int64_t width, ElementType element_type) {
+    return {pointer<const void>(dy),
+            pointer<const void>(x),
+            pointer<const void>(weight),
+            pointer<const void>(scales),
+            pointer<void>(dx),
+            rows,
+            width,
+            element_type};
+}
+
+inline GatedSiluForward gated_silu_forward_call(Address gate, Address up, Address y, int64_t rows, int64_t width,
+                                                ElementType element_type) {
+    return {pointer<const void>(gate), pointer<const void>(up), pointer<void>(y), rows, width, element_type};
+}
+
+inline GatedSiluBackward gated_silu_backward_call(Address dy, Address gate, Address up, Address dgate, Address dup,
+                                                  int64_t rows, int64_t width, ElementType element_type) {
+    return {pointer<const void>(dy),
+            pointer<const void>(gate),
+            pointer<const void>(up),
+            pointer<void>(dgate),
+            pointer<void>(dup),
+            rows,
+            width,
             element_type};
 }
 

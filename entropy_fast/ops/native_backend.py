@@ -23,6 +23,7 @@ __all__ = [
     "cpu_reason",
     "cuda_detail",
     "cuda_reason",
+    "on_rows",
     "precondition_accumulate",
     "softmax_block",
     "sums_of_blocks",
@@ -197,6 +198,13 @@ def precondition_accumulate(
         g_scale,
         update,
     )
+
+
+def on_rows(function: str, *tensors: Tensor, parameters: Sequence[float] = ()) -> None:
+    """Call one of csrc/frozen_layers.h on contiguous tensors of its struct's order, the first of them [rows, width]."""
+    rows, width = tensors[0].shape
+    dtype = tensors[0].dtype
+    _call(function, tensors[0].device, *map(_address, tensors), rows, width, *parameters, _element_type(dtype))
 
 
 def unit_products(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor, weights: Tensor, runs: Tensor) -> None:

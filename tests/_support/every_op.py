@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from block_sums_calls import assert_block_sums, block_sums_calls
+from frozen_layer_calls import gated_silu_calls, rms_norm_calls
 from kernel_calls import (
     CHUNK,
     accumulate_calls,
@@ -60,6 +62,12 @@ class EveryOp:
                 ([], (1, 1), {}),
             )
         ]
+        self._frozen_layers = [
+            calls(dtype, rows, width, self.image)
+            for dtype in (torch.float32, torch.float64)
+            for calls in (rms_norm_calls, gated_silu_calls)
+            for rows, width in ((3, 37), (2, 64), (1, 1), (0, 5))
+        ]
         self._sums = []
         for sizes in ((0, 1, 7, CHUNK + 1), ()):
             for update in (True, False):
@@ -75,5 +83,7 @@ class EveryOp:
             assert_block_sums(block_sums, results)
         for unit_products in self._unit_products:
             unit_products.assert_right(results)
+        for frozen in self._frozen_layers:
+            frozen.assert_right(results)
         for sums in self._sums:
             assert_accumulated(*sums.outcome(results), sums.case)

@@ -28,6 +28,10 @@ OPS = {
     "precondition_accumulate": (3, "@5P2q2d?0q"),
     "sums_of_blocks": (4, "@5P2qi0q"),
     "unit_products": (5, "@6P10qi0q"),
+    "rms_norm_forward": (6, "@4P2qdi0q"),
+    "rms_norm_backward": (7, "@5P2qi0q"),
+    "gated_silu_forward": (8, "@3P2qi0q"),
+    "gated_silu_backward": (9, "@5P2qi0q"),
 }
 
 

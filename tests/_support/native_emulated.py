@@ -20,6 +20,10 @@ FUNCTIONS = (
     ("precondition_accumulate_cpu", "@5P2q2d?0q"),
     ("sums_of_blocks_cpu", "@5P2qi0q"),
     ("unit_products_cpu", "@6P10qi0q"),
+    ("rms_norm_forward_cpu", "@4P2qdi0q"),
+    ("rms_norm_backward_cpu", "@5P2qi0q"),
+    ("gated_silu_forward_cpu", "@3P2qi0q"),
+    ("gated_silu_backward_cpu", "@5P2qi0q"),
 )
 
 

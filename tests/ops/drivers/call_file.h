@@ -15,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "frozen_layers.h"
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
@@ -69,6 +70,18 @@ class CallFile {
                     break;
                 case 5:
                     run(*struct_of<UnitProducts>(call));
+                    break;
+                case 6:
+                    run(*struct_of<RmsNormForward>(call));
+                    break;
+                case 7:
+                    run(*struct_of<RmsNormBackward>(call));
+                    break;
+                case 8:
+                    run(*struct_of<GatedSiluForward>(call));
+                    break;
+                case 9:
+                    run(*struct_of<GatedSiluBackward>(call));
                     break;
                 default:
                     std::abort();

@@ -47,6 +47,10 @@ struct Run {
         simt_launch(kernels::sum_partial_dots_kernel, tensors, kernels::kThreads, call);
     }
     // There is no CUDA kernel of these.
+    void operator()(const entropy_fast::RmsNormForward&) const { std::abort(); }
+    void operator()(const entropy_fast::RmsNormBackward&) const { std::abort(); }
+    void operator()(const entropy_fast::GatedSiluForward&) const { std::abort(); }
+    void operator()(const entropy_fast::GatedSiluBackward&) const { std::abort(); }
     void operator()(const entropy_fast::UnitProducts&) const { std::abort(); }
     void operator()(const entropy_fast::SoftmaxBlock&) const { std::abort(); }
     void operator()(const entropy_fast::SumsOfBlocks&) const { std::abort(); }
