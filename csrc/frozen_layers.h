@@ -1,7 +1,9 @@
 // Layers without a trained parameter on a model's way from token to token: RMS norm, and the gate of an MLP.
 //
 // Written with tensor operations each takes a dozen passes over its input, and fresh memory for most of them. Here each
-// direction is one pass, or two over a row that stays in the cache. Rows are contiguous, and of Float32 or Float64.
+// direction is one pass, or two over a row that stays in the cache. Rows are contiguous. What is computed is Scalar
+// (float, or double for double elements); a forward rounds to 16 bits where tensor operations would, a backward only
+// its results.
 #pragma once
 
 #include <stdint.h>
@@ -15,7 +17,7 @@ struct RmsNormForward {
     const void* x;       // [rows, width]
     const void* weight;  // [width]
     void* y;             // [rows, width]
-    void* scales;        // [rows]: r
+    void* scales;        // [rows] of Scalar: r
     int64_t rows;
     int64_t width;
     double epsilon;

@@ -13,9 +13,6 @@ namespace {
 template <typename Call>
 void run(const char* name, const Call& call, int threads, void (*kernel)(const Call&, int64_t, int64_t)) {
     if (call.rows < 0 || call.width < 0) throw std::invalid_argument(std::string(name) + ": negative size");
-    if (call.element_type != ElementType::kFloat32 && call.element_type != ElementType::kFloat64) {
-        throw std::invalid_argument(std::string(name) + ": neither float32 nor float64");
-    }
     parallel_rows(call.rows, call.width, threads, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 

@@ -28,14 +28,23 @@ inline void store_some(typename Element::Storage* to, typename Element::Vector v
     store_tail<Element>(to, value, count);
 }
 
+// As a tensor of this element type would hold it.
+template <typename Element>
+inline typename Element::Vector rounded(typename Element::Vector value) {
+    typename Element::Storage stored[lanes<Element>()];
+    Element::store(stored, value);
+    return Element::load(stored);
+}
+
 template <typename Element>
 void normalize(const entropy_fast::RmsNormForward& call, int64_t begin, int64_t end) {
     using Scalar = typename Element::Scalar;
+    using Storage = typename Element::Storage;
     using Vector = typename Element::Vector;
-    const auto* weight = static_cast<const Scalar*>(call.weight);
+    const auto* weight = static_cast<const Storage*>(call.weight);
     for (int64_t row = begin; row < end; ++row) {
-        const auto* x = static_cast<const Scalar*>(call.x) + row * call.width;
-        auto* y = static_cast<Scalar*>(call.y) + row * call.width;
+        const auto* x = static_cast<const Storage*>(call.x) + row * call.width;
+        auto* y = static_cast<Storage*>(call.y) + row * call.width;
         Vector squares = {};
         along<Element>(call.width, [&](int64_t i, int64_t count) {
             const Vector own = load_some<Element>(x + i, count);
@@ -45,7 +54,7 @@ void normalize(const entropy_fast::RmsNormForward& call, int64_t begin, int64_t 
         const auto scale = static_cast<Scalar>(1.0 / root(mean + call.epsilon));
         static_cast<Scalar*>(call.scales)[row] = scale;
         along<Element>(call.width, [&](int64_t i, int64_t count) {
-            const Vector own = load_some<Element>(x + i, count) * scale;
+            const Vector own = rounded<Element>(load_some<Element>(x + i, count) * scale);
             store_some<Element>(y + i, load_some<Element>(weight + i, count) * own, count);
         });
     }
@@ -54,12 +63,13 @@ void normalize(const entropy_fast::RmsNormForward& call, int64_t begin, int64_t 
 template <typename Element>
 void normalize_backward(const entropy_fast::RmsNormBackward& call, int64_t begin, int64_t end) {
     using Scalar = typename Element::Scalar;
+    using Storage = typename Element::Storage;
     using Vector = typename Element::Vector;
-    const auto* weight = static_cast<const Scalar*>(call.weight);
+    const auto* weight = static_cast<const Storage*>(call.weight);
     for (int64_t row = begin; row < end; ++row) {
-        const auto* x = static_cast<const Scalar*>(call.x) + row * call.width;
-        const auto* dy = static_cast<const Scalar*>(call.dy) + row * call.width;
-        auto* dx = static_cast<Scalar*>(call.dx) + row * call.width;
+        const auto* x = static_cast<const Storage*>(call.x) + row * call.width;
+        const auto* dy = static_cast<const Storage*>(call.dy) + row * call.width;
+        auto* dx = static_cast<Storage*>(call.dx) + row * call.width;
         const Scalar scale = static_cast<const Scalar*>(call.scales)[row];
         Vector products = {};
         along<Element>(call.width, [&](int64_t i, int64_t count) {
@@ -85,24 +95,24 @@ inline Vector sigmoid(Vector z) {
 
 template <typename Element>
 void gate(const entropy_fast::GatedSiluForward& call, int64_t begin, int64_t end) {
-    using Scalar = typename Element::Scalar;
-    const auto* gate = static_cast<const Scalar*>(call.gate) + begin * call.width;
-    const auto* up = static_cast<const Scalar*>(call.up) + begin * call.width;
-    auto* y = static_cast<Scalar*>(call.y) + begin * call.width;
+    using Storage = typename Element::Storage;
+    const auto* gate = static_cast<const Storage*>(call.gate) + begin * call.width;
+    const auto* up = static_cast<const Storage*>(call.up) + begin * call.width;
+    auto* y = static_cast<Storage*>(call.y) + begin * call.width;
     along<Element>((end - begin) * call.width, [&](int64_t i, int64_t count) {
         const auto z = load_some<Element>(gate + i, count);
-        store_some<Element>(y + i, z * sigmoid(z) * load_some<Element>(up + i, count), count);
+        store_some<Element>(y + i, rounded<Element>(z * sigmoid(z)) * load_some<Element>(up + i, count), count);
     });
 }
 
 template <typename Element>
 void gate_backward(const entropy_fast::GatedSiluBackward& call, int64_t begin, int64_t end) {
-    using Scalar = typename Element::Scalar;
-    const auto* dy = static_cast<const Scalar*>(call.dy) + begin * call.width;
-    const auto* gate = static_cast<const Scalar*>(call.gate) + begin * call.width;
-    const auto* up = static_cast<const Scalar*>(call.up) + begin * call.width;
-    auto* dgate = static_cast<Scalar*>(call.dgate) + begin * call.width;
-    auto* dup = static_cast<Scalar*>(call.dup) + begin * call.width;
+    using Storage = typename Element::Storage;
+    const auto* dy = static_cast<const Storage*>(call.dy) + begin * call.width;
+    const auto* gate = static_cast<const Storage*>(call.gate) + begin * call.width;
+    const auto* up = static_cast<const Storage*>(call.up) + begin * call.width;
+    auto* dgate = static_cast<Storage*>(call.dgate) + begin * call.width;
+    auto* dup = static_cast<Storage*>(call.dup) + begin * call.width;
     along<Element>((end - begin) * call.width, [&](int64_t i, int64_t count) {
         const auto z = load_some<Element>(gate + i, count);
         const auto above = load_some<Element>(dy + i, count);
@@ -119,10 +129,17 @@ namespace entropy_fast {
 namespace cpu {
 namespace ENTROPY_FAST_VARIANT {
 
-// Other element types were refused by the host.
-#define ENTROPY_FAST_BY_ELEMENT(function)                                                       \
-    if (call.element_type == ElementType::kFloat32) return function<Float32>(call, begin, end); \
-    return function<Float64>(call, begin, end)
+#define ENTROPY_FAST_BY_ELEMENT(function)                \
+    switch (call.element_type) {                         \
+        case ElementType::kFloat32:                      \
+            return function<Float32>(call, begin, end);  \
+        case ElementType::kFloat64:                      \
+            return function<Float64>(call, begin, end);  \
+        case ElementType::kBFloat16:                     \
+            return function<BFloat16>(call, begin, end); \
+        case ElementType::kFloat16:                      \
+            return function<Float16>(call, begin, end);  \
+    }
 
 void rms_norm_forward(const RmsNormForward& call, int64_t begin, int64_t end) { ENTROPY_FAST_BY_ELEMENT(normalize); }
 

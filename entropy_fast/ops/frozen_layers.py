@@ -1,7 +1,8 @@
 """Layers without a trained parameter whose forward and backward are one compiled pass each: RMS norm, and the gate of an MLP.
 
-Twins of what a model computes with a dozen tensor operations, for CPUs, in fp32 and fp64; the formulas are in
-csrc/frozen_layers.h. ``entropy_fast.reference.frozen_layers`` says them in plain torch.
+Twins of what a model computes with a dozen tensor operations, for CPUs; the formulas are in csrc/frozen_layers.h.
+``entropy_fast.reference.frozen_layers`` says them in plain torch. In 16 bits the forward rounds where that does, and the
+backward only its results.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from torch.autograd.function import once_differentiable
 
 from entropy_fast.ops import native_backend
 from entropy_fast.ops.backends import count_call, runs_natively
+from entropy_fast.ops.registration import accumulator
 
 __all__ = ["compiled_layers_take", "gated_silu", "rms_norm"]
 
 
 def compiled_layers_take(*tensors: Tensor) -> bool:
-    """Whether `rms_norm` and `gated_silu` can be called with these: on the CPU, of one dtype, fp32 or fp64."""
+    """Whether `rms_norm` and `gated_silu` can be called with these: on the CPU, of one floating-point dtype."""
     dtype = tensors[0].dtype
     return (
-        dtype in (torch.float32, torch.float64)
+        dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
         and runs_natively(tensors[0].device)
     )
@@ -59,7 +61,7 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         rows, weight = _rows(x), weight.contiguous()
-        y, scales = torch.empty_like(rows), rows.new_empty(len(rows))
+        y, scales = torch.empty_like(rows), rows.new_empty(len(rows), dtype=accumulator(rows))
         _run("rms_norm_forward", rows, weight, y, scales, parameters=(epsilon,))
         ctx.save_for_backward(x, weight, scales)
         return y.view(x.shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from block_sums_calls import assert_block_sums, block_sums_calls
 from frozen_layer_calls import gated_silu_calls, rms_norm_calls
 from kernel_calls import (
@@ -64,7 +63,7 @@ class EveryOp:
         ]
         self._frozen_layers = [
             calls(dtype, rows, width, self.image)
-            for dtype in (torch.float32, torch.float64)
+            for dtype in DTYPES
             for calls in (rms_norm_calls, gated_silu_calls)
             for rows, width in ((3, 37), (2, 64), (1, 1), (0, 5))
         ]

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 from kernel_drivers import ELEMENT_TYPES, CallImage, CallResults, Place
+from logprob_cases import accumulator
 from torch import Tensor
 
 from entropy_fast import reference
@@ -30,7 +31,8 @@ class FrozenLayerCalls:
 
 def rms_norm_calls(dtype: torch.dtype, rows: int, width: int, image: CallImage) -> FrozenLayerCalls:
     x, dy, weight = _signals(dtype, (rows, width), (rows, width), (width,))
-    y, scales, dx = (image.poison(n * dtype.itemsize) for n in (rows * width, rows, rows * width))
+    y, dx = (image.poison(rows * width * dtype.itemsize) for _ in range(2))
+    scales = image.poison(rows * accumulator(dtype).itemsize)
     place = {"x": image.add(x), "dy": image.add(dy), "weight": image.add(weight)}
     kind = ELEMENT_TYPES[dtype]
     image.call("rms_norm_forward", place["x"], place["weight"], y, scales, rows, width, EPSILON, kind)

@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from logprob_cases import DTYPES
 from torch import Tensor
 
 from entropy_fast import reference
 from entropy_fast.errors import NativeLibraryError
 from entropy_fast.ops import compiled_layers_take, gated_silu, native_backend, rms_norm
-
-DTYPES = (torch.float32, torch.float64)
 
 
 def _compare(found: Callable[..., Tensor], plain: Callable[..., Tensor], leaves: list[Tensor]) -> None:
@@ -82,13 +81,25 @@ def test_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3)
     assert compiled_layers_take(x, x)
     assert not compiled_layers_take(x, x.double())
-    assert not compiled_layers_take(x.bfloat16())
+    assert not compiled_layers_take(x.long())
     assert not compiled_layers_take(x.to("meta"))
     monkeypatch.setenv("ENTROPY_FAST_BACKEND", "reference")
     assert not compiled_layers_take(x, x)
 
 
-def test_the_kernel_refuses_other_dtypes() -> None:
-    half = torch.ones(2, 3, dtype=torch.bfloat16)
-    with pytest.raises(NativeLibraryError, match="neither float32 nor float64"):
-        native_backend.on_rows("gated_silu_forward", half, half, half)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_16_bits_the_forward_rounds_as_tensor_operations_do(dtype: torch.dtype) -> None:
+    x, up = torch.randn(2, 50, 64).to(dtype)
+    weight = torch.randn(64).to(dtype)
+    for found, plain in (
+        (rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)),
+        (gated_silu(x, up), reference.gated_silu(x, up)),
+    ):
+        # Where fp32 falls on the other side of a tie, one rounding differs.
+        assert float((found != plain).float().mean()) < 0.01
+        assert torch.allclose(found, plain, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_the_kernel_refuses_sizes_below_zero() -> None:
+    with pytest.raises(NativeLibraryError, match="epsilon"):
+        native_backend.on_rows("rms_norm_forward", *[torch.ones(2, 3)] * 4, parameters=(-1.0,))

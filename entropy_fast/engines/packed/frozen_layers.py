@@ -7,6 +7,7 @@ and in other dtypes the layers run as they are.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ __all__ = ["FrozenLayers"]
 
 Forward = Callable[[Tensor], Tensor]
 
-# Roundings that a layer may be away from the formula: sums of a row may be taken in another order.
+# Roundings of the largest number that a layer may be away from the formula: sums may be taken in another order.
 _ROUNDINGS = 16
 
 
@@ -90,13 +91,19 @@ def _added_to_weight(module: nn.Module, weight: Tensor) -> float | None:
     """What is added to the weight before it is applied, 0 or 1; None where the module computes something else."""
     epsilon = _epsilon(module)
     assert epsilon is not None
-    wave = torch.sin(torch.arange(3.0 * len(weight), dtype=weight.dtype)).view(1, 3, -1)
+    # In 16 bits many formulas would look alike.
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    copied = copy.deepcopy(module).to(wide.dtype)
+    wave = torch.sin(torch.arange(3.0 * len(wide), dtype=wide.dtype)).view(1, 3, -1)
     # Of ordinary size, and so small that epsilon counts.
     probes = (wave, wave * epsilon**0.5)
     with torch.no_grad():
         for added in (0.0, 1.0):
-            if all(_same(module(x), reference.rms_norm(x, weight + added, epsilon)) for x in probes):
-                return added
+            if all(_same(copied(x), reference.rms_norm(x, wide + added, epsilon)) for x in probes):
+                narrow = wave.to(weight.dtype)
+                # One that multiplies by its weight before it rounds has another result there.
+                as_here = _same(module(narrow), reference.rms_norm(narrow, weight + added, epsilon), roundings=1)
+                return added if weight.dtype == wide.dtype or as_here else None
     return None
 
 
@@ -120,10 +127,13 @@ def _is_gated(module: Any) -> bool:
 
 
 def _gates_as_expected(module: Any) -> bool:
-    weight = getattr(module.gate_proj, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not compiled_layers_take(weight):
+    weight, size = (getattr(module.gate_proj, name, None) for name in ("weight", "in_features"))
+    if not isinstance(weight, Tensor) or not isinstance(size, int):
         return False
-    x = torch.sin(torch.arange(3.0 * weight.shape[1], dtype=weight.dtype)).view(1, 3, -1)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    x = torch.sin(torch.arange(3.0 * size, device=weight.device, dtype=dtype)).view(1, 3, -1)
+    if not compiled_layers_take(x):
+        return False
     # A projection's dropout, if it has one, must not move the generator.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         expected = module.down_proj(reference.gated_silu(module.gate_proj(x), module.up_proj(x)))
@@ -140,8 +150,8 @@ def _gated(module: Any) -> Forward:
     return run
 
 
-def _same(found: object, expected: Tensor) -> bool:
+def _same(found: object, expected: Tensor, roundings: int = _ROUNDINGS) -> bool:
     if not isinstance(found, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
         return False
-    allowed = _ROUNDINGS * torch.finfo(expected.dtype).eps * float(expected.abs().max())
+    allowed = roundings * torch.finfo(expected.dtype).eps * float(expected.abs().max())
     return bool(((found - expected).abs() <= allowed).all())
