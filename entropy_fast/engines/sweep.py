@@ -115,10 +115,11 @@ def sweep(
             del gradients
             _release()
             report.halved += 1
-            if len(numbers) > 1:
-                half = len(numbers) // 2
-                waiting[0:1] = [numbers[:half], numbers[half:]]
-            elif not cutter.halve(parts):
+            if cutter.halve([prompts] if len(numbers) > 1 else parts):
+                # Later groups would run out as well.
+                first = numbers[0]
+                waiting = [[first + place for place in group] for group in cutter.groups(units[first:])]
+            else:
                 raise ProbeMemoryError(
                     f"memory ran out with a single prompt of {cutter.size(part)} tokens in a forward: {message}",
                     fix="switch on gradient checkpointing, probe shorter responses or fewer per prompt; or lower memory_budget "
