@@ -9,6 +9,7 @@
 #include "build_info.h"
 #include "calls.h"
 #include "cpu/dispatch.h"
+#include "cpu/packed_attention.h"
 #include "cpu/parallel.h"
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
@@ -99,6 +100,8 @@ PYBIND11_MODULE(_native, module) {
     define(module, "softmax_block_cpu", softmax_block_call, cpu::softmax_block);
     define(module, "sums_of_blocks_cpu", sums_of_blocks_call, cpu::sums_of_blocks);
     define(module, "precondition_accumulate_cpu", precondition_accumulate_call, cpu::precondition_accumulate);
+    define(module, "packed_attention_forward_cpu", packed_attention_forward_call, cpu::packed_attention_forward);
+    define(module, "packed_attention_backward_cpu", packed_attention_backward_call, cpu::packed_attention_backward);
 #if ENTROPY_FAST_WITH_CUDA
     // The last argument of these is a stream, of those above the number of threads.
     define(module, "token_logprobs_forward_cuda", token_logprobs_forward_call, cuda::token_logprobs_forward);

@@ -13,7 +13,16 @@ import torch
 from entropy_fast.errors import BackendUnavailableError, ConfigError, EntropyFastWarning
 from entropy_fast.ops import native_backend, triton_backend
 
-__all__ = ["AUTO", "BACKENDS", "BackendRecord", "backend_report", "count_call", "requested", "resolve_backend"]
+__all__ = [
+    "AUTO",
+    "BACKENDS",
+    "BackendRecord",
+    "backend_report",
+    "count_call",
+    "requested",
+    "resolve_backend",
+    "runs_unasked",
+]
 
 AUTO = "auto"
 BACKENDS = ("reference", "native", "triton", "cuda")
@@ -123,6 +132,12 @@ def resolve_backend(wanted: str | None, device: torch.device, offered: tuple[str
             fix=f"see `entropy-fast doctor`, or leave {origin} unset to have a backend chosen by device.",
         )
     return wanted
+
+
+def runs_unasked(name: str, device: torch.device) -> bool:
+    """Whether what has but one backend of these, and a way without, is to run on it: it can, and no other was asked for."""
+    wanted = os.environ.get(_ENVIRONMENT_VARIABLE) or AUTO
+    return wanted in (AUTO, name) and not _REASONS[name](device.type)
 
 
 def _best(device_type: str, offered: tuple[str, ...]) -> str:

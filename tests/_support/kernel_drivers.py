@@ -27,6 +27,8 @@ OPS = {
     "softmax_block": (2, "@4P4qd?i0q"),
     "precondition_accumulate": (3, "@5P2q2d?0q"),
     "sums_of_blocks": (4, "@5P2qi0q"),
+    "packed_attention_forward": (5, "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
+    "packed_attention_backward": (6, "@PqqPqqPqqPqqPqqP5qdPqq9P3qi0q"),
 }
 
 

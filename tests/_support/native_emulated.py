@@ -19,6 +19,8 @@ FUNCTIONS = (
     ("softmax_block_cpu", "@4P4qd?i0q"),
     ("precondition_accumulate_cpu", "@5P2q2d?0q"),
     ("sums_of_blocks_cpu", "@5P2qi0q"),
+    ("packed_attention_forward_cpu", "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
+    ("packed_attention_backward_cpu", "@PqqPqqPqqPqqPqqP5qdPqq9P3qi0q"),
 )
 
 

@@ -15,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "packed_attention.h"
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
@@ -65,6 +66,12 @@ class CallFile {
                     break;
                 case 4:
                     run(*struct_of<SumsOfBlocks>(call));
+                    break;
+                case 5:
+                    run(*struct_of<PackedAttentionForward>(call));
+                    break;
+                case 6:
+                    run(*struct_of<PackedAttentionBackward>(call));
                     break;
                 default:
                     std::abort();

@@ -1,5 +1,6 @@
 // Runs the CPU kernels on a call file: for processors that only an emulator has.
 #include "call_file.h"
+#include "cpu/packed_attention.h"
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
 #include "cpu/token_logprobs.h"
@@ -17,6 +18,12 @@ struct Run {
     void operator()(const entropy_fast::SumsOfBlocks& call) const { entropy_fast::cpu::sums_of_blocks(call, 1); }
     void operator()(const entropy_fast::PreconditionAccumulate& call) const {
         entropy_fast::cpu::precondition_accumulate(call, 1);
+    }
+    void operator()(const entropy_fast::PackedAttentionForward& call) const {
+        entropy_fast::cpu::packed_attention_forward(call, 1);
+    }
+    void operator()(const entropy_fast::PackedAttentionBackward& call) const {
+        entropy_fast::cpu::packed_attention_backward(call, 1);
     }
 };
 

@@ -46,9 +46,11 @@ struct Run {
         simt_launch(kernels::precondition_accumulate_kernel, chunks, kernels::kThreads, call);
         simt_launch(kernels::sum_partial_dots_kernel, tensors, kernels::kThreads, call);
     }
-    // There is no CUDA kernel of this op.
+    // There are no CUDA kernels of these.
     void operator()(const entropy_fast::SoftmaxBlock&) const { std::abort(); }
     void operator()(const entropy_fast::SumsOfBlocks&) const { std::abort(); }
+    void operator()(const entropy_fast::PackedAttentionForward&) const { std::abort(); }
+    void operator()(const entropy_fast::PackedAttentionBackward&) const { std::abort(); }
 };
 
 }  // namespace
