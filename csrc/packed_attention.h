@@ -62,7 +62,7 @@ struct PackedAttentionBackward {
     // [n_runs + 1]: run r is the sequences [runs[r], runs[r + 1]), all of one prefix. Where sums of prefixes are
     // wanted, no other run has that prefix.
     const int64_t* runs;
-    const void* weights;    // [2, weight_rows] of Scalar: for the sums of prefixes; or null, as are they
+    const void* weights;    // [2, weight_rows] of Scalar: for the sums of prefixes; null where those are
     void* query_gradient;   // [tokens, heads, size] of element_type
     void* key_gradient;     // [tokens, key_heads, size] of Scalar
     void* value_gradient;   // likewise

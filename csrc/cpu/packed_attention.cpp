@@ -41,6 +41,30 @@ Extent checked(const PackedAttention& inputs, ElementType element_type, const ch
     return extent;
 }
 
+// What a run of sequences writes has to lie within its arrays.
+void check_runs(const PackedAttentionBackward& call, bool sums) {
+    const auto refuse = [](const char* why) {
+        throw std::invalid_argument(std::string("packed_attention_backward: ") + why);
+    };
+    if (call.n_runs < 0 || call.weight_rows < 0 || call.prefix_tokens < 0) refuse("negative size");
+    if (sums != (call.prefix_value_sums != nullptr) || (!sums && call.weights != nullptr)) {
+        refuse("sums of prefixes and weights do not go together");
+    }
+    for (int64_t run = 0; run < call.n_runs; ++run) {
+        const int64_t begin = call.runs[run], end = call.runs[run + 1];
+        if (begin < 0 || begin > end || end > call.inputs.n_sequences) refuse("a run of sequences that are not there");
+        for (int64_t index = begin; sums && index < end; ++index) {
+            const AttentionSequence& first = call.inputs.sequences[begin];
+            const AttentionSequence& sequence = call.inputs.sequences[index];
+            if (sequence.row < 0 || sequence.row >= call.weight_rows) refuse("a sequence without weights");
+            if (sequence.prefix_begin != first.prefix_begin || sequence.prefix_end != first.prefix_end) {
+                refuse("prefixes that differ within a run");
+            }
+            if (sequence.prefix_begin < 0 || sequence.prefix_end > call.prefix_tokens) refuse("a prefix without sums");
+        }
+    }
+}
+
 // Calls run(task, scratch) for each task, which go to whichever thread is free: they are of different lengths.
 template <typename Run>
 void run_tasks(int64_t tasks, int64_t scores, int64_t scratch_bytes, int threads, const Run& run) {
@@ -72,12 +96,7 @@ void packed_attention_forward(const PackedAttentionForward& call, int threads) {
 void packed_attention_backward(const PackedAttentionBackward& call, int threads) {
     const Extent extent = checked(call.inputs, call.element_type, "packed_attention_backward");
     const bool sums = call.prefix_key_sums != nullptr;
-    if (sums != (call.prefix_value_sums != nullptr) || sums != (call.weights != nullptr)) {
-        throw std::invalid_argument("packed_attention_backward: sums of prefixes and weights do not go together");
-    }
-    if (call.n_runs < 0 || call.weight_rows < 0 || call.prefix_tokens < 0) {
-        throw std::invalid_argument("packed_attention_backward: negative size");
-    }
+    check_runs(call, sums);
     const Kernels& kernels = selected_kernels();
     const int64_t elements = attention_scratch(call.inputs, sums ? extent.longest_prefix : 0).elements;
     run_tasks(call.n_runs * call.inputs.key_heads, extent.scores, elements * size_of_scalar(call.element_type), threads,

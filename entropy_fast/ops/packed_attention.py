@@ -22,12 +22,16 @@ def takes_packed_attention(inputs: AttentionInputs) -> bool:
     query, value = inputs.query, inputs.value
     given = [query, inputs.key, value, inputs.prefix_key, inputs.prefix_value]
     alike = all(t is None or (t.device.type == "cpu" and t.dtype == query.dtype) for t in given)
-    fits = query.dtype in _DTYPES and query.shape[-1] == value.shape[-1] > 0 and (inputs.window or 1) > 0
+    fits = (
+        query.dtype in _DTYPES
+        and query.shape[-1] == value.shape[-1] > 0
+        and (inputs.window is None or inputs.window > 0)
+    )
     return alike and fits and runs_unasked("native", query.device)
 
 
 def packed_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
-    """o and log Σ exp(scores) of every query.
+    """O and log Σ exp(scores) of every query.
 
     Args:
         inputs: that `takes_packed_attention` takes. Nothing is kept for a backward.

@@ -25,9 +25,9 @@ def native_inputs(
 ) -> AttentionInputs:
     """What the kernels begin with, for q [1, heads, N, D], k and v."""
     states = (None, None) if prefix is None else (prefix.key, prefix.value)
-    q, k, v, *prefixes = (None if t is None else _with_whole_heads(t.detach()[0]) for t in (query, key, value, *states))
-    assert q is not None and k is not None and v is not None
-    return AttentionInputs(q, k, v, *prefixes, groups.sequences, options.scale, options.window)
+    q, k, v = (_with_whole_heads(t.detach()[0]) for t in (query, key, value))
+    before, values = (None if t is None else _with_whole_heads(t.detach()[0]) for t in states)
+    return AttentionInputs(q, k, v, before, values, groups.sequences, options.scale, options.window)
 
 
 def native_backward(
