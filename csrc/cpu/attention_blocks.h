@@ -65,6 +65,16 @@ QueryBlock query_block(const SequenceHead& head, int64_t first) {
     return {first, tokens, head.shared, columns, rounded_up(columns, lanes<typename Accumulator<Element>::Type>())};
 }
 
+// Calls visit(column, token, query head), the latter two counted from the first of the block. A division for each
+// column would take as long as what is done for it.
+template <typename Visit>
+void for_each_column(const QueryBlock& block, const Visit& visit) {
+    int64_t column = 0;
+    for (int64_t token = 0; token < block.tokens; ++token) {
+        for (int64_t of_shared = 0; of_shared < block.shared; ++of_shared) visit(column++, token, of_shared);
+    }
+}
+
 // Keys of places [place, place + count) with their values, by rows.
 template <typename Scalar>
 struct KeyBlock {
@@ -152,11 +162,10 @@ void load_block(const AttentionOperand& operand, const SequenceHead& head, const
     const auto* from = static_cast<const typename Element::Storage*>(operand.data) +
                        head.key_head * head.shared * operand.head_stride +
                        (head.sequence->begin + block.first) * operand.token_stride;
-    for (int64_t column = 0; column < block.columns; ++column) {
-        const int64_t token = column / block.shared, of_shared = column % block.shared;
+    for_each_column(block, [&](int64_t column, int64_t token, int64_t of_shared) {
         load_row<Element>(from + token * operand.token_stride + of_shared * operand.head_stride, size, factor,
                           rows + column * width);
-    }
+    });
     // What fills up the columns is computed with, and never looked at.
     const int64_t missing = block.stride - block.columns;
     __builtin_memset(rows + block.columns * width, 0, sizeof(*rows) * missing * width);
@@ -212,9 +221,8 @@ template <typename Element>
 void products_with_keys(const typename Element::Scalar* rows, int64_t row, int64_t count,
                         const typename Element::Scalar* transposed, const QueryBlock& block, int64_t size,
                         typename Element::Scalar* products) {
-    __builtin_memset(products, 0, sizeof(*products) * count * block.stride);
     add_product<typename Accumulator<Element>::Type>(
-        {rows, row, 1, transposed, block.stride, products, block.stride, count, block.stride, size});
+        {rows, row, 1, transposed, block.stride, products, block.stride, count, block.stride, size, true});
 }
 
 // -inf for keys that a query does not see: those after it, and those before its window.

@@ -9,6 +9,11 @@ namespace {
 using entropy_fast::PackedAttentionBackward;
 using entropy_fast::PackedAttentionForward;
 
+// Where in [tokens, heads] a block begins.
+int64_t row_of_output(const PackedAttention& inputs, const SequenceHead& head, const QueryBlock& block) {
+    return (head.sequence->begin + block.first) * inputs.heads + head.key_head * block.shared;
+}
+
 // z to exp(z - highest) for the highest of each column, which this block may raise; `factors` are then what the sums
 // so far have to be multiplied by.
 template <typename Element>
@@ -71,33 +76,32 @@ void forward_block(const PackedAttentionForward& call, const SequenceHead& head,
     auto* const factors = memory + scratch.queries;  // whose rows the forward needs no more once they are transposed
     load_block<Element>(inputs.query, head, block, inputs.size, width, (Scalar)inputs.scale, memory + scratch.queries,
                         queries);
-    __builtin_memset(result, 0, sizeof(Scalar) * block.columns * width);
     for (int64_t column = 0; column < block.stride; ++column) {
         highest[column] = negative_infinity<Scalar>();
         sums[column] = 0;
     }
-    bool any = false;
+    bool first = true;
     for_each_key_block<Element>(inputs, head, block, scratch, memory, [&](const KeyBlock<Scalar>& keys) {
         products_with_keys<Element>(keys.keys, keys.key_row, keys.count, queries, block, inputs.size, scores);
         hide_scores<Element>(inputs, head, block, keys, scores);
         exponentials<Wide>(block, keys.count, scores, highest, sums, factors);
-        for (int64_t column = 0; any && column < block.columns; ++column) {
+        for (int64_t column = 0; !first && column < block.columns; ++column) {
             const Scalar factor = factors[column];
             auto* const row = result + column * width;
             for (int64_t i = 0; factor != 1 && i < inputs.size; ++i) row[i] *= factor;
         }
-        any = true;
         add_product<Wide>({scores, 1, block.stride, keys.values, keys.value_row, result, width, block.columns,
-                           inputs.size, keys.count});
+                           inputs.size, keys.count, first});
+        first = false;
     });
-    for (int64_t column = 0; column < block.columns; ++column) {
-        const int64_t token = head.sequence->begin + block.first + column / block.shared;
-        const int64_t row = token * inputs.heads + head.key_head * block.shared + column % block.shared;
+    const int64_t first_row = row_of_output(inputs, head, block);
+    for_each_column(block, [&](int64_t column, int64_t token, int64_t of_shared) {
+        const int64_t row = first_row + token * inputs.heads + of_shared;
         store_row<Element>(result + column * width, inputs.size, 1 / sums[column],
                            static_cast<typename Element::Storage*>(call.output) + row * inputs.size);
         static_cast<Scalar*>(call.log_sums)[row] =
             (Scalar)((double)highest[column] + __builtin_log((double)sums[column]));
-    }
+    });
 }
 
 template <typename Element>
@@ -144,9 +148,9 @@ void load_sums(const PackedAttentionBackward& call, const SequenceHead& head, co
     using Scalar = typename Element::Scalar;
     constexpr int64_t kLanes = lanes<Element>();
     const int64_t size = call.inputs.size;
-    for (int64_t column = 0; column < block.columns; ++column) {
-        const int64_t token = head.sequence->begin + block.first + column / block.shared;
-        const int64_t row = token * call.inputs.heads + head.key_head * block.shared + column % block.shared;
+    const int64_t first_row = row_of_output(call.inputs, head, block);
+    for_each_column(block, [&](int64_t column, int64_t token, int64_t of_shared) {
+        const int64_t row = first_row + token * call.inputs.heads + of_shared;
         const auto* output = static_cast<const typename Element::Storage*>(call.output) + row * size;
         typename Element::Vector sum = {};
         int64_t i = 0;
@@ -159,8 +163,32 @@ void load_sums(const PackedAttentionBackward& call, const SequenceHead& head, co
         }
         sums[column] = (Scalar)sum_of_lanes(sum);
         log_sums[column] = static_cast<const Scalar*>(call.log_sums)[row];
-    }
+    });
     for (int64_t column = block.columns; column < block.stride; ++column) log_sums[column] = sums[column] = 0;
+}
+
+// How many of a block's keys, which are the prefix's or the sequence's own from `from` on, an earlier block of the
+// sequence's queries has seen: they begin with those, and gradients of the others have nothing to be added to.
+template <typename Scalar>
+int64_t keys_seen_before(const QueryBlock& block, const KeyBlock<Scalar>& keys, int64_t from) {
+    if (keys.of_prefix) return block.first == 0 ? 0 : keys.count;
+    return smaller(keys.count, larger(0, block.first - from));
+}
+
+template <typename Scalar>
+struct Rows {
+    Scalar* data;
+    int64_t row;
+};
+
+// Sums over the columns of a weight times the column's row, for each key; written over those that are not yet known.
+template <typename Element>
+void add_rows_of_keys(const typename Element::Scalar* weights, const typename Element::Scalar* of_columns,
+                      int64_t width, const QueryBlock& block, const Rows<typename Element::Scalar>& to, int64_t known,
+                      int64_t count, int64_t size) {
+    add_product<Element>({weights, block.stride, 1, of_columns, width, to.data, to.row, known, size, block.columns});
+    add_product<Element>({weights + known * block.stride, block.stride, 1, of_columns, width, to.data + known * to.row,
+                          to.row, count - known, size, block.columns, true});
 }
 
 template <typename Element>
@@ -181,7 +209,7 @@ void backward_block(const PackedAttentionBackward& call, const SequenceHead& hea
                         memory + scratch.transposed_queries);
     load_block<Element>(call.above, head, block, size, width, 1, above, memory + scratch.transposed_above);
     load_sums<Element>(call, head, block, above, width, memory + scratch.log_sums, memory + scratch.sums);
-    __builtin_memset(result, 0, sizeof(Scalar) * block.columns * width);
+    bool first = true;
     for_each_key_block<Element>(inputs, head, block, scratch, memory, [&](const KeyBlock<Scalar>& keys) {
         products_with_keys<Element>(keys.keys, keys.key_row, keys.count, memory + scratch.transposed_queries, block,
                                     size, scores);
@@ -190,21 +218,23 @@ void backward_block(const PackedAttentionBackward& call, const SequenceHead& hea
                                     size, products);
         score_gradients<Wide>(block, keys.count, memory + scratch.log_sums, memory + scratch.sums, scores, products);
         add_product<Wide>(
-            {products, 1, stride, keys.keys, keys.key_row, result, width, block.columns, size, keys.count});
+            {products, 1, stride, keys.keys, keys.key_row, result, width, block.columns, size, keys.count, first});
+        first = false;
         const KeyGradients<Scalar>& to = keys.of_prefix ? of_prefix : own;
         if (to.keys == nullptr) return;
-        const int64_t offset = (keys.of_prefix ? keys.place : keys.place - head.prefix) * to.row;
-        add_product<Wide>(
-            {products, stride, 1, queries, width, to.keys + offset, to.row, keys.count, size, block.columns});
-        add_product<Wide>(
-            {scores, stride, 1, above, width, to.values + offset, to.row, keys.count, size, block.columns});
+        const int64_t from = keys.of_prefix ? keys.place : keys.place - head.prefix;
+        const int64_t known = keys_seen_before(block, keys, from);
+        add_rows_of_keys<Wide>(products, queries, width, block, {to.keys + from * to.row, to.row}, known, keys.count,
+                               size);
+        add_rows_of_keys<Wide>(scores, above, width, block, {to.values + from * to.row, to.row}, known, keys.count,
+                               size);
     });
-    for (int64_t column = 0; column < block.columns; ++column) {
-        const int64_t token = head.sequence->begin + block.first + column / block.shared;
-        const int64_t row = token * inputs.heads + head.key_head * block.shared + column % block.shared;
+    const int64_t first_row = row_of_output(inputs, head, block);
+    for_each_column(block, [&](int64_t column, int64_t token, int64_t of_shared) {
+        const int64_t row = first_row + token * inputs.heads + of_shared;
         store_row<Element>(result + column * width, size, (Scalar)inputs.scale,
                            static_cast<typename Element::Storage*>(call.query_gradient) + row * size);
-    }
+    });
 }
 
 // Adds rows of one sequence, weighted, to the sums for either weight, which are `apart` from one another.
@@ -212,22 +242,19 @@ template <typename Element>
 void add_weighted(const typename Element::Scalar* from, int64_t from_row, int64_t rows, int64_t size,
                   const typename Element::Scalar (&weights)[2], typename Element::Scalar* sums, int64_t apart) {
     constexpr int64_t kLanes = lanes<Element>();
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int label = 0; label < 2; ++label) {
-            auto* const to = sums + label * apart + row * size;
-            const auto* const source = from + row * from_row;
-            int64_t i = 0;
-            for (; i + kLanes <= size; i += kLanes) {
-                Element::store(to + i, Element::load(to + i) + Element::load(source + i) * weights[label]);
+    for (int64_t row = 0; row < rows; ++row, from += from_row, sums += size) {
+        int64_t i = 0;
+        for (; i + kLanes <= size; i += kLanes) {
+            const auto found = Element::load(from + i);
+            for (int label = 0; label < 2; ++label) {
+                auto* const to = sums + label * apart + i;
+                Element::store(to, Element::load(to) + found * weights[label]);
             }
-            for (; i < size; ++i) to[i] += source[i] * weights[label];
+        }
+        for (; i < size; ++i) {
+            for (int label = 0; label < 2; ++label) sums[label * apart + i] += from[i] * weights[label];
         }
     }
-}
-
-template <typename Element>
-void clear_rows(typename Element::Scalar* rows, int64_t row, int64_t count, int64_t size) {
-    for (int64_t i = 0; i < count; ++i) __builtin_memset(rows + i * row, 0, sizeof(*rows) * size);
 }
 
 template <typename Element>
@@ -240,22 +267,24 @@ void backward_sequence(const PackedAttentionBackward& call, const SequenceHead& 
     const KeyGradients<Scalar> own = {static_cast<Scalar*>(call.key_gradient) + offset,
                                       static_cast<Scalar*>(call.value_gradient) + offset,
                                       inputs.key_heads * inputs.size};
-    clear_rows<Element>(own.keys, own.row, head.length, inputs.size);
-    clear_rows<Element>(own.values, own.row, head.length, inputs.size);
     KeyGradients<Scalar> of_prefix = {nullptr, nullptr, scratch.width};
     if (sums.keys != nullptr) {
         of_prefix.keys = memory + scratch.prefix;
         of_prefix.values = of_prefix.keys + head.prefix * scratch.width;
-        clear_rows<Element>(of_prefix.keys, scratch.width, 2 * head.prefix, inputs.size);
     }
     for (int64_t first = 0; first < head.length; first += tokens_of_block(head.shared)) {
         backward_block<Element>(call, head, query_block<Element>(head, first), scratch, memory, own, of_prefix);
     }
-    if (sums.keys == nullptr) return;
+    if (sums.keys == nullptr || head.length == 0) return;
+    // The first query sees the most of the prefix.
+    const int64_t unseen = larger(0, head.prefix - inputs.window + 1);
+    const int64_t seen = larger(0, head.prefix - unseen);
     const auto* all_weights = static_cast<const Scalar*>(call.weights) + head.sequence->row;
     const Scalar weights[2] = {all_weights[0], all_weights[call.weight_rows]};
-    add_weighted<Wide>(of_prefix.keys, scratch.width, head.prefix, inputs.size, weights, sums.keys, sums.row);
-    add_weighted<Wide>(of_prefix.values, scratch.width, head.prefix, inputs.size, weights, sums.values, sums.row);
+    add_weighted<Wide>(of_prefix.keys + unseen * scratch.width, scratch.width, seen, inputs.size, weights,
+                       sums.keys + unseen * inputs.size, sums.row);
+    add_weighted<Wide>(of_prefix.values + unseen * scratch.width, scratch.width, seen, inputs.size, weights,
+                       sums.values + unseen * inputs.size, sums.row);
 }
 
 template <typename Element>
@@ -273,8 +302,10 @@ void backward(const PackedAttentionBackward& call, int64_t task, void* memory) {
             const int64_t offset = (key_head * call.prefix_tokens + head.sequence->prefix_begin) * inputs.size;
             sums.keys = static_cast<Scalar*>(call.prefix_key_sums) + offset;
             sums.values = static_cast<Scalar*>(call.prefix_value_sums) + offset;
-            clear_rows<Element>(sums.keys, sums.row, 2, head.prefix * inputs.size);
-            clear_rows<Element>(sums.values, sums.row, 2, head.prefix * inputs.size);
+            for (int label = 0; label < 2; ++label) {
+                __builtin_memset(sums.keys + label * sums.row, 0, sizeof(Scalar) * head.prefix * inputs.size);
+                __builtin_memset(sums.values + label * sums.row, 0, sizeof(Scalar) * head.prefix * inputs.size);
+            }
         }
         backward_sequence<Element>(call, head, scratch, static_cast<Scalar*>(memory), sums);
     }

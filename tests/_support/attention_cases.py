@@ -95,9 +95,9 @@ def attention_case(
 def written_out(case: AttentionCase) -> AttentionOutcome:
     """One sequence at a time: a softmax over a mask, differentiated by autograd."""
     inputs = case.inputs
-    q, k, v = (t.double().requires_grad_() for t in (inputs.query, inputs.key, inputs.value))
+    q, k, v = (t.double().clone().requires_grad_() for t in (inputs.query, inputs.key, inputs.value))
     given = [torch.zeros(len(k), 0, k.shape[2]) if t is None else t for t in (inputs.prefix_key, inputs.prefix_value)]
-    prefixes = [t.double().requires_grad_() for t in given]
+    prefixes = [t.double().clone().requires_grad_() for t in given]
     shared = len(q) // len(k)
     output, log_sums = torch.zeros_like(q).detach(), torch.zeros(q.shape[:2], dtype=torch.float64)
     gradients = [torch.zeros_like(t).detach() for t in (q, k, v)]
