@@ -9,11 +9,13 @@
 #include "build_info.h"
 #include "calls.h"
 #include "cpu/dispatch.h"
+#include "cpu/frozen_layers.h"
 #include "cpu/packed_attention.h"
 #include "cpu/parallel.h"
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
 #include "cpu/token_logprobs.h"
+#include "cpu/unit_products.h"
 #if ENTROPY_FAST_WITH_CUDA
 #include "cuda/precondition_accumulate.h"
 #include "cuda/token_logprobs.h"
@@ -100,6 +102,11 @@ PYBIND11_MODULE(_native, module) {
     define(module, "softmax_block_cpu", softmax_block_call, cpu::softmax_block);
     define(module, "sums_of_blocks_cpu", sums_of_blocks_call, cpu::sums_of_blocks);
     define(module, "precondition_accumulate_cpu", precondition_accumulate_call, cpu::precondition_accumulate);
+    define(module, "rms_norm_forward_cpu", rms_norm_forward_call, cpu::rms_norm_forward);
+    define(module, "rms_norm_backward_cpu", rms_norm_backward_call, cpu::rms_norm_backward);
+    define(module, "gated_silu_forward_cpu", gated_silu_forward_call, cpu::gated_silu_forward);
+    define(module, "gated_silu_backward_cpu", gated_silu_backward_call, cpu::gated_silu_backward);
+    define(module, "unit_products_cpu", unit_products_call, cpu::unit_products);
     define(module, "packed_attention_forward_cpu", packed_attention_forward_call, cpu::packed_attention_forward);
     define(module, "packed_attention_backward_cpu", packed_attention_backward_call, cpu::packed_attention_backward);
 #if ENTROPY_FAST_WITH_CUDA

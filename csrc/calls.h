@@ -3,10 +3,12 @@
 
 #include <cstdint>
 
+#include "frozen_layers.h"
 #include "packed_attention.h"
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
+#include "unit_products.h"
 
 namespace entropy_fast {
 
@@ -96,6 +98,71 @@ inline PreconditionAccumulate precondition_accumulate_call(Address entries, Addr
             x_scale,
             g_scale,
             update};
+}
+
+inline UnitProducts unit_products_call(Address narrow, Address wide, Address weights, Address runs, Address first_sums,
+                                       Address second_sums, int64_t n_runs, int64_t narrow_columns,
+                                       int64_t wide_columns, int64_t narrow_row, int64_t wide_row, int64_t weights_row,
+                                       int64_t tokens_per_row, int64_t unit_stride, int64_t narrow_stride,
+                                       int64_t wide_stride, ElementType element_type) {
+    return {pointer<const void>(narrow),
+            pointer<const void>(wide),
+            pointer<const void>(weights),
+            pointer<const UnitRun>(runs),
+            pointer<void>(first_sums),
+            pointer<void>(second_sums),
+            n_runs,
+            narrow_columns,
+            wide_columns,
+            narrow_row,
+            wide_row,
+            weights_row,
+            tokens_per_row,
+            unit_stride,
+            narrow_stride,
+            wide_stride,
+            element_type};
+}
+
+inline RmsNormForward rms_norm_forward_call(Address x, Address weight, Address y, Address scales, int64_t rows,
+                                            int64_t width, double epsilon, ElementType element_type) {
+    return {pointer<const void>(x),
+            pointer<const void>(weight),
+            pointer<void>(y),
+            pointer<void>(scales),
+            rows,
+            width,
+            epsilon,
+            element_type};
+}
+
+inline RmsNormBackward rms_norm_backward_call(Address dy, Address x, Address weight, Address scales, Address dx,
+                                              int64_t rows, int64_t width, ElementType element_type) {
+    return {pointer<const void>(dy),
+            pointer<const void>(x),
+            pointer<const void>(weight),
+            pointer<const void>(scales),
+            pointer<void>(dx),
+            rows,
+            width,
+            element_type};
+}
+
+inline GatedSiluForward gated_silu_forward_call(Address gate, Address up, Address y, int64_t rows, int64_t width,
+                                                ElementType element_type) {
+    return {pointer<const void>(gate), pointer<const void>(up), pointer<void>(y), rows, width, element_type};
+}
+
+inline GatedSiluBackward gated_silu_backward_call(Address dy, Address gate, Address up, Address dgate, Address dup,
+                                                  int64_t rows, int64_t width, ElementType element_type) {
+    return {pointer<const void>(dy),
+            pointer<const void>(gate),
+            pointer<const void>(up),
+            pointer<void>(dgate),
+            pointer<void>(dup),
+            rows,
+            width,
+            element_type};
 }
 
 inline PackedAttentionForward packed_attention_forward_call(

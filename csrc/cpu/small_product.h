@@ -72,29 +72,32 @@ void add_tile(const SmallProduct<typename Element::Scalar>& product, int64_t row
     }
 }
 
-template <typename Element, int rows>
-void add_rows(const SmallProduct<typename Element::Scalar>& product, int64_t row) {
+template <typename Element, int vectors, bool partial>
+void add_columns(const SmallProduct<typename Element::Scalar>& product, int64_t column) {
+    int64_t row = 0;
+    for (; row + kTileRows <= product.rows; row += kTileRows) {
+        add_tile<Element, kTileRows, vectors, partial>(product, row, column);
+    }
+    if constexpr (kTileRows > 8) {
+        for (; row + 8 <= product.rows; row += 8) add_tile<Element, 8, vectors, partial>(product, row, column);
+    }
+    for (; row + 4 <= product.rows; row += 4) add_tile<Element, 4, vectors, partial>(product, row, column);
+    for (; row + 2 <= product.rows; row += 2) add_tile<Element, 2, vectors, partial>(product, row, column);
+    for (; row < product.rows; ++row) add_tile<Element, 1, vectors, partial>(product, row, column);
+}
+
+// C += A B or C = A B, for elements that are their own accumulators (Float32, Float64). The columns of B that a tile
+// reads stay in the nearest cache for all rows.
+template <typename Element>
+void add_product(const SmallProduct<typename Element::Scalar>& product) {
     constexpr int64_t kLanes = lanes<Element>();
     int64_t column = 0;
     for (; column + kTileVectors * kLanes <= product.columns; column += kTileVectors * kLanes) {
-        add_tile<Element, rows, kTileVectors, false>(product, row, column);
+        add_columns<Element, kTileVectors, false>(product, column);
     }
-    if (column + kLanes < product.columns) return add_tile<Element, rows, 2, true>(product, row, column);
-    if (column + kLanes == product.columns) return add_tile<Element, rows, 1, false>(product, row, column);
-    if (column < product.columns) add_tile<Element, rows, 1, true>(product, row, column);
-}
-
-// C += A B or C = A B, for elements that are their own accumulators (Float32, Float64).
-template <typename Element>
-void add_product(const SmallProduct<typename Element::Scalar>& product) {
-    int64_t row = 0;
-    for (; row + kTileRows <= product.rows; row += kTileRows) add_rows<Element, kTileRows>(product, row);
-    if constexpr (kTileRows > 8) {
-        for (; row + 8 <= product.rows; row += 8) add_rows<Element, 8>(product, row);
-    }
-    for (; row + 4 <= product.rows; row += 4) add_rows<Element, 4>(product, row);
-    for (; row + 2 <= product.rows; row += 2) add_rows<Element, 2>(product, row);
-    for (; row < product.rows; ++row) add_rows<Element, 1>(product, row);
+    if (column + kLanes < product.columns) return add_columns<Element, 2, true>(product, column);
+    if (column + kLanes == product.columns) return add_columns<Element, 1, false>(product, column);
+    if (column < product.columns) add_columns<Element, 1, true>(product, column);
 }
 
 }  // namespace

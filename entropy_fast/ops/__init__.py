@@ -5,9 +5,11 @@ of them is missing; :func:`backend_report` says what is missing and why.
 """
 
 from entropy_fast.ops.backends import BACKENDS, BackendRecord, backend_report
+from entropy_fast.ops.frozen_layers import compiled_layers_take, gated_silu, rms_norm
 from entropy_fast.ops.linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_with_units
 from entropy_fast.ops.precondition_accumulate import precondition_accumulate
 from entropy_fast.ops.token_logprobs import TokenLogprobs, token_logprobs
+from entropy_fast.ops.unit_products import UnitRuns, add_unit_products
 from entropy_fast.reference import LinearTokenLogprobs
 
 __all__ = [
@@ -15,9 +17,14 @@ __all__ = [
     "BackendRecord",
     "LinearTokenLogprobs",
     "TokenLogprobs",
+    "UnitRuns",
+    "add_unit_products",
     "backend_report",
+    "compiled_layers_take",
+    "gated_silu",
     "linear_token_logprobs",
     "linear_token_logprobs_with_units",
     "precondition_accumulate",
+    "rms_norm",
     "token_logprobs",
 ]

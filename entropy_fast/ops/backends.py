@@ -21,7 +21,7 @@ __all__ = [
     "count_call",
     "requested",
     "resolve_backend",
-    "runs_unasked",
+    "runs_natively",
 ]
 
 AUTO = "auto"
@@ -134,10 +134,14 @@ def resolve_backend(wanted: str | None, device: torch.device, offered: tuple[str
     return wanted
 
 
-def runs_unasked(name: str, device: torch.device) -> bool:
-    """Whether what has but one backend of these, and a way without, is to run on it: it can, and no other was asked for."""
+def runs_natively(device: torch.device) -> bool:
+    """Whether a helper of the engines that has a compiled twin for CPUs alone runs compiled on ``device``.
+
+    Not where ``ENTROPY_FAST_BACKEND`` names another backend; and no warning where there is no compiled library, since the ops
+    give one.
+    """
     wanted = os.environ.get(_ENVIRONMENT_VARIABLE) or AUTO
-    return wanted in (AUTO, name) and not _REASONS[name](device.type)
+    return wanted in (AUTO, "native") and not native_backend.cpu_reason(device.type)
 
 
 def _best(device_type: str, offered: tuple[str, ...]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ __all__ = [
     "cpu_reason",
     "cuda_detail",
     "cuda_reason",
+    "on_rows",
     "packed_attention_backward",
     "packed_attention_forward",
     "precondition_accumulate",
@@ -30,6 +32,7 @@ __all__ = [
     "sums_of_blocks",
     "token_logprobs_backward",
     "token_logprobs_forward",
+    "unit_products",
 ]
 
 
@@ -197,6 +200,41 @@ def precondition_accumulate(
         x_scale,
         g_scale,
         update,
+    )
+
+
+def on_rows(function: str, *tensors: Tensor, parameters: Sequence[float] = ()) -> None:
+    """Call one of csrc/frozen_layers.h on contiguous tensors of its struct's order, the first of them [rows, width]."""
+    rows, width = tensors[0].shape
+    dtype = tensors[0].dtype
+    _call(function, tensors[0].device, *map(_address, tensors), rows, width, *parameters, _element_type(dtype))
+
+
+def unit_products(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor, weights: Tensor, runs: Tensor) -> None:
+    """Add to every label's ``sums`` [units, narrow columns, wide columns], of any strides (csrc/unit_products.h).
+
+    Args:
+        sums: one or two, in the accumulator's dtype.
+        narrow: [tokens, narrow columns], rows of any stride.
+        wide: [tokens, wide columns], likewise, in the same dtype.
+        weights: [labels, tokens or a divisor of it], contiguous, in the dtype of the sums.
+        runs: [n, 3] int64, unit, first token and the one after the last; units ascending.
+    """
+    first, second = [*sums, None][:2]
+    assert first is not None
+    _call(
+        "unit_products",
+        narrow.device,
+        *map(_address, (narrow, wide, weights, runs, first, second)),
+        len(runs),
+        narrow.shape[1],
+        wide.shape[1],
+        narrow.stride(0),
+        wide.stride(0),
+        weights.stride(0),
+        narrow.shape[0] // weights.shape[1] if len(narrow) else 1,
+        *first.stride(),
+        _element_type(narrow.dtype),
     )
 
 

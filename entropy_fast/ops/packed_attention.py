@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entropy_fast.ops import native_backend
 from entropy_fast.ops.attention_inputs import AttentionInputs, PrefixSums
-from entropy_fast.ops.backends import count_call, runs_unasked
+from entropy_fast.ops.backends import count_call, runs_natively
 
 __all__ = ["packed_attention", "packed_attention_backward", "takes_packed_attention"]
 
@@ -27,7 +27,7 @@ def takes_packed_attention(inputs: AttentionInputs) -> bool:
         and query.shape[-1] == value.shape[-1] > 0
         and (inputs.window is None or inputs.window > 0)
     )
-    return alike and fits and runs_unasked("native", query.device)
+    return alike and fits and runs_natively(query.device)
 
 
 def packed_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:

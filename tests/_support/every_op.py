@@ -6,6 +6,7 @@ import torch
 from attention_calls import assert_attention_calls, attention_calls
 from attention_cases import attention_case
 from block_sums_calls import assert_block_sums, block_sums_calls
+from frozen_layer_calls import gated_silu_calls, rms_norm_calls
 from kernel_calls import (
     CHUNK,
     accumulate_calls,
@@ -17,6 +18,7 @@ from kernel_calls import (
 )
 from kernel_drivers import CallImage, CallResults
 from logprob_cases import DTYPES, assert_right, make_case, shaped_rows, special_rows
+from unit_product_calls import unit_product_calls, unit_product_case
 
 
 class EveryOp:
@@ -52,6 +54,22 @@ class EveryOp:
             for entropy in (False, True)
             for with_products in (False, True)
         ]
+        self._unit_products = [
+            unit_product_calls(unit_product_case(lengths, columns, dtype, **options), self.image)
+            for dtype in DTYPES
+            for lengths, columns, options in (
+                ([70, 0, 3], (5, 300), {}),
+                ([9, 20, 1], (40, 33), {"turned": True, "inner": 2, "order": [1, 0, 1]}),
+                ([130], (16, 64), {"labels": 1}),
+                ([], (1, 1), {}),
+            )
+        ]
+        self._frozen_layers = [
+            calls(dtype, rows, width, self.image)
+            for dtype in (torch.float32, torch.float64)
+            for calls in (rms_norm_calls, gated_silu_calls)
+            for rows, width in ((3, 37), (2, 64), (1, 1), (0, 5))
+        ]
         shapes = [(9, (40, 0, 3)), (2, ()), (0, (5,)), (130, (17, 1))]
         forms = [
             {"heads": 4, "key_heads": 2, "size": 16, "window": None, "layout": "heads first"},
@@ -77,6 +95,10 @@ class EveryOp:
             assert_softmax_block(softmax, results)
         for block_sums in self._block_sums:
             assert_block_sums(block_sums, results)
+        for unit_products in self._unit_products:
+            unit_products.assert_right(results)
+        for frozen in self._frozen_layers:
+            frozen.assert_right(results)
         for attention in self._attention:
             assert_attention_calls(attention, results)
         for sums in self._sums:

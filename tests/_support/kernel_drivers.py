@@ -27,8 +27,13 @@ OPS = {
     "softmax_block": (2, "@4P4qd?i0q"),
     "precondition_accumulate": (3, "@5P2q2d?0q"),
     "sums_of_blocks": (4, "@5P2qi0q"),
-    "packed_attention_forward": (5, "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
-    "packed_attention_backward": (6, "@PqqPqqPqqPqqPqqP5qdPqq9P3qi0q"),
+    "unit_products": (5, "@6P10qi0q"),
+    "rms_norm_forward": (6, "@4P2qdi0q"),
+    "rms_norm_backward": (7, "@5P2qi0q"),
+    "gated_silu_forward": (8, "@3P2qi0q"),
+    "gated_silu_backward": (9, "@5P2qi0q"),
+    "packed_attention_forward": (10, "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
+    "packed_attention_backward": (11, "@PqqPqqPqqPqqPqqP5qdPqq9P3qi0q"),
 }
 
 

@@ -19,6 +19,11 @@ FUNCTIONS = (
     ("softmax_block_cpu", "@4P4qd?i0q"),
     ("precondition_accumulate_cpu", "@5P2q2d?0q"),
     ("sums_of_blocks_cpu", "@5P2qi0q"),
+    ("unit_products_cpu", "@6P10qi0q"),
+    ("rms_norm_forward_cpu", "@4P2qdi0q"),
+    ("rms_norm_backward_cpu", "@5P2qi0q"),
+    ("gated_silu_forward_cpu", "@3P2qi0q"),
+    ("gated_silu_backward_cpu", "@5P2qi0q"),
     ("packed_attention_forward_cpu", "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
     ("packed_attention_backward_cpu", "@PqqPqqPqqPqqPqqP5qdPqq9P3qi0q"),
 )

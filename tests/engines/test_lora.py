@@ -50,12 +50,18 @@ def fused(model: peft.PeftModel, recorder: Recorded) -> Callable[[Tensor], Tenso
     return parts[1](layer_of(model).forward, recorder)  # type: ignore[arg-type]
 
 
-def compare(model: peft.PeftModel, tolerance: float, autocast: torch.dtype | None = None) -> set[str]:
+# So few that the low-rank part is added to every output, and so many that the factors are merged into the base.
+TOKENS = (4, 40)
+
+
+def compare(
+    model: peft.PeftModel, tolerance: float, autocast: torch.dtype | None = None, tokens: int = TOKENS[0]
+) -> set[str]:
     """Hold the fused function against the layer; names of what it recorded."""
     wide = torch.promote_types(torch.float32, layer_of(model).weight.dtype)
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 4, 6, generator=generator, dtype=torch.float64).to(wide)
-    above = torch.randn(2, 4, 5, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, tokens, 6, generator=generator, dtype=torch.float64).to(wide)
+    above = torch.randn(2, tokens, 5, generator=generator, dtype=torch.float64)
     recorder = Recorded()
     results = []
     for run in (fused(model, recorder), layer_of(model)):
@@ -75,12 +81,14 @@ def compare(model: peft.PeftModel, tolerance: float, autocast: torch.dtype | Non
     return set(own)
 
 
-def test_one_adapter() -> None:
-    assert len(compare(lora_model(), 1e-13)) == 2
-    assert len(compare(lora_model(bias=False, use_rslora=True), 1e-13)) == 2
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_one_adapter(tokens: int) -> None:
+    assert len(compare(lora_model(), 1e-13, tokens=tokens)) == 2
+    assert len(compare(lora_model(bias=False, use_rslora=True), 1e-13, tokens=tokens)) == 2
 
 
-def test_several_adapters() -> None:
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_several_adapters(tokens: int) -> None:
     model = lora_model()
     model.add_adapter("second", peft.LoraConfig(r=2, lora_alpha=1, target_modules=["0"]))
     for name, parameter in model.named_parameters():
@@ -88,28 +96,46 @@ def test_several_adapters() -> None:
             nn.init.normal_(parameter)
     model.double()
     model.base_model.set_adapter(["default", "second"])
-    assert len(compare(model, 1e-13)) == 4
+    assert len(compare(model, 1e-13, tokens=tokens)) == 4
     model.base_model.set_adapter(["second"])
     for parameter in model.parameters():
         parameter.grad = None
-    assert all("second" in name for name in compare(model, 1e-13))
+    assert all("second" in name for name in compare(model, 1e-13, tokens=tokens))
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
-def test_a_frozen_factor(factor: str) -> None:
+def test_a_frozen_factor(factor: str, tokens: int) -> None:
     model = lora_model()
     for name, parameter in model.named_parameters():
         if factor in name:
             parameter.requires_grad_(False)
-    (found,) = compare(model, 1e-13)
+    (found,) = compare(model, 1e-13, tokens=tokens)
     assert factor not in found
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_autocast(dtype: torch.dtype) -> None:
+def test_autocast(dtype: torch.dtype, tokens: int) -> None:
     """Products in bf16 and their sums in the dtype of the input, as the layer's own."""
     model = lora_model(dtype=dtype)
-    assert len(compare(model, 3 * 2**-8, autocast=torch.bfloat16)) == 2
+    assert len(compare(model, 3 * 2**-8, autocast=torch.bfloat16, tokens=tokens)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_factors_are_not_lost_beside_a_large_base(dtype: torch.dtype) -> None:
+    """Merged in 16 bits, factors a thousand times smaller than the base would be rounded away."""
+    model = lora_model(bias=False, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter *= 1e-3
+    x = torch.randn(1, TOKENS[1], 6, dtype=torch.float64).to(dtype)
+    layer = layer_of(model)
+    with torch.no_grad():
+        low_rank = fused(model, Recorded())(x).double() - torch.nn.functional.linear(x, layer.weight).double()
+        plain = layer(x).double() - torch.nn.functional.linear(x, layer.weight).double()
+    assert float((low_rank - plain).norm()) <= 1e-2 * float(plain.norm())
 
 
 def merged(model: peft.PeftModel) -> None:

@@ -57,8 +57,13 @@ class _WithLora(torch.autograd.Function):
         recorder: Recorder,
         *factors: Tensor,
     ) -> Tensor:
-        output = F.linear(x, weight, bias)
         ctx.dtype, ctx.inner_dtype = x.dtype, _product_dtype(factors[0])
+        ctx.adapters, ctx.recorder = adapters, recorder
+        ctx.merged = _merging_is_cheaper(x, weight, ctx.inner_dtype)
+        if ctx.merged:
+            ctx.save_for_backward(x, weight, *factors)
+            return F.linear(x, _merged(weight, adapters, factors), bias)
+        output = F.linear(x, weight, bias)
         kept, inner = _low_rank_of(x, factors, ctx.inner_dtype)
         flat = output.view(-1, output.shape[-1])
         for adapter, low, b in zip(adapters, inner, factors[1::2], strict=True):
@@ -67,19 +72,22 @@ class _WithLora(torch.autograd.Function):
                 flat.addmm_(low, b.t(), alpha=adapter.scaling)
             else:
                 flat.add_(low @ b.t(), alpha=adapter.scaling)
-        ctx.save_for_backward(kept, weight, *inner, *factors)
-        ctx.adapters, ctx.recorder = adapters, recorder
+        ctx.save_for_backward(kept, weight, *factors, *inner)
         return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *rest = ctx.saved_tensors
-        inner, factors = rest[: len(ctx.adapters)], rest[len(ctx.adapters) :]
+        n_factors = 2 * len(ctx.adapters)
+        factors, inner = rest[:n_factors], rest[n_factors:]
+        matrix = weight
+        if ctx.merged:
+            matrix, inner = _merged(weight, ctx.adapters, factors), _low_rank_of(x, factors, ctx.inner_dtype)[1]
         # Added up in the dtype of x, which is wider than that of the products under autocast.
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy.reshape(-1, dy.shape[-1]) @ weight.to(dy.dtype)).to(ctx.dtype)
-        dx = _hand_over(ctx, dy, x, inner, factors, dx)
+            dx = (dy.reshape(-1, dy.shape[-1]) @ matrix.to(dy.dtype)).to(ctx.dtype)
+        dx = _hand_over(ctx, dy, x, inner, factors, dx, complete=ctx.merged)
         return dx, None, None, None, None, *(None for _ in factors)
 
 
@@ -103,8 +111,24 @@ class _AddedLora(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         inner, factors = rest[: len(ctx.adapters)], rest[len(ctx.adapters) :]
-        dx = _hand_over(ctx, dy, x, inner, factors, None)
+        dx = _hand_over(ctx, dy, x, inner, factors, None, complete=False)
         return dx, dy, None, None, *(None for _ in factors)
+
+
+def _merging_is_cheaper(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether W + Σ s_k B_k A_k is to be made and used in place of W.
+
+    With many tokens it costs less than adding s_k (x A_k^T) B_k^T to every output. For 16-bit numbers it is not exact: the sum
+    would be rounded to the size of W.
+    """
+    same = weight.dtype == dtype == x.dtype
+    return same and dtype in (torch.float32, torch.float64) and x.numel() >= 2 * x.shape[-1] * x.shape[-1]
+
+
+def _merged(weight: Tensor, adapters: Sequence[Adapter], factors: Sequence[Tensor]) -> Tensor:
+    for adapter, a, b in zip(adapters, factors[::2], factors[1::2], strict=True):
+        weight = torch.addmm(weight, b, a, alpha=adapter.scaling)
+    return weight
 
 
 def _low_rank_of(x: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
@@ -116,12 +140,28 @@ def _low_rank_of(x: Tensor, factors: Sequence[Tensor], dtype: torch.dtype) -> tu
 
 
 def _hand_over(
-    ctx: Any, dy: Tensor, x: Tensor, inner: Sequence[Tensor], factors: Sequence[Tensor], dx: Tensor | None
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    inner: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    dx: Tensor | None,
+    *,
+    complete: bool,
 ) -> Tensor | None:
     """Give the factors' signals to the recorder.
 
+    Args:
+        ctx: of the function.
+        dy: gradient of the output [..., out].
+        x: the input [..., in].
+        inner: x A_k^T [rows, rank] for every k.
+        factors: A_k and B_k in turns.
+        dx: gradient of the input [rows, in] as far as it is known.
+        complete: whether that is all of it.
+
     Returns:
-        The gradient of the input [..., in], that through the base, ``dx`` [rows, in], included; None where none is asked for.
+        The gradient of the input [..., in]; None where none is asked for.
     """
     x, dy = x.to(ctx.inner_dtype), dy.to(ctx.inner_dtype)
     flat = dy.reshape(-1, dy.shape[-1])
@@ -132,7 +172,7 @@ def _hand_over(
         d_low = (flat @ b.to(dy.dtype)).mul_(adapter.scaling)
         if a_name is not None:
             ctx.recorder.product(a_name, d_low.view(*dy.shape[:-1], -1), x)
-        if not ctx.needs_input_grad[0]:
+        if complete or not ctx.needs_input_grad[0]:
             continue
         if dx is None:
             dx = (d_low @ a.to(dy.dtype)).to(ctx.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from entropy_fast.engines.capture.functions import Recorder
 from entropy_fast.engines.coefficients import Coefficients
+from entropy_fast.ops import UnitRuns
 
 __all__ = ["SignalBatch", "SignalRows", "Term"]
 
@@ -147,8 +148,7 @@ class SignalBatch:
         # What is 0 throughout adds nothing, and is not computed.
         self.wanted: list[bool] = (coefficients != 0).any(1).tolist()
         self.scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self.units_in_order = [unit for unit, _, _ in runs] == list(range(len(runs)))
-        self.spread: dict[tuple[torch.device, torch.dtype, int, int], Tensor] = {}
+        self.by_unit = UnitRuns(runs)
 
 
 def _runs(unit: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -12,18 +12,15 @@ from torch import Tensor
 
 from entropy_fast.engines.capture.signal_rows import SignalRows, Term
 from entropy_fast.engines.coefficients import Coefficients
+from entropy_fast.ops import add_unit_products
 
 __all__ = ["UnitGradients"]
-
-# Elements of a parameter from which on products are added to its sums one by one: another pass over them would be felt.
-_LARGE = 2**16
 
 
 class UnitGradients(SignalRows):
     """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
 
-    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions; a matrix
-    product then takes its factors in bfloat16 where they were that.
+    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions.
 
     Args:
         parameters: by name.
@@ -55,51 +52,10 @@ class UnitGradients(SignalRows):
         rows = self._by_rows(name, left, right)
         if rows is None or self._batch is None:
             return
-        left, right = rows
         into = self._wanted_sums(name)
-        if not into:
-            return
-        # The factor with fewer columns takes the coefficients; with all of them in one product the other is read once.
-        turned = right.shape[-1] < left.shape[-1]
-        narrow, wide = (right, left) if turned else (left, right)
-        inner, columns = narrow.shape[1:]
-        scales = self._scales_by_column(name, left.device, inner, columns)
-        # [rows * inner, labels * columns of narrow]
-        scaled = torch.cat([narrow.flatten(0, 1)] * len(into), 1).to(scales.dtype) * scales
-        flat = wide.flatten(0, 1)
-        if flat.dtype == torch.float16:
-            # Coefficients can be smaller than its smallest number.
-            flat = flat.float()
-        # Coefficients are applied in fp32: what rounding their products to 16 bits leaves goes along as a second factor, since
-        # terms of different signs nearly cancel in X.
-        rounded = scaled.to(flat.dtype)
-        if flat.dtype == torch.bfloat16:
-            rounded = torch.cat([rounded, (scaled - rounded).to(flat.dtype)], 1)
-        runs = self._batch.runs
-        if flat.dtype == into[0].dtype and into[0][0].numel() >= _LARGE:
-            for unit, begin, end in runs:
-                span = slice(begin * inner, end * inner)
-                for place, total in enumerate(into):
-                    own = rounded[span, place * columns : (place + 1) * columns]
-                    left, right = (flat[span], own) if turned else (own, flat[span])
-                    total[unit].addmm_(left.t(), right)
-            return
-        rounded = rounded.t()
-        products = flat.new_empty(len(runs), rounded.shape[0], flat.shape[1])
-        for place, (_, begin, end) in enumerate(runs):
-            span = slice(begin * inner, end * inner)
-            torch.mm(rounded[:, span], flat[span], out=products[place])
-        if rounded.shape[0] > scaled.shape[1]:
-            products = products[:, : scaled.shape[1]].to(scaled.dtype) + products[:, scaled.shape[1] :]
-        for place, total in enumerate(into):
-            found = products[:, place * columns : (place + 1) * columns]
-            if turned:
-                found = found.transpose(1, 2)
-            if self._batch.units_in_order and len(runs) == len(total):
-                total.add_(found)
-            else:
-                for (unit, _, _), one in zip(runs, found, strict=True):
-                    total[unit].add_(one)
+        if into:
+            left, right = (part.flatten(0, 1) for part in rows)
+            add_unit_products(into, left, right, self._scales(name, left.device), self._batch.by_unit)
 
     def scatter(self, name: str, index: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
         """See `Recorder.scatter`."""
@@ -173,16 +129,6 @@ class UnitGradients(SignalRows):
         if (device, dtype) not in batch.scales:
             batch.scales[device, dtype] = batch.coefficients[batch.wanted].to(device=device, dtype=dtype)
         return batch.scales[device, dtype]
-
-    def _scales_by_column(self, name: str, device: torch.device, inner: int, columns: int) -> Tensor:
-        """[rows * inner, labels * columns] coefficients spread over what they multiply; made once for each shape."""
-        batch, dtype = self._batch, self._dtype(name)
-        assert batch is not None
-        key = (device, dtype, inner, columns)
-        if key not in batch.spread:
-            scales = self._scales(name, device)
-            batch.spread[key] = scales.t().repeat_interleave(columns, 1).repeat_interleave(inner, 0)
-        return batch.spread[key]
 
     def _dtype(self, name: str) -> torch.dtype:
         return torch.promote_types(self._parameters[name].dtype, torch.float32)

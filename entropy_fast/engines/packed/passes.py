@@ -10,12 +10,16 @@ a_i, and the two sums go back through the prompts' graph one after the other: wh
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture import SignalRows
 from entropy_fast.engines.coefficients import power_of_two_scale
 from entropy_fast.engines.packed.exchange import PackedRun, attention_configurations, attention_exchanged
+from entropy_fast.engines.packed.frozen_layers import FrozenLayers
 from entropy_fast.engines.packed.layout import PackedGroup, PackedLayout, pack_microbatch
 from entropy_fast.engines.packed.output import OutputSignals, output_signals, packed_logprobs, wanted_weights
 from entropy_fast.guards.grad_context import assert_attached
@@ -39,6 +43,7 @@ class PackedPass:
         self._components = components
         self._head = head
         self._configurations = attention_configurations(head.decoder)
+        self._frozen = FrozenLayers(head.decoder)
         self.share = share
 
     def of_whole_sequences(self) -> PackedPass:
@@ -49,7 +54,7 @@ class PackedPass:
         """[M] log-probs of the scored tokens of the given rows, without a graph."""
         layout = self._layout(rollouts, rows, [0] * len(rows))
         run = PackedRun(layout, self._components.device)
-        with torch.no_grad(), self._components.autocast(), attention_exchanged(self._configurations, run):
+        with torch.no_grad(), self._components.autocast(), self._exchanged(run):
             before, after = self._forward(layout, run, None)
             return packed_logprobs(self._head, _scored(layout, before, after), layout.targets)
 
@@ -70,7 +75,7 @@ class PackedPass:
         """
         layout = self._layout(rollouts, rows, unit)
         run = PackedRun(layout, self._components.device)
-        with attention_exchanged(self._configurations, run):
+        with self._exchanged(run):
             with self._components.autocast():
                 before, after = self._forward(layout, run, gradients)
             attached = after if after.requires_grad or not before.requires_grad else before
@@ -85,6 +90,12 @@ class PackedPass:
             self._backward_through_prefixes(layout, run, before, signals, weights, gradients)
         gradients.pause()
         return signals
+
+    @contextlib.contextmanager
+    def _exchanged(self, run: PackedRun) -> Iterator[None]:
+        """The decoder's attention is that of ``run``, and what is frozen and has a compiled twin runs compiled."""
+        with attention_exchanged(self._configurations, run), self._frozen.exchanged():
+            yield
 
     def _layout(self, rollouts: Rollouts, rows: Tensor, unit: list[int]) -> PackedLayout:
         return pack_microbatch(rollouts, rows, unit, self._components.device, share=self.share)

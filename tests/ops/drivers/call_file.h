@@ -15,10 +15,12 @@
 #include <memory>
 #include <vector>
 
+#include "frozen_layers.h"
 #include "packed_attention.h"
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
+#include "unit_products.h"
 
 class CallFile {
   public:
@@ -68,9 +70,24 @@ class CallFile {
                     run(*struct_of<SumsOfBlocks>(call));
                     break;
                 case 5:
-                    run(*struct_of<PackedAttentionForward>(call));
+                    run(*struct_of<UnitProducts>(call));
                     break;
                 case 6:
+                    run(*struct_of<RmsNormForward>(call));
+                    break;
+                case 7:
+                    run(*struct_of<RmsNormBackward>(call));
+                    break;
+                case 8:
+                    run(*struct_of<GatedSiluForward>(call));
+                    break;
+                case 9:
+                    run(*struct_of<GatedSiluBackward>(call));
+                    break;
+                case 10:
+                    run(*struct_of<PackedAttentionForward>(call));
+                    break;
+                case 11:
                     run(*struct_of<PackedAttentionBackward>(call));
                     break;
                 default:

@@ -46,11 +46,16 @@ struct Run {
         simt_launch(kernels::precondition_accumulate_kernel, chunks, kernels::kThreads, call);
         simt_launch(kernels::sum_partial_dots_kernel, tensors, kernels::kThreads, call);
     }
-    // There are no CUDA kernels of these.
-    void operator()(const entropy_fast::SoftmaxBlock&) const { std::abort(); }
-    void operator()(const entropy_fast::SumsOfBlocks&) const { std::abort(); }
+    // There is no CUDA kernel of these.
+    void operator()(const entropy_fast::RmsNormForward&) const { std::abort(); }
+    void operator()(const entropy_fast::RmsNormBackward&) const { std::abort(); }
+    void operator()(const entropy_fast::GatedSiluForward&) const { std::abort(); }
+    void operator()(const entropy_fast::GatedSiluBackward&) const { std::abort(); }
+    void operator()(const entropy_fast::UnitProducts&) const { std::abort(); }
     void operator()(const entropy_fast::PackedAttentionForward&) const { std::abort(); }
     void operator()(const entropy_fast::PackedAttentionBackward&) const { std::abort(); }
+    void operator()(const entropy_fast::SoftmaxBlock&) const { std::abort(); }
+    void operator()(const entropy_fast::SumsOfBlocks&) const { std::abort(); }
 };
 
 }  // namespace

@@ -1,0 +1,93 @@
+"""Layers without a trained parameter whose forward and backward are one compiled pass each: RMS norm, and the gate of an MLP.
+
+Twins of what a model computes with a dozen tensor operations, for CPUs, in fp32 and fp64; the formulas are in
+csrc/frozen_layers.h. ``entropy_fast.reference.frozen_layers`` says them in plain torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from entropy_fast.ops import native_backend
+from entropy_fast.ops.backends import count_call, runs_natively
+
+__all__ = ["compiled_layers_take", "gated_silu", "rms_norm"]
+
+
+def compiled_layers_take(*tensors: Tensor) -> bool:
+    """Whether `rms_norm` and `gated_silu` can be called with these: on the CPU, of one dtype, fp32 or fp64."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+        and runs_natively(tensors[0].device)
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """Weight · x / sqrt(mean(x²) + ε) along the last dimension, differentiable in ``x`` once.
+
+    Args:
+        x: [..., H].
+        weight: [H], in the same dtype; not differentiated.
+        epsilon: ε.
+    """
+    result: Tensor = _RmsNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
+    return result
+
+
+def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up of two tensors [..., H] of one dtype, differentiable in both once."""
+    result: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _run(function: str, *tensors: Tensor, parameters: tuple[float, ...] = ()) -> None:
+    count_call("native", function.rsplit("_", 1)[0])
+    native_backend.on_rows(function, *tensors, parameters=parameters)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        rows, weight = _rows(x), weight.contiguous()
+        y, scales = torch.empty_like(rows), rows.new_empty(len(rows))
+        _run("rms_norm_forward", rows, weight, y, scales, parameters=(epsilon,))
+        ctx.save_for_backward(x, weight, scales)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scales = ctx.saved_tensors
+        rows = _rows(x)
+        dx = torch.empty_like(rows)
+        _run("rms_norm_backward", _rows(dy), rows, weight, scales, dx)
+        return dx.view(x.shape), None, None
+
+
+class _GatedSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        rows = _rows(gate)
+        y = torch.empty_like(rows)
+        _run("gated_silu_forward", rows, _rows(up), y)
+        return y.view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        rows = _rows(gate)
+        dgate, dup = torch.empty_like(rows), torch.empty_like(rows)
+        _run("gated_silu_backward", _rows(dy), rows, _rows(up), dgate, dup)
+        return dgate.view(gate.shape), dup.view(up.shape)

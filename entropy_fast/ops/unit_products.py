@@ -1,0 +1,138 @@
+"""Gradients of one matrix for many units at once: sums of outer products over the rows of each unit.
+
+Legend: u a unit, l a label (X or g), w_l(t) the coefficient of row t.
+
+    sums_l[u] += Σ_{t in u} w_l(t) left[t] right[t]^T
+
+Coefficients are applied in the accumulator (fp32, or fp64) and before any sum, since terms of different signs nearly cancel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_fast.ops import native_backend
+from entropy_fast.ops.backends import count_call, runs_natively
+
+__all__ = ["UnitRuns", "add_unit_products"]
+
+# Elements of a matrix from which on products are added to its sums one by one: another pass over them would be felt.
+_LARGE = 2**16
+# Columns of the narrower factor up to which the compiled kernel is faster than a product by torch for every unit.
+_NARROW = 32
+
+
+class UnitRuns:
+    """Which rows belong to which unit, and what is derived from that once for all products.
+
+    Args:
+        runs: unit, first row and the one after the last, covering all rows in order.
+
+    Attributes:
+        runs: the same.
+    """
+
+    def __init__(self, runs: Sequence[tuple[int, int, int]]) -> None:
+        self.runs = list(runs)
+        self._spread: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    @functools.cached_property
+    def in_order(self) -> bool:
+        """Whether the runs are those of the units 0, 1, 2 and so on."""
+        return [unit for unit, _, _ in self.runs] == list(range(len(self.runs)))
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """[n, 3] int64, units ascending."""
+        return torch.tensor(sorted(self.runs), dtype=torch.int64).view(-1, 3)
+
+    def spread(self, scales: Tensor, inner: int, columns: int) -> Tensor:
+        """[rows * inner, labels * columns]: the scales [labels, rows] over what they multiply, made once for each shape."""
+        key = (inner, columns, scales.dtype)
+        if key not in self._spread:
+            self._spread[key] = scales.t().repeat_interleave(columns, 1).repeat_interleave(inner, 0)
+        return self._spread[key]
+
+
+def add_unit_products(sums: Sequence[Tensor], left: Tensor, right: Tensor, scales: Tensor, runs: UnitRuns) -> None:
+    """Add Σ_t scales_l[t] left[t] right[t]^T over the rows t of every unit.
+
+    On the CPU a compiled kernel takes narrow factors; everything else are products by torch.
+    ``entropy_fast.reference.unit_products`` says the same in three lines.
+
+    Args:
+        sums: [units, a, b] for every label, one or two, in fp32 or the dtype of the signals, whichever is wider.
+        left: [rows * inner, a], ``inner`` positions for every row.
+        right: [rows * inner, b], in the same dtype.
+        scales: [labels, rows] contiguous, on the same device, in the dtype of the sums. The same for all calls with ``runs``.
+        runs: whose rows they are.
+    """
+    # The factor with fewer columns takes the coefficients, and the other is read once.
+    turned = right.shape[1] < left.shape[1]
+    narrow, wide = (right, left) if turned else (left, right)
+    if narrow.shape[1] <= _NARROW and _kernel_takes(sums, narrow, wide):
+        views = [total.transpose(1, 2) if turned else total for total in sums]
+        count_call("native", "unit_products")
+        native_backend.unit_products(views, _by_rows(narrow), _by_rows(wide), scales, runs.table)
+    else:
+        _by_torch(sums, narrow, wide, scales, runs, turned=turned)
+
+
+def _kernel_takes(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor) -> bool:
+    accumulator = torch.promote_types(narrow.dtype, torch.float32)
+    return (
+        runs_natively(narrow.device)
+        and wide.dtype == narrow.dtype
+        and all(total.dtype == accumulator and total.stride() == sums[0].stride() for total in sums)
+    )
+
+
+def _by_rows(signal: Tensor) -> Tensor:
+    return signal if signal.stride(1) == 1 else signal.contiguous()
+
+
+def _by_torch(
+    sums: Sequence[Tensor], narrow: Tensor, wide: Tensor, scales: Tensor, runs: UnitRuns, *, turned: bool
+) -> None:
+    """One product for every unit, of both labels at once where the sums are small."""
+    inner, columns = narrow.shape[0] // max(1, scales.shape[1]), narrow.shape[1]
+    # [rows * inner, labels * columns of narrow]
+    scaled = torch.cat([narrow] * len(sums), 1).to(scales.dtype) * runs.spread(scales, inner, columns)
+    if wide.dtype == torch.float16:
+        # Coefficients can be smaller than its smallest number.
+        wide = wide.float()
+    # What rounding the products to 16 bits leaves goes along as a second factor.
+    rounded = scaled.to(wide.dtype)
+    if wide.dtype == torch.bfloat16:
+        rounded = torch.cat([rounded, (scaled - rounded).to(wide.dtype)], 1)
+    if wide.dtype == sums[0].dtype and sums[0][0].numel() >= _LARGE:
+        for unit, begin, end in runs.runs:
+            span = slice(begin * inner, end * inner)
+            for place, total in enumerate(sums):
+                own = rounded[span, place * columns : (place + 1) * columns]
+                left, right = (wide[span], own) if turned else (own, wide[span])
+                total[unit].addmm_(left.t(), right)
+        return
+    rounded = rounded.t()
+    products = wide.new_empty(len(runs), rounded.shape[0], wide.shape[1])
+    for place, (_, begin, end) in enumerate(runs.runs):
+        span = slice(begin * inner, end * inner)
+        torch.mm(rounded[:, span], wide[span], out=products[place])
+    if rounded.shape[0] > scaled.shape[1]:
+        products = products[:, : scaled.shape[1]].to(scaled.dtype) + products[:, scaled.shape[1] :]
+    for place, total in enumerate(sums):
+        found = products[:, place * columns : (place + 1) * columns]
+        if turned:
+            found = found.transpose(1, 2)
+        if runs.in_order and len(runs) == len(total):
+            total.add_(found)
+        else:
+            for (unit, _, _), one in zip(runs.runs, found, strict=True):
+                total[unit].add_(one)
