@@ -10,6 +10,7 @@
 #include "calls.h"
 #include "cpu/dispatch.h"
 #include "cpu/frozen_layers.h"
+#include "cpu/packed_attention.h"
 #include "cpu/parallel.h"
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
@@ -106,6 +107,8 @@ PYBIND11_MODULE(_native, module) {
     define(module, "gated_silu_forward_cpu", gated_silu_forward_call, cpu::gated_silu_forward);
     define(module, "gated_silu_backward_cpu", gated_silu_backward_call, cpu::gated_silu_backward);
     define(module, "unit_products_cpu", unit_products_call, cpu::unit_products);
+    define(module, "packed_attention_forward_cpu", packed_attention_forward_call, cpu::packed_attention_forward);
+    define(module, "packed_attention_backward_cpu", packed_attention_backward_call, cpu::packed_attention_backward);
 #if ENTROPY_FAST_WITH_CUDA
     // The last argument of these is a stream, of those above the number of threads.
     define(module, "token_logprobs_forward_cuda", token_logprobs_forward_call, cuda::token_logprobs_forward);

@@ -1,4 +1,4 @@
-// Matrix products of factors that lie in the caches, and that no library call would be worth: C += A B.
+// Matrix products of factors that lie in the caches, and that no library call would be worth: C += A B, or C = A B.
 //
 // Included only by sources that are compiled once per instruction set, like simd.h.
 #pragma once
@@ -28,6 +28,7 @@ struct SmallProduct {
     int64_t rows;
     int64_t columns;
     int64_t inner;
+    bool fresh = false;  // C = A B, whatever C was
 };
 
 template <typename Element, int rows, int vectors, bool partial>
@@ -62,9 +63,10 @@ void add_tile(const SmallProduct<typename Element::Scalar>& product, int64_t row
         for (int v = 0; v < vectors; ++v) {
             auto* to = c + r * product.c_row + v * kLanes;
             if (partial && v == vectors - 1) {
-                store_tail<Element>(to, load_partial<Element>(to, tail, 0) + sums[r][v], tail);
+                const Vector before = product.fresh ? Vector{} : load_partial<Element>(to, tail, 0);
+                store_tail<Element>(to, before + sums[r][v], tail);
             } else {
-                Element::store(to, Element::load(to) + sums[r][v]);
+                Element::store(to, product.fresh ? sums[r][v] : Element::load(to) + sums[r][v]);
             }
         }
     }
@@ -84,8 +86,8 @@ void add_columns(const SmallProduct<typename Element::Scalar>& product, int64_t 
     for (; row < product.rows; ++row) add_tile<Element, 1, vectors, partial>(product, row, column);
 }
 
-// C += A B, for elements that are their own accumulators (Float32, Float64). The columns of B that a tile reads stay in
-// the nearest cache for all rows.
+// C += A B or C = A B, for elements that are their own accumulators (Float32, Float64). The columns of B that a tile
+// reads stay in the nearest cache for all rows.
 template <typename Element>
 void add_product(const SmallProduct<typename Element::Scalar>& product) {
     constexpr int64_t kLanes = lanes<Element>();

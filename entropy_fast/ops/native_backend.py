@@ -14,6 +14,7 @@ from torch import Tensor
 from entropy_fast._version import __version__
 from entropy_fast.errors import NativeLibraryError
 from entropy_fast.ops.accumulation_table import AccumulationTable
+from entropy_fast.ops.attention_inputs import AttentionInputs, PrefixSums
 
 if TYPE_CHECKING:
     from entropy_fast import _native
@@ -24,6 +25,8 @@ __all__ = [
     "cuda_detail",
     "cuda_reason",
     "on_rows",
+    "packed_attention_backward",
+    "packed_attention_forward",
     "precondition_accumulate",
     "softmax_block",
     "sums_of_blocks",
@@ -233,6 +236,54 @@ def unit_products(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor, weights:
         *first.stride(),
         _element_type(narrow.dtype),
     )
+
+
+def packed_attention_forward(inputs: AttentionInputs, output: Tensor, log_sums: Tensor) -> None:
+    """Fill ``output`` [N, heads, D] and ``log_sums`` [N, heads] (csrc/packed_attention.h)."""
+    _call(
+        "packed_attention_forward",
+        output.device,
+        *_attention_fields(inputs),
+        *map(_address, (output, log_sums)),
+        _element_type(output.dtype),
+    )
+
+
+def packed_attention_backward(
+    inputs: AttentionInputs,
+    above: Tensor,
+    output: Tensor,
+    log_sums: Tensor,
+    runs: Tensor,
+    sums: PrefixSums | None,
+    gradients: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Fill ``gradients`` of q, k and v, and ``sums`` (csrc/packed_attention.h)."""
+    weights, key_sums, value_sums = (None, None, None) if sums is None else (sums.weights, sums.key, sums.value)
+    _call(
+        "packed_attention_backward",
+        output.device,
+        *_attention_fields(inputs),
+        *_operand(above),
+        *map(_address, (output, log_sums, runs, weights, *gradients, key_sums, value_sums)),
+        len(runs) - 1,
+        0 if weights is None else weights.shape[1],
+        0 if key_sums is None else key_sums.shape[2],
+        _element_type(output.dtype),
+    )
+
+
+def _attention_fields(inputs: AttentionInputs) -> list[object]:
+    """The fields of ``PackedAttention``."""
+    operands = (inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value)
+    fields: list[object] = [field for operand in operands for field in _operand(operand)]
+    sizes = (len(inputs.sequences), len(inputs.query), len(inputs.key), inputs.query.shape[-1])
+    window = 2**62 if inputs.window is None else inputs.window
+    return [*fields, _address(inputs.sequences), *sizes, window, inputs.scale]
+
+
+def _operand(tensor: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
 def _call(function: str, device: torch.device, *arguments: object) -> None:

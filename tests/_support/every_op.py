@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from attention_calls import assert_attention_calls, attention_calls
+from attention_cases import attention_case
 from block_sums_calls import assert_block_sums, block_sums_calls
 from frozen_layer_calls import gated_silu_calls, rms_norm_calls
 from kernel_calls import (
@@ -67,6 +70,18 @@ class EveryOp:
             for calls in (rms_norm_calls, gated_silu_calls)
             for rows, width in ((3, 37), (2, 64), (1, 1), (0, 5))
         ]
+        shapes = [(9, (40, 0, 3)), (2, ()), (0, (5,)), (130, (17, 1))]
+        forms = [
+            {"heads": 4, "key_heads": 2, "size": 16, "window": None, "layout": "heads first"},
+            {"heads": 3, "key_heads": 3, "size": 21, "window": 7, "layout": "tokens first"},
+            {"heads": 3, "key_heads": 1, "size": 33, "window": 100, "layout": "apart"},
+        ]
+        self._attention = [
+            attention_calls(attention_case(shapes, dtype, **form), self.image)
+            for dtype in (torch.float32, torch.float64, torch.bfloat16)
+            for form in forms
+        ]
+        self._attention.append(attention_calls(attention_case([]), self.image))
         self._sums = []
         for sizes in ((0, 1, 7, CHUNK + 1), ()):
             for update in (True, False):
@@ -84,5 +99,7 @@ class EveryOp:
             unit_products.assert_right(results)
         for frozen in self._frozen_layers:
             frozen.assert_right(results)
+        for attention in self._attention:
+            assert_attention_calls(attention, results)
         for sums in self._sums:
             assert_accumulated(*sums.outcome(results), sums.case)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from entropy_fast.engines.packed.attention import AttentionGroups, PrefixStates, packed_attention
+from entropy_fast.engines.packed.attention import packed_attention
+from entropy_fast.engines.packed.groups import AttentionGroups
 from entropy_fast.engines.packed.layout import PackedLayout
+from entropy_fast.engines.packed.prefix_states import PrefixStates
 from entropy_fast.engines.packed.scores import AttentionOptions
 
 __all__ = ["PackedRun", "attention_configurations", "attention_exchanged"]

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from entropy_fast.engines.packed import scores
-from entropy_fast.engines.packed.attention import AttentionGroups, PrefixStates, packed_attention
+from entropy_fast.engines.packed.attention import packed_attention
+from entropy_fast.engines.packed.groups import AttentionGroups
 from entropy_fast.engines.packed.layout import PackedGroup
+from entropy_fast.engines.packed.prefix_states import PrefixStates
 from entropy_fast.engines.packed.scores import AttentionOptions
 
 # Prompt length, and lengths of its tails. A group without any tail, single ones, and one without a prompt.
@@ -149,10 +151,11 @@ def assert_near(found: Found, expected: Expected, tolerance: float) -> None:
         assert relative(one[1], two[1]) < tolerance, f"a, {name}"
 
 
-@pytest.fixture(params=["own backward", "scaled_dot_product_attention"])
+@pytest.fixture(params=["native", "own backward", "scaled_dot_product_attention"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to the same attention: the fused kernel with a backward by name, and autograd through torch's front door."""
-    if request.param != "own backward":
+    """All ways to the same attention: the compiled kernels, torch's fused one with a backward by name, and its front door."""
+    monkeypatch.setenv("ENTROPY_FAST_BACKEND", "native" if request.param == "native" else "reference")
+    if request.param == "scaled_dot_product_attention":
         monkeypatch.setattr(scores, "_has_own_backward", lambda *_: False)
     return str(request.param)
 

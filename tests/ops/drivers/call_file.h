@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "frozen_layers.h"
+#include "packed_attention.h"
 #include "precondition_accumulate.h"
 #include "softmax_block.h"
 #include "token_logprobs.h"
@@ -82,6 +83,12 @@ class CallFile {
                     break;
                 case 9:
                     run(*struct_of<GatedSiluBackward>(call));
+                    break;
+                case 10:
+                    run(*struct_of<PackedAttentionForward>(call));
+                    break;
+                case 11:
+                    run(*struct_of<PackedAttentionBackward>(call));
                     break;
                 default:
                     std::abort();

@@ -1,6 +1,7 @@
 // Runs the CPU kernels on a call file: for processors that only an emulator has.
 #include "call_file.h"
 #include "cpu/frozen_layers.h"
+#include "cpu/packed_attention.h"
 #include "cpu/precondition_accumulate.h"
 #include "cpu/softmax_block.h"
 #include "cpu/token_logprobs.h"
@@ -28,6 +29,12 @@ struct Run {
     void operator()(const entropy_fast::UnitProducts& call) const { entropy_fast::cpu::unit_products(call, 1); }
     void operator()(const entropy_fast::PreconditionAccumulate& call) const {
         entropy_fast::cpu::precondition_accumulate(call, 1);
+    }
+    void operator()(const entropy_fast::PackedAttentionForward& call) const {
+        entropy_fast::cpu::packed_attention_forward(call, 1);
+    }
+    void operator()(const entropy_fast::PackedAttentionBackward& call) const {
+        entropy_fast::cpu::packed_attention_backward(call, 1);
     }
 };
 

@@ -52,6 +52,8 @@ struct Run {
     void operator()(const entropy_fast::GatedSiluForward&) const { std::abort(); }
     void operator()(const entropy_fast::GatedSiluBackward&) const { std::abort(); }
     void operator()(const entropy_fast::UnitProducts&) const { std::abort(); }
+    void operator()(const entropy_fast::PackedAttentionForward&) const { std::abort(); }
+    void operator()(const entropy_fast::PackedAttentionBackward&) const { std::abort(); }
     void operator()(const entropy_fast::SoftmaxBlock&) const { std::abort(); }
     void operator()(const entropy_fast::SumsOfBlocks&) const { std::abort(); }
 };

@@ -1,0 +1,57 @@
+"""Keys and values of prompts, which responses continue from, and what the responses send back.
+
+Legend: K_p and V_p keys and values of a prompt, c_i and a_i coefficients of response i.
+
+Responses add up every one's own ∂S_i/∂K_p and ∂S_i/∂V_p, with c_i and with a_i, in place of sending their plain sum back: that
+would no longer know the responses apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from entropy_fast.engines.packed.layout import PackedGroup
+
+__all__ = ["PrefixStates"]
+
+
+class PrefixStates:
+    """K_p and V_p of one layer, and what comes back to them.
+
+    Args:
+        key: [1, heads, P, D] packed, with the graph of the prompts' forward.
+        value: likewise.
+
+    Attributes:
+        key, value: the same.
+        cotangents: Σ c_i ∂S_i/∂K_p and Σ a_i ∂S_i/∂K_p, [2, heads, P, D] in fp32 or wider, and likewise of V_p; None before
+            a backward.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key, value
+        self.cotangents: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is to come back."""
+        return self.key.requires_grad or self.value.requires_grad
+
+    @property
+    def wide(self) -> torch.dtype:
+        """Of the cotangents."""
+        return torch.promote_types(self.key.dtype, torch.float32)
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """The cotangents, zeros at first."""
+        if self.cotangents is None:
+            key, value = (t.new_zeros((2, *t.shape[1:]), dtype=self.wide) for t in (self.key, self.value))
+            self.cotangents = key, value
+        return self.cotangents
+
+    def put(self, group: PackedGroup, weights: Tensor, key: Tensor, value: Tensor) -> None:
+        """Sum up a group's ∂S_i/∂K_p and ∂S_i/∂V_p [G, heads, P of the group, D] with ``weights`` [2, G] c and a."""
+        begin, end = group.prefix
+        for total, found in zip(self.sums(), (key, value), strict=True):
+            total[:, :, begin:end] = torch.tensordot(weights.to(self.wide), found.to(self.wide), dims=1)
