@@ -60,16 +60,38 @@ struct Wide<Float32> : InPlace<Float32> {};
 template <>
 struct Wide<Float64> : InPlace<Float64> {};
 
+// Labels [first, last).
+struct Labels {
+    int64_t first;
+    int64_t last;
+};
+
+// Which labels have a weight other than 0 among the rows of a run: no work for the others.
+template <typename Scalar>
+Labels labels_of(const UnitProducts& call, const UnitRun& run, int64_t count) {
+    const auto* weights = static_cast<const Scalar*>(call.weights);
+    const auto any = [&](int64_t label) {
+        for (int64_t row = run.begin; row < run.end; ++row) {
+            if (weights[label * call.weights_row + row] != 0) return true;
+        }
+        return false;
+    };
+    Labels labels = {0, count};
+    if (!any(0)) labels.first = 1;
+    if (count > 1 && !any(1)) labels.last = 1;
+    return labels;
+}
+
 // Narrow columns [first, first + columns) of the tokens, with each label's weights, label after label.
 template <typename Element>
-void weighted(const UnitProducts& call, int64_t labels, int64_t token, int64_t tokens, int64_t first, int64_t columns,
+void weighted(const UnitProducts& call, Labels labels, int64_t token, int64_t tokens, int64_t first, int64_t columns,
               typename Element::Scalar* to) {
     using Scalar = typename Element::Scalar;
     const auto* narrow = static_cast<const typename Element::Storage*>(call.narrow) + token * call.narrow_row + first;
     const auto* weights = static_cast<const Scalar*>(call.weights);
     constexpr int64_t kLanes = lanes<Element>();
     for (int64_t t = 0; t < tokens; ++t, narrow += call.narrow_row) {
-        for (int64_t label = 0; label < labels; ++label, to += columns) {
+        for (int64_t label = labels.first; label < labels.last; ++label, to += columns) {
             const Scalar weight = weights[label * call.weights_row + (token + t) / call.tokens_per_row];
             int64_t i = 0;
             for (; i + kLanes <= columns; i += kLanes) store_unaligned(to + i, Element::load(narrow + i) * weight);
@@ -97,19 +119,22 @@ inline Stretch stretch_from(int64_t first, int64_t all, int64_t longest) {
 }
 
 template <typename Element>
-void add_run(const UnitProducts& call, const UnitRun& run, int64_t labels, Stretch rows, Stretch columns,
+void add_run(const UnitProducts& call, const UnitRun& run, int64_t n_labels, Stretch rows, Stretch columns,
              Workspace<Element>* space) {
     const auto* wide = static_cast<const typename Element::Storage*>(call.wide) + columns.first;
     const int64_t end = run.end * call.tokens_per_row;
+    const Labels labels = labels_of<typename Element::Scalar>(call, run, n_labels);
+    if (labels.first >= labels.last) return;
+    const int64_t found_rows = (labels.last - labels.first) * rows.count;
+    auto* found = space->found + labels.first * rows.count * columns.count;
     for (int64_t token = run.begin * call.tokens_per_row; token < end; token += kTokens) {
         const int64_t tokens = stretch_from(token, end, kTokens).count;
         weighted<Element>(call, labels, token, tokens, rows.first, rows.count, space->narrow);
         int64_t stride = 0;
         const auto* block =
             space->wide.load(wide + token * call.wide_row, call.wide_row, tokens, columns.count, &stride);
-        add_product<typename Of<typename Element::Scalar>::Element>({space->narrow, 1, labels * rows.count, block,
-                                                                     stride, space->found, columns.count,
-                                                                     labels * rows.count, columns.count, tokens});
+        add_product<typename Of<typename Element::Scalar>::Element>(
+            {space->narrow, 1, found_rows, block, stride, found, columns.count, found_rows, columns.count, tokens});
     }
 }
 

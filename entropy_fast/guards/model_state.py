@@ -25,9 +25,7 @@ RANDOMNESS_MARKS = ("dropout", "layerdrop", "jitter", "drop_path")
 
 def checkpointed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules whose gradient checkpointing switch (as transformers names it) is on."""
-    return [
-        (n, m) for n, m in unwrap_model(model).named_modules() if getattr(m, "gradient_checkpointing", False) is True
-    ]
+    return [(n, m) for n, m in unwrap_model(model).named_modules() if _checkpoints(m)]
 
 
 def reentrant_checkpointing(model: nn.Module) -> str | None:
@@ -75,7 +73,14 @@ def probe_state(model: nn.Module) -> Iterator[None]:
 def _keeps_training(module: nn.Module) -> bool:
     # bitsandbytes re-packs 4-bit weights for CPU inference, in place, the first time a layer in eval() is called.
     quantized = type(module).__module__.startswith("bitsandbytes")
-    return quantized or getattr(module, "gradient_checkpointing", False) is True
+    return quantized or _checkpoints(module)
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    # Not getattr of the module: where there is no such attribute, that looks for a parameter and a submodule of the name, and a
+    # model has many modules.
+    own = vars(module).get("gradient_checkpointing", getattr(type(module), "gradient_checkpointing", False))
+    return own is True
 
 
 def _silence(module: nn.Module) -> list[tuple[nn.Module, str, float]]:

@@ -39,8 +39,10 @@ def packed_attention(
         key: [1, key heads, N, D] of the same tokens.
         value: likewise.
         groups: where the sequences are.
-        prefix: keys and values that the sequences of each group continue from; None where there are none.
-        weights: filled before the backward with one tensor [2, n] of c and a by row of the microbatch.
+        prefix: keys and values that the sequences of each group continue from; None where there are none, or where they are
+            in the packed row themselves.
+        weights: filled before the backward with a tensor [2, n] of c and a by row of the microbatch; and where the packed row
+            has copies of the prefixes, with one [2, P] that what goes back to them is multiplied by.
         options: scale, window, softcap.
 
     Returns:
@@ -63,6 +65,8 @@ class _PackedAttention(torch.autograd.Function):
         options: AttentionOptions,
     ) -> Tensor:
         ctx.groups, ctx.prefix, ctx.weights, ctx.options = groups, prefix, weights, options
+        if groups.copies:
+            prefix = _first_copy(key, value, groups, wanted=False)
         inputs = native_inputs(query, key, value, groups, prefix, options)
         ctx.native = options.softcap is None and takes_packed_attention(inputs)
         log_sums: Sequence[Tensor | None]
@@ -79,6 +83,8 @@ class _PackedAttention(torch.autograd.Function):
         groups, prefix, options = ctx.groups, ctx.prefix, ctx.options
         # Read once: under gradient checkpointing every reading asks for the saved tensors anew.
         query, key, value, output, *log_sums = ctx.saved_tensors
+        if groups.copies:
+            prefix = _first_copy(key, value, groups, wanted=ctx.needs_input_grad[1] or ctx.needs_input_grad[2])
         found: Sequence[Tensor]
         if ctx.native:
             inputs = native_inputs(query, key, value, groups, prefix, options)
@@ -86,5 +92,13 @@ class _PackedAttention(torch.autograd.Function):
         else:
             saved = (query, key, value, output[0])
             found = padded_backward(saved, log_sums, gradient[0], groups, prefix, ctx.weights, options)
+        if groups.copies and prefix.cotangents is not None:
+            for gradient_of, cotangents in zip(found[1:], prefix.cotangents, strict=True):
+                groups.add_to_copies(gradient_of, cotangents, ctx.weights[1])
         dq, dk, dv = (t.transpose(0, 1).unsqueeze(0) for t in found)
         return dq, dk, dv, None, None, None, None
+
+
+def _first_copy(key: Tensor, value: Tensor, groups: AttentionGroups, *, wanted: bool) -> PrefixStates:
+    """The keys and values of the prefixes that stand in the packed row itself."""
+    return PrefixStates(key[:, :, groups.copy(0)], value[:, :, groups.copy(0)], wanted)

@@ -29,18 +29,21 @@ class PackedRun:
     Args:
         layout: of the microbatch.
         device: where the model is.
+        copies: labels for each of which the prefixes stand behind the tails in one row; none for a row of their own.
 
     Attributes:
-        states: keys and values of the prefixes, by layer, in the order of the forward.
-        weights: one tensor [2, n] of c and a, put there before the backward.
+        copies: the same.
+        states: keys and values of prefixes in a row of their own, by layer, in the order of the forward.
+        weights: what the backward of attention wants to know (`packed_attention`), put there before it.
         on_tails: whether the forward or backward under way is that of the tails.
     """
 
-    def __init__(self, layout: PackedLayout, device: torch.device) -> None:
+    def __init__(self, layout: PackedLayout, device: torch.device, copies: Sequence[int] = ()) -> None:
         self.states: dict[int, PrefixStates] = {}
         self.weights: list[Tensor] = []
+        self.copies = tuple(copies)
         self.on_tails = False
-        self._tails = AttentionGroups(layout.groups, tails=True, device=device)
+        self._tails = AttentionGroups(layout.groups, tails=True, device=device, copies=copies)
         self._prefixes = AttentionGroups(layout.groups, tails=False, device=device)
 
     def attention(

@@ -15,6 +15,8 @@ from entropy_fast.engines.packed.scores import causal_mask
 
 __all__ = ["AttentionGroups", "GroupPart"]
 
+Span = tuple[int, int]
+
 
 class AttentionGroups:
     """Where the sequences of every group stand in the packed row, and the masks between them.
@@ -23,24 +25,55 @@ class AttentionGroups:
         groups: of the layout.
         tails: whether the packed row is that of the tails; otherwise that of the prefixes, one sequence a group.
         device: of the row.
+        copies: labels (0 and 1 for c and a) for each of which all prefixes stand behind the tails once more, in the same row.
+            Tails then continue from the first copy, and what goes back to a prefix goes to every copy with its label's weights.
+
+    Attributes:
+        copies: the same.
     """
 
-    def __init__(self, groups: Sequence[PackedGroup], *, tails: bool, device: torch.device) -> None:
+    def __init__(
+        self, groups: Sequence[PackedGroup], *, tails: bool, device: torch.device, copies: Sequence[int] = ()
+    ) -> None:
+        assert tails or not copies
         self.device = device
-        self.tails = tails
-        self._groups = groups
+        self.copies = tuple(copies)
         self._masks: dict[tuple[int, int, int, int | None, torch.dtype], Tensor] = {}
+        self._n_tail, self._n_prefix = groups[-1].tail_span[1], groups[-1].prefix[1]
+        alone = [dataclasses.replace(group, prefix=(0, 0)) for group in groups]
+        self._spans: list[tuple[PackedGroup, tuple[Span, ...]]] = []
+        if tails:
+            self._spans += [(group, group.tails) for group in groups]
+        for span in [self.copy(place) for place in range(len(copies))] if tails else [slice(0, None)]:
+            self._spans += [
+                (one, ((span.start + group.prefix[0], span.start + group.prefix[1]),))
+                for one, group in zip(alone, groups, strict=True)
+            ]
 
-    def _spans(self, group: PackedGroup) -> tuple[tuple[int, int], ...]:
-        return group.tails if self.tails else (group.prefix,)
+    def copy(self, place: int) -> slice:
+        """Where the prefixes of a copy stand."""
+        begin = self._n_tail + place * self._n_prefix
+        return slice(begin, begin + self._n_prefix)
+
+    def add_to_copies(self, gradient: Tensor, cotangents: Tensor, scales: Tensor) -> None:
+        """Add what came back to the prefixes.
+
+        Args:
+            gradient: [N, key heads, D] of keys or values.
+            cotangents: [2, key heads, P, D] by label.
+            scales: [2, P] that they are multiplied by.
+        """
+        for place, label in enumerate(self.copies):
+            scaled = cotangents[label] * scales[label, :, None].to(cotangents.dtype)
+            gradient[self.copy(place)] += scaled.transpose(0, 1).to(gradient.dtype)
 
     @functools.cached_property
     def sequences(self) -> Tensor:
         """[S, 5] int64: span and prefix of every sequence that has a token, and its row of the microbatch."""
         found = [
-            (begin, end, *(group.prefix if self.tails else (0, 0)), row)
-            for group in self._groups
-            for row, (begin, end) in enumerate(self._spans(group), group.rows[0])
+            (begin, end, *group.prefix, row)
+            for group, spans in self._spans
+            for row, (begin, end) in enumerate(spans, group.rows[0])
             if begin < end
         ]
         return torch.tensor(found, dtype=torch.int64).view(len(found), 5)
@@ -60,8 +93,7 @@ class AttentionGroups:
     @functools.cached_property
     def parts(self) -> list[GroupPart]:
         """The groups that have a token."""
-        spans = [(group, self._spans(group)) for group in self._groups]
-        return [GroupPart.of(group, own, self.device) for group, own in spans if any(b < e for b, e in own)]
+        return [GroupPart.of(group, own, self.device) for group, own in self._spans if any(b < e for b, e in own)]
 
     def mask(self, prefix: int, width: int, repeat: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """`causal_mask`, made once for each shape."""

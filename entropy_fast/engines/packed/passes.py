@@ -3,9 +3,14 @@
 Legend: S_i sequence log-prob, c_i and a_i coefficients, X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i, K_p and V_p keys and values of a
 prompt, h_p its last hidden state, which predicts the first response token.
 
-Prompts run forward and keep their graph. Responses continue from detached copies of K_p, V_p and h_p. One backward of Σ_i S_i
-through the responses gives their signals and what every response sends back to its prompt; that is summed with c_i and with
-a_i, and the two sums go back through the prompts' graph one after the other: what arrives there is already weighted.
+A response sends back to its prompt what has to be summed with c_i and with a_i: two cotangents, already weighted, go through
+the prompt's tokens. There are two ways to that:
+
+- in one row: the prompts stand behind the responses, once for each of the two, and responses continue from the first copy. One
+  forward and one backward.
+- apart: prompts run forward and keep their graph. Responses continue from detached copies of K_p, V_p and h_p; after the
+  backward of Σ_i S_i through the responses the two sums go back through the prompts' graph one after the other. No token runs
+  forward twice, at the cost of one more forward and two more backwards.
 """
 
 from __future__ import annotations
@@ -28,6 +33,9 @@ from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing import OutputHead
 
 __all__ = ["PackedPass"]
+
+# Tokens of prefixes up to which running them forward twice costs less than a forward and backwards of their own.
+_MOST_COPIED = 1024
 
 
 class PackedPass:
@@ -53,9 +61,9 @@ class PackedPass:
     def logprobs(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
         """[M] log-probs of the scored tokens of the given rows, without a graph."""
         layout = self._layout(rollouts, rows, [0] * len(rows))
-        run = PackedRun(layout, self._components.device)
+        run = PackedRun(layout, self._components.device, copies=self._copies(layout, "X"))
         with torch.no_grad(), self._components.autocast(), self._exchanged(run):
-            before, after = self._forward(layout, run, None)
+            before, after = self._forward(layout, run, None)[:2]
             return packed_logprobs(self._head, _scored(layout, before, after), layout.targets)
 
     def run(
@@ -74,10 +82,10 @@ class PackedPass:
             GraphDetachedError: the hidden states have no graph, or a log-prob is NaN.
         """
         layout = self._layout(rollouts, rows, unit)
-        run = PackedRun(layout, self._components.device)
+        run = PackedRun(layout, self._components.device, copies=self._copies(layout, labels))
         with self._exchanged(run):
             with self._components.autocast():
-                before, after = self._forward(layout, run, gradients)
+                before, after, whole = self._forward(layout, run, gradients)
             attached = after if after.requires_grad or not before.requires_grad else before
             if self._head.frozen is not None:
                 assert_attached("hidden states", attached, "PackedPass", DETACHED_FIX)
@@ -86,8 +94,11 @@ class PackedPass:
             del hidden
             weights = wanted_weights(signals.coefficients, labels)
             run.weights.append(weights)
-            self._backward_through_tails(layout, after, signals, weights, gradients)
-            self._backward_through_prefixes(layout, run, before, signals, weights, gradients)
+            if whole is not None:
+                self._backward_through_row(layout, run, whole, signals, weights, gradients)
+            else:
+                self._backward_through_tails(layout, after, signals, weights, gradients)
+                self._backward_through_prefixes(layout, run, before, signals, weights, gradients)
         gradients.pause()
         return signals
 
@@ -100,33 +111,79 @@ class PackedPass:
     def _layout(self, rollouts: Rollouts, rows: Tensor, unit: list[int]) -> PackedLayout:
         return pack_microbatch(rollouts, rows, unit, self._components.device, share=self.share)
 
-    def _forward(self, layout: PackedLayout, run: PackedRun, gradients: SignalRows | None) -> tuple[Tensor, Tensor]:
-        """[1, P, H] and [1, Q, H] hidden states of the prefixes and the tails."""
+    def _copies(self, layout: PackedLayout, labels: str) -> tuple[int, ...]:
+        """Labels for each of which the prefixes stand in the row of the tails; none where they are to run apart."""
+        wanted = tuple(label for label, name in enumerate("XY") if name in labels)
+        n_prefix, n_tail = layout.prefix_ids.shape[1], layout.tail_ids.shape[1]
+        if not n_prefix or not n_tail or (len(wanted) > 1 and n_prefix > _MOST_COPIED):
+            return ()
+        return wanted
+
+    def _forward(
+        self, layout: PackedLayout, run: PackedRun, gradients: SignalRows | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """[1, P, H] and [1, Q, H] hidden states of the prefixes and the tails, and [1, N, H] those of their one row."""
+        n_prefix, n_tail, n_copies = layout.prefix_ids.shape[1], layout.tail_ids.shape[1], len(run.copies)
+        if n_copies:
+            run.on_tails = True
+            ids = torch.cat([layout.tail_ids, *[layout.prefix_ids] * n_copies], 1)
+            positions = torch.cat([layout.tail_positions, *[layout.prefix_positions] * n_copies], 1)
+            whole = self._decode(ids, positions, gradients)
+            return whole[:, n_tail : n_tail + n_prefix], whole[:, :n_tail], whole
         states = []
         for run.on_tails, ids, positions in (
             (False, layout.prefix_ids, layout.prefix_positions),
             (True, layout.tail_ids, layout.tail_positions),
         ):
-            if gradients is not None:
-                gradients.pause(ids.shape[1])
-            states.append(self._decode(ids, positions) if ids.shape[1] else None)
+            states.append(self._decode(ids, positions, gradients) if ids.shape[1] else None)
         found = next(state for state in states if state is not None)
         before, after = (found.new_zeros(1, 0, found.shape[-1]) if state is None else state for state in states)
-        return before, after
+        return before, after, None
 
-    def _decode(self, ids: Tensor, positions: Tensor) -> Tensor:
+    def _decode(self, ids: Tensor, positions: Tensor, gradients: SignalRows | None) -> Tensor:
+        if gradients is not None:
+            gradients.pause(ids.shape[1])
         output = self._head.decoder(input_ids=ids, position_ids=positions, use_cache=False)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _backward_through_row(
+        self,
+        layout: PackedLayout,
+        run: PackedRun,
+        whole: Tensor,
+        signals: OutputSignals,
+        weights: Tensor,
+        gradients: SignalRows,
+    ) -> None:
+        """The one backward of tails and copies of prefixes; a copy's signals come weighted, and scaled by its scales."""
+        if not whole.requires_grad:
+            return
+        n_prefix, n_tail = layout.prefix_ids.shape[1], layout.tail_ids.shape[1]
+        scales = _prefix_scales(layout, weights)
+        run.weights.append(scales)
+        above = torch.zeros_like(whole)
+        _put_above_tails(layout, above, signals)
+        of_tokens = weights.new_zeros(2, whole.shape[1])
+        of_tokens[:, :n_tail] = weights[:, layout.tail_row]
+        runs = _runs(layout.groups, tails=True)
+        for place, label in enumerate(run.copies):
+            begin = n_tail + place * n_prefix
+            copied = slice(begin, begin + n_prefix)
+            above[:, copied] = _above_prefixes(layout, whole[:, copied], signals, weights[label], scales[label])
+            if bool((weights[label] != 0).any()):
+                of_tokens[label, copied] = 1.0 / scales[label]
+            runs += [(unit, begin + first, begin + last) for unit, first, last in _runs(layout.groups, tails=False)]
+        gradients.expect_packed(runs, of_tokens)
+        torch.autograd.backward(whole, above)
 
     def _backward_through_tails(
         self, layout: PackedLayout, after: Tensor, signals: OutputSignals, weights: Tensor, gradients: SignalRows
     ) -> None:
         if not after.requires_grad:
             return
-        by_tail = layout.source < after.shape[1]
         above = torch.zeros_like(after)
-        above[0, layout.source[by_tail]] = signals.unit_gradients[by_tail].to(after.dtype)
+        _put_above_tails(layout, above, signals)
         sequence = None if self.share else layout.tail_row
         gradients.expect_packed(_runs(layout.groups, tails=True), weights[:, layout.tail_row], sequence)
         torch.autograd.backward(after, above)
@@ -142,11 +199,7 @@ class PackedPass:
     ) -> None:
         run.on_tails = False
         labels = [label for label in range(2) if bool((weights[label] != 0).any())]
-        # What goes through the graph is of ordinary size; the sums get it back scaled.
-        scales = torch.ones(2, before.shape[1], dtype=torch.float64, device=before.device)
-        for group in layout.groups:
-            for label in labels:
-                scales[label, slice(*group.prefix)] = power_of_two_scale(weights[label, slice(*group.rows)])
+        scales = _prefix_scales(layout, weights)
         states = [state for state in run.states.values() if state.cotangents is not None]
         for label in labels:
             pairs = []
@@ -166,6 +219,23 @@ class PackedPass:
             torch.autograd.backward(
                 [tensor for tensor, _ in pairs], [above for _, above in pairs], retain_graph=label != labels[-1]
             )
+
+
+def _put_above_tails(layout: PackedLayout, above: Tensor, signals: OutputSignals) -> None:
+    """The gradient of Σ_i S_i at the tail tokens that predict another one, into ``above`` [1, Q or more, H]."""
+    by_tail = layout.source < layout.tail_ids.shape[1]
+    above[0, layout.source[by_tail]] = signals.unit_gradients[by_tail].to(above.dtype)
+
+
+def _prefix_scales(layout: PackedLayout, weights: Tensor) -> Tensor:
+    """[2, P] what goes through a prefix's graph is multiplied by to be of ordinary size; the sums are divided by it."""
+    scales = torch.ones(2, layout.prefix_ids.shape[1], dtype=torch.float64, device=weights.device)
+    for group in layout.groups:
+        for label in range(2):
+            of_group = weights[label, slice(*group.rows)]
+            if bool((of_group != 0).any()):
+                scales[label, slice(*group.prefix)] = power_of_two_scale(of_group)
+    return scales
 
 
 def _last(layout: PackedLayout, device: torch.device) -> Tensor:

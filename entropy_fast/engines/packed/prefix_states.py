@@ -20,23 +20,20 @@ class PrefixStates:
     """K_p and V_p of one layer, and what comes back to them.
 
     Args:
-        key: [1, heads, P, D] packed, with the graph of the prompts' forward.
+        key: [1, heads, P, D] packed, with the graph of the prompts' forward where they had one of their own.
         value: likewise.
+        wanted: whether anything is to come back; None for whether one of them requires a gradient.
 
     Attributes:
-        key, value: the same.
+        key, value, wanted: the same.
         cotangents: Σ c_i ∂S_i/∂K_p and Σ a_i ∂S_i/∂K_p, [2, heads, P, D] in fp32 or wider, and likewise of V_p; None before
             a backward.
     """
 
-    def __init__(self, key: Tensor, value: Tensor) -> None:
+    def __init__(self, key: Tensor, value: Tensor, wanted: bool | None = None) -> None:
         self.key, self.value = key, value
+        self.wanted = key.requires_grad or value.requires_grad if wanted is None else wanted
         self.cotangents: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether anything is to come back."""
-        return self.key.requires_grad or self.value.requires_grad
 
     @property
     def wide(self) -> torch.dtype:

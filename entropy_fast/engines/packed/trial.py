@@ -20,6 +20,10 @@ __all__ = ["PlainLogprobs", "plain_logprobs", "refuse_interaction", "same_packed
 _DOES_NOT_FIT = (AttributeError, TypeError, ValueError, IndexError, RuntimeError, KeyError)
 
 
+# A prompt of at least so many tokens is tried, if there is one.
+_PROMPT_TOKENS = 16
+
+
 @dataclasses.dataclass(frozen=True)
 class PlainLogprobs:
     """Log-probs of a few rows.
@@ -42,9 +46,12 @@ class PlainLogprobs:
 
 
 def trial_rows(rollouts: Rollouts, *, longest: bool) -> Tensor:
-    """[2 or 3] sequences to try with: the two shortest answers to the longest prompt, which cost little, and the longest."""
+    """[2 or 3] sequences to try with: the two shortest answers to a short prompt, which cost little, and the longest."""
     attended, answered = rollouts.attention_mask.sum(-1).cpu(), rollouts.response_lengths.cpu()
-    own = rollouts.rows_of_prompt(int(rollouts.prompt_index[int((attended - answered).argmax())]))
+    asked = attended - answered
+    # Of very few tokens the next one says little about how they were attended to.
+    enough = asked >= min(_PROMPT_TOKENS, int(asked.max()))
+    own = rollouts.rows_of_prompt(int(rollouts.prompt_index[int(asked.masked_fill(~enough, asked.max() + 1).argmin())]))
     chosen = own[answered[own].argsort(stable=True)[:2]].tolist()
     if longest:
         attended[chosen] = 0

@@ -154,8 +154,7 @@ def test_heads_whose_elements_are_apart() -> None:
     strided.prefix = PrefixStates(
         *(
             t.detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
-            for t in vars(plain.prefix).values()
-            if t is not None
+            for t in (plain.prefix.key, plain.prefix.value)
         )
     )
     plain.attention().sum().backward()
