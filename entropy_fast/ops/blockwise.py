@@ -15,16 +15,17 @@ from entropy_fast.reference import LinearTokenLogprobs
 
 __all__ = ["WORKSPACE_BYTES", "block_logits", "linear_token_logprobs"]
 
-# One block of logits by bytes an element: large enough for a matrix product to run at full rate, small enough for the caches.
-# Measured; products of 16-bit numbers, which are faster, want their factors nearer.
-_BLOCK_BYTES = {2: 2**21, 4: 2**23, 8: 2**23}
+# Bytes and rows of one block of logits, by bytes an element. Measured: large products run at a higher rate; those of 16-bit
+# numbers, which are faster, want their factors nearer.
+_BLOCK_BYTES = {2: 2**21, 4: 2**24, 8: 2**24}
+_ROWS = {2: 512, 4: 1248, 8: 1248}
 # What the blocks take at most (for the entropy there is another). Beside them and the results there are a few arrays of
 # rows x H, and the part of the weights under work where it has to be cast.
 WORKSPACE_BYTES = 2**24
-# Rows of a product, the last ones filled up. BLAS libraries take other paths, with other roundings, for few rows, and a row's
-# result must not depend on how many others there are; in fp32 and wider all paths that were tried round alike from the smaller
-# number on.
-_ROWS, _LEAST_ROWS, _ROWS_STEP = 512, 384, 32
+# The last rows of a product are filled up. BLAS libraries take other paths, with other roundings, for few rows, and a row's
+# result must not depend on how many others there are; in fp32 and wider all paths that were tried round alike from this number
+# on.
+_LEAST_ROWS, _ROWS_STEP = 384, 16
 
 
 def linear_token_logprobs(
@@ -66,16 +67,17 @@ def linear_token_logprobs(
 
 def _product_rows(n: int, dtype: torch.dtype) -> int:
     """Rows of every product for ``n`` rows in all: equal parts, so that little has to be filled up."""
+    most = _ROWS[dtype.itemsize]
     if dtype.itemsize < 4:
-        return _ROWS
-    parts = max(1, -(-n // _ROWS))
+        return most
+    parts = max(1, -(-n // most))
     share = -(-n // parts)
-    return min(_ROWS, max(_LEAST_ROWS, -(-share // _ROWS_STEP) * _ROWS_STEP))
+    return min(most, max(_LEAST_ROWS, -(-share // _ROWS_STEP) * _ROWS_STEP))
 
 
 def _block_width(dtype: torch.dtype) -> int:
     """Tokens of one block, a number that depends on the dtype alone."""
-    return _BLOCK_BYTES[dtype.itemsize] // (_ROWS * dtype.itemsize)
+    return _BLOCK_BYTES[dtype.itemsize] // (_ROWS[dtype.itemsize] * dtype.itemsize)
 
 
 def block_logits(
