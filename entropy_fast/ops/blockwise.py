@@ -25,7 +25,7 @@ WORKSPACE_BYTES = 2**24
 # The last rows of a product are filled up. BLAS libraries take other paths, with other roundings, for few rows, and a row's
 # result must not depend on how many others there are; in fp32 and wider all paths that were tried round alike from this number
 # on.
-_LEAST_ROWS, _ROWS_STEP = 384, 16
+_LEAST_ROWS, _ROWS_STEP = 512, 16
 
 
 def linear_token_logprobs(

@@ -207,3 +207,24 @@ def test_only_trainable_weights_get_a_buffer(trainable: bool) -> None:
     else:
         assert largest <= blockwise.WORKSPACE_BYTES < min(weight.numel(), rows * vocabulary) * 4
     assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("hidden_size", [64, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_how_many_there_are(hidden_size: int, threads: int, dtype: torch.dtype) -> None:
+    """BLAS libraries round otherwise for few rows."""
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(1400, hidden_size, generator=generator).to(dtype)
+    weight = torch.randn(900, hidden_size, generator=generator).to(dtype)
+    targets = torch.randint(0, 900, (1400,), generator=generator)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        whole = ops.linear_token_logprobs_with_units(hidden, weight, targets, backend="native")
+        for rows in (1, 300, 513, 1249):
+            few = ops.linear_token_logprobs_with_units(hidden[:rows], weight, targets[:rows], backend="native")
+            assert torch.equal(few.logprob, whole.logprob[:rows])
+            assert torch.equal(few.unit_logprob, whole.unit_logprob[:rows])
+    finally:
+        torch.set_num_threads(before)
