@@ -21,7 +21,7 @@ from entropy_fast.guards.model_state import checkpointed_modules
 __all__ = ["CostModel", "Plan", "cut"]
 
 # Tokens in one forward from which on more of them only take memory: products run at full rate, and the calls of a forward and a
-# backward are few beside them. Half as many where whole matrices are trained, whose products are larger. Measured on a CPU.
+# backward are few beside them. A quarter as many where whole matrices are trained, whose products are larger. Measured on a CPU.
 _FULL_RATE = {"cpu": 4096}
 _FULL_RATE_ELSEWHERE = 16384
 
@@ -68,7 +68,7 @@ class CostModel:
             trained=trained,
             output=0 if sizes is None else sizes[0] * sizes[1],
             bytes_per_token=kept,
-            full_rate_tokens=_FULL_RATE.get(device.type, _FULL_RATE_ELSEWHERE) // (2 if 2 * trained > linear else 1),
+            full_rate_tokens=_FULL_RATE.get(device.type, _FULL_RATE_ELSEWHERE) // (4 if 2 * trained > linear else 1),
         )
 
     def operations(self, prefix: int, tail: int, scored: int, labels: int) -> float:
