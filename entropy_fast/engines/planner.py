@@ -21,7 +21,7 @@ from entropy_fast.guards.model_state import checkpointed_modules
 __all__ = ["CostModel", "Plan", "cut"]
 
 # Tokens in one forward from which on more of them only take memory: products run at full rate, and the calls of a forward and
-# a backward are few beside them. A quarter as many where whole matrices are trained: their products are larger. Measured on a CPU.
+# a backward are few beside them. A quarter as many where whole matrices are trained: larger products. Measured on a CPU.
 _FULL_RATE = {"cpu": 4096}
 _FULL_RATE_ELSEWHERE = 16384
 
