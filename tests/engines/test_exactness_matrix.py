@@ -29,12 +29,14 @@ from exactness import (
 )
 from probe_models.architectures import stepped_adamw
 from probe_models.own_dtype import computing_in_own_dtype
+from torch import nn
 
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.geometry import AdamState
 
 EXACT = combinations(FAMILIES, ADAPTERS, CHECKPOINTING, tuple(BATCHES), paired=(0, 1, 2, 3))
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
+DRAWS = 3
 JUDGED = combinations(ADAPTERS, CHECKPOINTING, tuple(PRECISIONS), paired=())
 
 
@@ -61,32 +63,49 @@ def test_exact_in_fp64(family: str, adapter: str, checkpointing: str, batch: str
 
 @pytest.mark.parametrize(("adapter", "checkpointing", "precision"), JUDGED)
 def test_rounds_no_more_than_the_reference(adapter: str, checkpointing: str, precision: str) -> None:
-    """Sixteen prompts of every family. K's norm hangs on few of its entries, so that one family alone says little."""
+    """Sixteen prompts and three draws of weights for every family.
+
+    K's norm hangs on few of its entries: of one draw alone either engine's error may be four times the other's.
+    """
     kernel_errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
+    spread_errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
     u_errors = []  # in standard errors
     for family in FAMILIES:
         if (family, adapter) in IMPOSSIBLE:
             continue
-        model = model_of(family, adapter)
-        # One optimizer, stepped once: the wide copy has the very weights and second moments.
-        state = AdamState.from_optimizer(stepped_adamw(model), model)
-        wide = widened(model)
-        rollouts = batch_of_every_kind(6)
-        with computing_in_own_dtype(wide):
-            truth = observe("two_pass", wide, state, rollouts)
-        with checkpointed(model, checkpointing):
-            for engine, errors in kernel_errors.items():
-                found = observe(engine, model, state, rollouts, autocast_dtype=PRECISIONS[precision])
-                errors.append(relative(found.kernel, truth.kernel))
-                if engine == "one_pass":
-                    u_errors.append((found.u - truth.u) / truth.std_error)
-                    assert found.std_error == pytest.approx(truth.std_error, rel=0.05)
-        assert kernel_errors["one_pass"][-1] <= 3 * kernel_errors["two_pass"][-1], family
+        for draw in range(DRAWS):
+            model = redrawn(model_of(family, adapter), draw)
+            # One optimizer, stepped once: the wide copy has the very weights and second moments.
+            state = AdamState.from_optimizer(stepped_adamw(model), model)
+            wide = widened(model)
+            rollouts = batch_of_every_kind(6 + draw)
+            with computing_in_own_dtype(wide):
+                truth = observe("two_pass", wide, state, rollouts)
+            with checkpointed(model, checkpointing):
+                for engine, errors in kernel_errors.items():
+                    found = observe(engine, model, state, rollouts, autocast_dtype=PRECISIONS[precision])
+                    errors.append(relative(found.kernel, truth.kernel))
+                    if engine == "one_pass":
+                        u_errors.append((found.u - truth.u) / truth.std_error)
+                    spread_errors[engine].append(found.std_error / truth.std_error - 1)
+        of_family = [root_mean_square(errors[-DRAWS:]) for errors in kernel_errors.values()]
+        assert of_family[0] <= 3 * of_family[1], family
     one, two = (root_mean_square(errors) for errors in kernel_errors.values())
     assert one <= 1.5 * two, kernel_errors
     # It really ran in that precision.
     assert two > (1e-3 if precision == "bf16 autocast" else 1e-8)
     assert root_mean_square(u_errors) <= 0.1, u_errors
+    assert root_mean_square(spread_errors["one_pass"]) <= 0.05, spread_errors
+
+
+def redrawn(model: nn.Module, draw: int) -> nn.Module:
+    """The model with its trained weights a little different; as it is for the first draw."""
+    generator = torch.Generator().manual_seed(draw)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and draw:
+                parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def root_mean_square(values: list[float]) -> float:
