@@ -93,7 +93,7 @@ class CapturePass:
         """Which way was taken, in words."""
         if self.packs:
             assert self._packed is not None
-            what = "every prompt's tokens run once for its responses" if self._packed.share else "whole sequences"
+            what = "prompts' tokens shared by their responses" if self._packed.share else "whole sequences"
             return f"packed without padding, {what}"
         if self._output_layer is None:
             return "whole sequences, the model's own logits"
@@ -116,6 +116,11 @@ class CapturePass:
         if self._packed is not None and not self.left_out:
             return self._packed.share
         return bool(self._shares_prefix) and not self.left_out
+
+    @property
+    def prompt_forwards(self) -> int:
+        """How often prompts' tokens ran forward in the microbatches so far: the most that any of them took."""
+        return self._packed.prompt_forwards if self._packed is not None and self.shares else 1
 
     def leave_out(self, names: set[str]) -> None:
         """Put these parameters on the slower path from now on, and those that share a module with them."""

@@ -69,6 +69,7 @@ class OnePassEngine:
             microbatches=max(report.microbatches for report in reports),
             largest_microbatch=largest,
             sweeps=len(reports),
+            prompt_forwards=self._capture.prompt_forwards,
             prompt_backwards=2 if self._capture.shares else 1,
             operations=sum(operations for _, operations in self._reports),
             stored_bytes=self._stored,
@@ -305,7 +306,8 @@ class OnePassEngine:
         tokens = sum(prompt_tokens(rollouts, shared=shared))
         scored = int(rollouts.response_lengths.sum())
         prefix = max(0, tokens - scored) if shared else 0
-        self._reports.append((report, costs.operations(prefix, tokens - prefix, scored, len(labels))))
+        forwards = min(capture.prompt_forwards, len(labels))
+        self._reports.append((report, costs.operations(prefix, tokens - prefix, scored, len(labels), forwards)))
 
     def _dots(self, gradients: UnitGradients, position: int, x_sum: GradientSum, y_sum: GradientSum) -> Tensor:
         """``[parameters, 3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""

@@ -71,11 +71,11 @@ class CostModel:
             full_rate_tokens=_FULL_RATE.get(device.type, _FULL_RATE_ELSEWHERE) // (4 if 2 * trained > linear else 1),
         )
 
-    def operations(self, prefix: int, tail: int, scored: int, labels: int) -> float:
+    def operations(self, prefix: int, tail: int, scored: int, labels: int, prompt_forwards: int = 1) -> float:
         """Of one sweep over P, Q and M tokens with ``labels`` kinds of signal; attention scores are not counted."""
         once = 2.0 * self.linear
         responses = tail * (2 * once + 2.0 * labels * self.trained)
-        prompts = prefix * (once + labels * (once + 2.0 * self.trained))
+        prompts = prefix * (prompt_forwards * once + labels * (once + 2.0 * self.trained))
         return responses + prompts + 4.0 * scored * self.output
 
 
@@ -100,7 +100,9 @@ class Plan:
         microbatches: in one sweep over the batch.
         largest_microbatch: tokens.
         sweeps: over a batch, each one forward and one backward.
-        prompt_backwards: backwards through prompts' tokens in a sweep, where those run once.
+        prompt_forwards: how often a sweep runs the tokens that a prompt's responses share forward: 2 where they stand in the
+            row of the responses, once for X and once for Y.
+        prompt_backwards: and how often backward.
         operations: estimate, multiplies and adds.
         stored_bytes: of the gradients that were kept.
         activation_bytes: estimate, of the largest microbatch.
@@ -113,6 +115,7 @@ class Plan:
     microbatches: int
     largest_microbatch: int
     sweeps: int
+    prompt_forwards: int
     prompt_backwards: int
     operations: float
     stored_bytes: int
@@ -121,7 +124,11 @@ class Plan:
 
     def __str__(self) -> str:
         kept = "every unit's gradients kept" if self.kernel_kept else "a second sweep for projections"
-        prompts = f" (and {self.prompt_backwards} through the prompts' tokens)" if self.prompt_backwards > 1 else ""
+        prompts = ""
+        if self.prompt_forwards > 1:
+            prompts = ", with the prompts' tokens in it once for X and once for Y"
+        elif self.prompt_backwards > 1:
+            prompts = f" (and {self.prompt_backwards} through the prompts' tokens)"
         return (
             f"{self.way}; {self.captured}; {kept}; {self.microbatches} microbatch(es) of at most {self.largest_microbatch} "
             f"tokens; {self.sweeps} sweep(s) of one forward and one backward{prompts}; about {self.operations / 1e9:.3g} "

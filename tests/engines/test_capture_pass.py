@@ -29,7 +29,7 @@ def plan_of(result: DeltaH1Result) -> str:
     return result.diagnostics.plan.way
 
 
-PACKED = "packed without padding, every prompt's tokens run once"
+PACKED = "packed without padding, prompts' tokens shared by their responses"
 PACKED_WHOLE = "packed without padding, whole sequences"
 SHARED = "every prompt's tokens run once"
 WHOLE = "whole sequences, log-probs from hidden states"

@@ -105,6 +105,8 @@ def test_operations() -> None:
     assert costs.operations(1, 0, 0, 1) == 200 + 200 + 60
     assert costs.operations(1, 0, 0, 2) == 200 + 2 * (200 + 60)
     assert costs.operations(0, 0, 3, 2) == 3 * 28
+    # In the row of the responses a prompt runs forward for each of them, too.
+    assert costs.operations(1, 0, 0, 2, prompt_forwards=2) == 2 * (200 + 200 + 60)
     assert costs.operations(2, 5, 3, 2) == 2 * 720 + 5 * 520 + 84
 
 
@@ -116,6 +118,7 @@ def test_a_plan_in_words() -> None:
         microbatches=6,
         largest_microbatch=1234,
         sweeps=1,
+        prompt_forwards=1,
         prompt_backwards=2,
         operations=5.5e9,
         stored_bytes=3 * 2**30,
@@ -131,3 +134,5 @@ def test_a_plan_in_words() -> None:
     assert "a second sweep for projections; 6" in str(Plan(**others))
     assert "one backward; about" in str(Plan(**others))
     assert "1.5 MiB of gradients" in str(Plan(**others))
+    in_row = {**vars(plan), "prompt_forwards": 2}
+    assert "one backward, with the prompts' tokens in it once for X and once for Y; about" in str(Plan(**in_row))

@@ -16,6 +16,7 @@ the prompt's tokens. There are two ways to that:
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 import torch
@@ -45,6 +46,10 @@ class PackedPass:
         components: model and options.
         head: decoder and output layer.
         share: whether a prompt's tokens run once for all of its responses.
+
+    Attributes:
+        share: the same.
+        prompt_forwards: how often a prompt's tokens ran forward in one microbatch at most.
     """
 
     def __init__(self, components: ProbeComponents, head: OutputHead, *, share: bool) -> None:
@@ -53,10 +58,15 @@ class PackedPass:
         self._configurations = attention_configurations(head.decoder)
         self._frozen = FrozenLayers(head.decoder)
         self.share = share
+        self.prompt_forwards = 1
 
     def of_whole_sequences(self) -> PackedPass:
         """The same pass in which nothing is shared."""
-        return PackedPass(self._components, self._head, share=False) if self.share else self
+        if not self.share:
+            return self
+        other = copy.copy(self)
+        other.share = False
+        return other
 
     def logprobs(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
         """[M] log-probs of the scored tokens of the given rows, without a graph."""
@@ -83,6 +93,7 @@ class PackedPass:
         """
         layout = self._layout(rollouts, rows, unit)
         run = PackedRun(layout, self._components.device, copies=self._copies(layout, labels))
+        self.prompt_forwards = max(self.prompt_forwards, len(run.copies))
         with self._exchanged(run):
             with self._components.autocast():
                 before, after, whole = self._forward(layout, run, gradients)
