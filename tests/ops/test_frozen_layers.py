@@ -100,6 +100,6 @@ def test_in_16_bits_the_forward_rounds_as_tensor_operations_do(dtype: torch.dtyp
         assert torch.allclose(found, plain, rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def test_the_kernel_refuses_sizes_below_zero() -> None:
+def test_the_kernel_refuses_an_epsilon_below_zero() -> None:
     with pytest.raises(NativeLibraryError, match="epsilon"):
         native_backend.on_rows("rms_norm_forward", *[torch.ones(2, 3)] * 4, parameters=(-1.0,))

@@ -54,6 +54,7 @@ class TestAgainstTruth:
     @pytest.mark.parametrize("offset", [-130.0, -110.0, 1e4, -1e4])
     def test_far_from_zero(self, offset: float, dtype: torch.dtype) -> None:
         if abs(offset) > 1000 and dtype.itemsize == 2:
+            # Skipped, not compared loosely: any answer would pass.
             pytest.skip("16-bit logits near 1e4 are more than 8 apart: there is nothing left to compare")
         case = make_linear_case(5, 8, 2100, dtype, masked=0, scale=1.0)
         hidden, weight = case.hidden.clone(), case.weight.clone()

@@ -85,6 +85,7 @@ def test_a_missing_compiler_is_recorded(without_nvcc: dict[str, str], tmp_path: 
 
 def test_a_compiler_installed_later_is_found(without_nvcc: dict[str, str], tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
+        # A CUDA toolkit is optional; without one there is no compiler to be found later.
         pytest.skip("nvcc is not on PATH")
     assert _configure(tmp_path / "build", without_nvcc).returncode == 0
     done = _configure(tmp_path / "build", ENVIRONMENT)
