@@ -11,6 +11,7 @@ from torch import Tensor
 from entropy_fast.ops import native_backend
 from entropy_fast.ops.attention_inputs import AttentionInputs, PrefixSums
 from entropy_fast.ops.backends import count_call, runs_natively
+from entropy_fast.ops.registration import accumulator
 
 __all__ = ["packed_attention", "packed_attention_backward", "takes_packed_attention"]
 
@@ -44,7 +45,7 @@ def packed_attention(inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
     """
     heads, tokens, size = inputs.query.shape
     output = inputs.query.new_empty(tokens, heads, size)
-    log_sums = output.new_empty(tokens, heads, dtype=_accumulator(inputs))
+    log_sums = output.new_empty(tokens, heads, dtype=accumulator(inputs.query))
     native_backend.packed_attention_forward(inputs, output, log_sums)
     count_call("native", "packed_attention")
     return output, log_sums
@@ -72,11 +73,7 @@ def packed_attention_backward(
     """
     heads, tokens, size = inputs.query.shape
     dq = inputs.query.new_empty(tokens, heads, size)
-    dk, dv = (dq.new_empty(tokens, len(inputs.key), size, dtype=_accumulator(inputs)) for _ in range(2))
+    dk, dv = (dq.new_empty(tokens, len(inputs.key), size, dtype=accumulator(inputs.query)) for _ in range(2))
     native_backend.packed_attention_backward(inputs, above, output, log_sums, runs, sums, (dq, dk, dv))
     count_call("native", "packed_attention_backward")
     return dq, dk.to(dq.dtype), dv.to(dq.dtype)
-
-
-def _accumulator(inputs: AttentionInputs) -> torch.dtype:
-    return torch.promote_types(inputs.query.dtype, torch.float32)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from entropy_fast.ops import native_backend
 from entropy_fast.ops.backends import count_call, runs_natively
+from entropy_fast.ops.registration import accumulator
 
 __all__ = ["UnitRuns", "add_unit_products"]
 
@@ -86,11 +87,10 @@ def add_unit_products(sums: Sequence[Tensor], left: Tensor, right: Tensor, scale
 
 
 def _kernel_takes(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor) -> bool:
-    accumulator = torch.promote_types(narrow.dtype, torch.float32)
     return (
         runs_natively(narrow.device)
         and wide.dtype == narrow.dtype
-        and all(total.dtype == accumulator and total.stride() == sums[0].stride() for total in sums)
+        and all(total.dtype == accumulator(narrow) and total.stride() == sums[0].stride() for total in sums)
     )
 
 

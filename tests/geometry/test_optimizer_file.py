@@ -241,7 +241,8 @@ def test_a_file_that_would_run_code_is_refused_and_its_code_does_not_run(
     with pytest.raises(OptimizerStateError, match="cannot be read as plain tensors"):
         adam_state_from_file(path, model)
     assert not proof.exists()
-    # The one unsafe load of the project, on purpose and of a file this test wrote: without it the refusal above could be that of a harmless file.
+    # The one unsafe load of the project, on purpose and of a file this test wrote: without it the refusal above could be that
+    # of a harmless file.
     torch.load(path, weights_only=False)
     assert proof.exists()
 
