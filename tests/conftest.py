@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 
+import pytest
+import torch
 from hypothesis import settings
 
 # Times on shared machines say nothing about correctness. In continuous integration the same examples are tried every time,
 # so that a run is not decided by luck; elsewhere every run looks at new ones.
 settings.register_profile("entropy_fast", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("entropy_fast")
+
+
+@pytest.fixture(autouse=True)
+def own_random_state() -> None:
+    """Every test draws the same numbers, whatever ran before it in the same process."""
+    torch.manual_seed(0)
