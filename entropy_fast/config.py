@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from typing import Literal, get_args
 
@@ -10,9 +11,20 @@ import torch
 
 from entropy_fast.errors import ConfigError
 
-__all__ = ["AccumulateOn", "ConditionalVariance", "Mode", "ProbeConfig", "Weighting", "YPass"]
+__all__ = [
+    "AccumulateOn",
+    "ConditionalVariance",
+    "EntropyEstimator",
+    "ImportanceRatio",
+    "Mode",
+    "ProbeConfig",
+    "Weighting",
+    "YPass",
+]
 
 Weighting = Literal["dr_grpo", "per_token", "sequence"]
+EntropyEstimator = Literal["score_function", "rao_blackwell"]
+ImportanceRatio = Literal["none", "token"]
 Mode = Literal["exact", "blocks"]
 AccumulateOn = Literal["device", "cpu"]
 YPass = Literal["backward", "autograd_grad"]
@@ -25,6 +37,14 @@ class ProbeConfig:
 
     Args:
         weighting: length weight w_i of a sequence log-prob: ``dr_grpo`` 1/L_max, ``per_token`` 1/L_i, ``sequence`` 1.
+        entropy_estimator: how the entropy gradient is estimated: ``score_function`` from log-probs, with a leave-one-out
+            baseline; ``rao_blackwell`` from the entropy of the model's distribution at every token, which has a smaller
+            variance and costs another backward.
+        importance_ratio: ``token`` multiplies the update's gradient at every token by πθ/π_old, from the rollouts'
+            ``old_logprobs``, as the clipped surrogate of PPO and GRPO does once θ has moved on from what sampled; ``none``
+            takes the ratio to be 1.
+        clip_range: ε_low and ε_high: with ``importance_ratio="token"``, tokens whose ratio is above 1 + ε_high under a positive
+            advantage, or below 1 - ε_low under a negative one, send nothing back; None clips nothing.
         mode: ``exact`` takes every prompt as a unit of the U-statistic, ``blocks`` takes blocks of prompts (fewer
             backward passes, a coarser error bar).
         blocks: number of blocks M for ``mode="blocks"``, at least 2.
@@ -51,6 +71,9 @@ class ProbeConfig:
     """
 
     weighting: Weighting = "dr_grpo"
+    entropy_estimator: EntropyEstimator = "score_function"
+    importance_ratio: ImportanceRatio = "none"
+    clip_range: tuple[float, float] | None = None
     mode: Mode = "exact"
     blocks: int | None = None
     prompts_per_microbatch: int | None = None
@@ -67,6 +90,8 @@ class ProbeConfig:
     def __post_init__(self) -> None:
         for field, choices in (
             ("weighting", get_args(Weighting)),
+            ("entropy_estimator", get_args(EntropyEstimator)),
+            ("importance_ratio", get_args(ImportanceRatio)),
             ("mode", get_args(Mode)),
             ("accumulate_on", get_args(AccumulateOn)),
             ("y_pass", get_args(YPass)),
@@ -76,6 +101,7 @@ class ProbeConfig:
                 raise ConfigError(
                     f"ProbeConfig: `{field}` is {getattr(self, field)!r}.", fix=f"use one of {', '.join(choices)}."
                 )
+        self._check_clip_range()
         for field in ("prompts_per_microbatch", "blocks"):
             value = getattr(self, field)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
@@ -109,6 +135,30 @@ class ProbeConfig:
                 f"ProbeConfig: `autocast_dtype` is {self.autocast_dtype}.",
                 fix="use torch.bfloat16, torch.float16 or None.",
             )
+
+    def _check_clip_range(self) -> None:
+        if self.clip_range is None:
+            return
+        if self.importance_ratio == "none":
+            raise ConfigError(
+                f"ProbeConfig: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",
+                fix="pass importance_ratio='token', or leave clip_range out.",
+            )
+        if len(self.clip_range) != 2 or not (0 <= self.clip_range[0] <= 1 and 0 <= self.clip_range[1] < math.inf):
+            raise ConfigError(
+                f"ProbeConfig: `clip_range` is {self.clip_range!r}.",
+                fix="use (ε_low, ε_high) with ε_low in [0, 1] and ε_high >= 0, such as (0.2, 0.2).",
+            )
+
+    @property
+    def coefficients_by_token(self) -> bool:
+        """Whether coefficients differ within a sequence, so that X and g are no multiples of one ∇S_i."""
+        return self.wants_token_entropies or self.importance_ratio == "token"
+
+    @property
+    def wants_token_entropies(self) -> bool:
+        """Whether the entropy gradient needs the entropy of the model's distribution at every response token."""
+        return self.entropy_estimator == "rao_blackwell"
 
     @property
     def memory_bytes(self) -> int:

@@ -77,7 +77,8 @@ class OfflineEntropyProbe:
 
         Raises:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
-            RolloutsError: fewer than two prompts, a prompt with one response, or nothing left.
+            RolloutsError: fewer than two prompts, a prompt with one response (``entropy_estimator="score_function"``), no
+                ``old_logprobs`` for ``importance_ratio="token"``, or nothing left.
             ConfigError: the engine is ``jvp``, which has no diagonal.
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
@@ -88,6 +89,7 @@ class OfflineEntropyProbe:
                 fix="pass entropy_rollouts, an independent batch, for the two-batch estimate; or use engine='one_pass' or "
                 "'two_pass'.",
             )
+        self._check_old_logprobs(rollouts)
         batch, empty = self._prepare(rollouts)
         if batch.n_prompts < 2:
             raise RolloutsError(
@@ -130,6 +132,7 @@ class OfflineEntropyProbe:
                 "biased by the diagonal K_nn.",
                 fix="pass independently sampled batches, or use compute_delta_h1 for one batch.",
             )
+        self._check_old_logprobs(update_rollouts)
         entropy, empty_entropy = self._prepare(entropy_rollouts)
         update, empty_update = self._prepare(update_rollouts)
         if self.engine == OnePassEngine.name:
@@ -159,11 +162,19 @@ class OfflineEntropyProbe:
         if one_pass.note is not None:
             warnings.warn(one_pass.note, EntropyFastWarning, stacklevel=3)
 
+    def _check_old_logprobs(self, update: Rollouts) -> None:
+        if self.config.importance_ratio == "token" and update.old_logprobs is None:
+            raise RolloutsError(
+                "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
+                fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1, or importance_ratio='none'.",
+            )
+
     def _prepare(self, rollouts: Rollouts) -> tuple[Rollouts, EmptyResponseReport]:
         batch, empty = rollouts.for_autograd().without_empty_responses()
         if empty.sequences:
             warnings.warn(assembly.empty_response_message(empty), EntropyFastWarning, stacklevel=3)
-        check_group_sizes(batch)
+        if self.config.entropy_estimator == "score_function":
+            check_group_sizes(batch)
         check_rollouts_fit_model(batch, self.components.registry.module)
         return batch, empty
 

@@ -17,14 +17,14 @@ from entropy_fast.engines import alpha_trick
 from entropy_fast.engines.coefficients import (
     Coefficients,
     SequenceTable,
-    length_weights,
     power_of_two_scale,
-    sequence_coefficients,
 )
 from entropy_fast.engines.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products, per_parameter_products
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.engines.planner import Plan
+from entropy_fast.engines.probe_losses import sequence_losses
+from entropy_fast.engines.token_coefficients import ScoredTokens, coefficients_of
 from entropy_fast.engines.units import iter_microbatches, prompt_units
 from entropy_fast.errors import ModelStateError
 from entropy_fast.geometry.adam_state import AdamState
@@ -111,7 +111,7 @@ class ProbeComponents:
         with self.autocast():
             logits = model_logits(self.registry.module, batch)
         assert_attached("logits", logits, "ProbeComponents._teacher_force_logprobs", DETACHED_FIX)
-        forward = align_logprobs(logits, batch)
+        forward = align_logprobs(logits, batch, want_entropies=self.config.wants_token_entropies)
         assert_attached("S", forward.sequence_logprobs, "ProbeComponents._teacher_force_logprobs", DETACHED_FIX)
         return forward
 
@@ -121,8 +121,14 @@ class ProbeComponents:
         return self._teacher_force_logprobs(pack_rows(rollouts, rows, self.device))
 
     def _coefficients(self, forward: ForwardResult, rollouts: Rollouts, rows: Tensor) -> Coefficients:
-        weights = length_weights(rollouts, self.config.weighting)
-        return sequence_coefficients(forward.sequence_logprobs, rows, rollouts, weights)
+        return coefficients_of(self.config, rollouts, rows, ScoredTokens.of(forward))
+
+    def _build_probe_loss(self, which: str, forward: ForwardResult, coefficients: Coefficients) -> Tensor:
+        """L_X or L_Y, also where coefficients differ within a sequence and S does not tell enough."""
+        if coefficients.tokens is not None:
+            return sequence_losses(forward, coefficients, "XY".index(which)).sum()
+        build = self._build_probe_loss_X_from_S if which == "X" else self._build_probe_loss_Y_from_S
+        return build(forward.sequence_logprobs, coefficients)
 
     def _build_probe_loss_X_from_S(self, S: Tensor, coefficients: Coefficients) -> Tensor:  # noqa: N802 (X, S: theory)
         """L_X = Σ_i c_i S_i, a sum, whose gradient is Σ_n X_n over the prompts of ``S`` [n]."""
@@ -230,7 +236,7 @@ class ProbeComponents:
                 prompt = entropy.prompt_index[rows]
                 found = alpha_trick.alpha_projections(
                     forward,
-                    self._coefficients(forward, entropy, rows).entropy,
+                    self._coefficients(forward, entropy, rows),
                     (prompt - prompt.min()).to(self.device),
                     self.registry.tensors,
                     y_mean,
@@ -298,10 +304,8 @@ class ProbeComponents:
 
         With a ``table`` (the pass over the whole batch) every sequence's S_i, c_i and a_i are written into it.
         """
-        total = GradientSum.zeros(
-            self.registry.tensors, torch.device("cpu") if self.config.accumulate_on == "cpu" else None
-        )
-        done = 0
+        on_cpu = self.config.accumulate_on == "cpu"
+        total, done = GradientSum.zeros(self.registry.tensors, torch.device("cpu") if on_cpu else None), 0
         with self.probe_state():
             if which == "Y":
                 # Every pass starts from the caller's random state. One draw more before Y, so that randomness nobody
@@ -310,14 +314,12 @@ class ProbeComponents:
             for rows in self._iter_prompt_microbatches(rollouts, prompts):
                 forward = self._compute_aligned_batch_logprobs(rollouts, rows)
                 coefficients = self._coefficients(forward, rollouts, rows)
-                if which == "X":
-                    scale = power_of_two_scale(coefficients.entropy)
-                    loss = self._build_probe_loss_X_from_S(forward.sequence_logprobs, coefficients) * scale
-                    total.add(gradients_by_backward(loss, self.registry), scale)
-                else:
-                    scale = power_of_two_scale(coefficients.update)
-                    loss = self._build_probe_loss_Y_from_S(forward.sequence_logprobs, coefficients) * scale
+                scale = power_of_two_scale(coefficients.largest("XY".index(which)))
+                loss = self._build_probe_loss(which, forward, coefficients) * scale
+                if which == "Y" and self.config.y_pass == "autograd_grad":
                     total.add(self._y_gradients(loss, forward), scale)
+                else:
+                    total.add(gradients_by_backward(loss, self.registry), scale)
                 if table is not None:
                     table.put(rows, forward.sequence_logprobs, coefficients)
                     done += len(torch.unique(rollouts.prompt_index[rows]))
@@ -357,8 +359,6 @@ class ProbeComponents:
         return sum(products)
 
     def _y_gradients(self, loss: Tensor, forward: ForwardResult) -> list[Tensor | None]:
-        if self.config.y_pass == "backward":
-            return gradients_by_backward(loss, self.registry)
         x = self.coverage.get("X")
         x_touched = None if x is None else [name not in x.untouched for name in self.registry.names]
         return gradients_by_autograd_grad(

@@ -62,8 +62,8 @@ def test_logits_that_are_leaves_are_found_out(monkeypatch: pytest.MonkeyPatch) -
 def test_log_probs_detached_from_the_logits_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     case = lora_case()
 
-    def cut(logits: Tensor, batch: PackedBatch) -> ForwardResult:
-        whole = align_logprobs(logits, batch)
+    def cut(logits: Tensor, batch: PackedBatch, **options: bool) -> ForwardResult:
+        whole = align_logprobs(logits, batch, **options)
         return dataclasses.replace(whole, sequence_logprobs=whole.sequence_logprobs.detach())
 
     monkeypatch.setattr(probe_components, "align_logprobs", cut)

@@ -12,8 +12,16 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from entropy_fast.cli.model_options import model_source
-from entropy_fast.config import AccumulateOn, ConditionalVariance, Mode, ProbeConfig, Weighting
-from entropy_fast.errors import MissingTokenizerError, RunFolderError
+from entropy_fast.config import (
+    AccumulateOn,
+    ConditionalVariance,
+    EntropyEstimator,
+    ImportanceRatio,
+    Mode,
+    ProbeConfig,
+    Weighting,
+)
+from entropy_fast.errors import ConfigError, MissingTokenizerError, RunFolderError
 from entropy_fast.geometry import AdamState, adam_state_from_file
 from entropy_fast.rollouts import Rollouts, read_rollouts
 from entropy_fast.run_folder.manifest import ProbeSettings, read_manifest
@@ -34,10 +42,19 @@ class Inputs:
     settings: ProbeSettings
 
     def config(self) -> ProbeConfig:
-        """The probe options."""
+        """The probe options.
+
+        Raises:
+            ConfigError: one has a value outside what there is, or ``clip_high`` is given without ``clip``.
+        """
         s = self.settings
+        if s.clip is None and s.clip_high is not None:
+            raise ConfigError("clip_high is given without clip.", fix="pass both, or clip alone for the two.")
         return ProbeConfig(
             weighting=cast(Weighting, s.weighting),
+            entropy_estimator=cast(EntropyEstimator, s.entropy_estimator),
+            importance_ratio=cast(ImportanceRatio, s.importance_ratio),
+            clip_range=None if s.clip is None else (s.clip, s.clip if s.clip_high is None else s.clip_high),
             mode=cast(Mode, s.mode),
             blocks=s.blocks,
             prompts_per_microbatch=s.prompts_per_microbatch,

@@ -39,6 +39,18 @@ def probe(
         str | None,
         typer.Option(help="dr_grpo, per_token or sequence; the run folder's, or dr_grpo.", show_default=False),
     ] = None,
+    entropy_estimator: Annotated[
+        str | None, typer.Option(help="score_function (default) or rao_blackwell.", show_default=False)
+    ] = None,
+    importance_ratio: Annotated[
+        str | None, typer.Option(help="none (default) or token: from old_logprobs.", show_default=False)
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Clip range ε of importance ratios; none by default.", show_default=False)
+    ] = None,
+    clip_high: Annotated[
+        float | None, typer.Option(help="Upper ε of the clip range where it differs.", show_default=False)
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the optimizer's.", show_default=False)] = None,
     blocks: Annotated[
         int | None, typer.Option(help="Blocks of prompts as units (fewer backwards).", show_default=False)
@@ -97,6 +109,10 @@ def probe(
     inputs = resolve(run, model_options, adapter, optimizer, rollouts, entropy_rollouts)
     changes: dict[str, Any] = {
         "weighting": weighting,
+        "entropy_estimator": entropy_estimator,
+        "importance_ratio": importance_ratio,
+        "clip": clip,
+        "clip_high": clip_high,
         "mode": None if blocks is None else "blocks",
         "blocks": blocks,
         "prompts_per_microbatch": prompts_per_microbatch,

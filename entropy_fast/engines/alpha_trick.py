@@ -1,8 +1,8 @@
 """All per-prompt projections s_n = X_n · Ȳ of a group of prompts from one double backward.
 
-With L(α) = Σ_n α_n L_n, L_n = Σ_{i in n} c_i S_i, and g = ∇_θ L at α = 1 taken with ``create_graph=True``, the scalar
-h = g · Ȳ is linear in α and s_n = ∂h/∂α_n. No backward per prompt is needed, but second derivatives are: the attention
-must be differentiable twice (torch's math kernel is) and checkpointing must not be reentrant.
+With L(α) = Σ_n α_n L_n, L_n = Σ_{i in n} L^X_i (`probe_losses`), and g = ∇_θ L at α = 1 taken with ``create_graph=True``,
+the scalar h = g · Ȳ is linear in α and s_n = ∂h/∂α_n. No backward per prompt is needed, but second derivatives are: the
+attention must be differentiable twice (torch's math kernel is) and checkpointing must not be reentrant.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from entropy_fast.engines.coefficients import power_of_two_scale
+from entropy_fast.engines.coefficients import Coefficients, power_of_two_scale
+from entropy_fast.engines.probe_losses import sequence_losses
 from entropy_fast.errors import CheckpointingError, GradientCoverageError, GraphDetachedError
 from entropy_fast.guards.model_state import reentrant_checkpointing
 from entropy_fast.teacher_forcing import ForwardResult
@@ -60,7 +61,7 @@ def twice_differentiable_attention() -> AbstractContextManager[None]:
 
 def alpha_projections(
     forward: ForwardResult,
-    entropy: Tensor,
+    coefficients: Coefficients,
     local_prompt: Tensor,
     parameters: Sequence[Tensor],
     y_mean: Sequence[Tensor],
@@ -71,7 +72,7 @@ def alpha_projections(
 
     Args:
         forward: n sequences with their graph.
-        entropy: [n] c_i, detached.
+        coefficients: of those n sequences, detached.
         local_prompt: [n] prompt index 0..k-1 of each sequence.
         parameters: trainable parameters.
         y_mean: Ȳ, one tensor per parameter.
@@ -81,11 +82,11 @@ def alpha_projections(
         GradientCoverageError: no parameter receives a gradient from L; the message says whether the logits do.
         GraphDetachedError: an operation in the model has no second derivative.
     """
-    logprobs = forward.sequence_logprobs
+    losses = sequence_losses(forward, coefficients, 0)
     k = int(local_prompt.max()) + 1
-    alpha = torch.ones(k, dtype=logprobs.dtype, device=logprobs.device, requires_grad=True)
-    scale = power_of_two_scale(entropy)
-    loss = (alpha[local_prompt] * (scale * entropy).to(logprobs.dtype) * logprobs).sum()
+    alpha = torch.ones(k, dtype=losses.dtype, device=losses.device, requires_grad=True)
+    scale = power_of_two_scale(coefficients.largest(0))
+    loss = scale * (alpha[local_prompt] * losses).sum()
     try:
         gradients = torch.autograd.grad(loss, list(parameters), create_graph=True, allow_unused=not strict)
     except RuntimeError as error:

@@ -2,9 +2,10 @@
 
 Legend: S_i log-prob of sequence i of unit u, c_i and a_i coefficients, X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i, Y_u = P g_u.
 
-With one batch, V_u = Y_sum - Y_u and W_u = P (X_sum - X_u): a unit's product with itself is left out. Over the sequences of a
-unit, c_i ∇S_i · V_u adds up to X_u · Y_sum - X_u · Y_u, and a_i ∇S_i · W_u to Y_u · X_sum - X_u · Y_u. With two batches
-V = Y_sum and W = P X_sum for all.
+With one batch, V_u = Y_sum - Y_u and W_u = P (X_sum - X_u): a unit's product with itself is left out. Over the sequences of
+a unit, c_i ∇S_i · V_u adds up to X_u · Y_sum - X_u · Y_u, and a_i ∇S_i · W_u to Y_u · X_sum - X_u · Y_u. With two batches V
+= Y_sum and W = P X_sum for all. Where coefficients differ from token to token, Σ_t c_t ∇s_t + e_t ∇H_t and Σ_t a_t ∇s_t
+stand in the place of c_i ∇S_i and a_i ∇S_i.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ class Project(Protocol):
     """Sweeps a batch of whole sequences."""
 
     def __call__(
-        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, count: int, *, by_unit: bool
+        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, labels: str, *, by_unit: bool
     ) -> Tensor:
-        """``[N, count]`` ∇S_i · V for ``count`` directions, the same for all units unless ``by_unit``; fp64 on the CPU."""
+        """``[N, K]`` c_i ∇S_i · V (label X) or a_i ∇S_i · V (Y) for K directions; fp64 on the CPU.
+
+        Directions are the same for all units unless ``by_unit``.
+        """
 
 
 def refuse_without_stack(needed: int, budget: int) -> None:
@@ -62,7 +66,7 @@ def one_batch_parts(
     """Parts of X_sum · Y_sum - Σ_u K_uu.
 
     Args:
-        components: what has been through the batch; its tables have c_i and a_i.
+        components: what has been through the batch.
         project: sweeps the batch.
         rollouts: the batch.
         units: prompts of every unit.
@@ -79,9 +83,7 @@ def one_batch_parts(
         index = place[name]
         return y_sum.tensors[index] - stack.update[index][unit], px_sum[index] - stack.entropy[index][unit]
 
-    of_v, of_w = project(rollouts, units, of_others, 2, by_unit=True).unbind(1)
-    table = components.sequences["X"]
-    return SequenceParts(table.entropy * of_v, table.update * of_w)
+    return SequenceParts(*project(rollouts, units, of_others, "XY", by_unit=True).unbind(1))
 
 
 def two_batch_parts(
@@ -94,11 +96,10 @@ def two_batch_parts(
 ) -> SequenceParts:
     """Parts of X_sum · Y_sum; arguments as of `one_batch_parts`."""
 
-    def along(rollouts: Rollouts, tensors: Sequence[Tensor]) -> Tensor:
+    def along(rollouts: Rollouts, tensors: Sequence[Tensor], label: str) -> Tensor:
         direction = dict(zip(components.registry.names, tensors, strict=True))
         units = prompt_units(rollouts.n_prompts, None)
-        return project(rollouts, units, lambda name, _: (direction[name],), 1, by_unit=False)[:, 0]
+        return project(rollouts, units, lambda name, _: (direction[name],), label, by_unit=False)[:, 0]
 
     px_sum = components.preconditioner.apply_preconditioner(x_sum.tensors)
-    of_v, of_w = along(entropy, y_sum.tensors), along(update, px_sum)
-    return SequenceParts(components.sequences["X"].entropy * of_v, components.sequences["Y"].update * of_w)
+    return SequenceParts(along(entropy, y_sum.tensors, "X"), along(update, px_sum, "Y"))

@@ -23,15 +23,11 @@ from entropy_fast.engines.capture.shared_prefix import (
     prefix_length,
     same_with_shared_prefix,
 )
-from entropy_fast.engines.coefficients import (
-    Coefficients,
-    SequenceTable,
-    length_weights,
-    power_of_two_scale,
-    sequence_coefficients,
-)
+from entropy_fast.engines.coefficients import Coefficients, SequenceTable, power_of_two_scale
 from entropy_fast.engines.packed import PackedPass
 from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, sees_a_window, trial_rows
+from entropy_fast.engines.probe_losses import padded_backwards, sequence_losses
+from entropy_fast.engines.token_coefficients import ScoredTokens, coefficients_of
 from entropy_fast.guards.grad_context import assert_attached
 from entropy_fast.guards.model_state import checkpointed_modules, reentrant_checkpointing
 from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
@@ -117,6 +113,10 @@ class CapturePass:
             return self._packed.share
         return bool(self._shares_prefix) and not self.left_out
 
+    def backwards(self, labels: str) -> int:
+        """How often a microbatch goes backward: once for X and Y together, or once for each."""
+        return len(labels) if self._components.config.coefficients_by_token else 1
+
     @property
     def prompt_forwards(self) -> int:
         """How often prompts' tokens ran forward in the microbatches so far: the most that any of them took."""
@@ -195,7 +195,7 @@ class CapturePass:
                 self._put(tables, rows, signals.sequence_logprobs, signals.coefficients)
                 return self._refused(gradients)
             if not gradients.whole_sequences:
-                shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables)
+                shared = self._with_shared_prefix(rollouts, rows, unit, gradients, tables, labels)
                 self._n_shared += shared
                 self._n_whole += not shared
                 if shared:
@@ -203,9 +203,11 @@ class CapturePass:
             forward = self.forward(rollouts, rows)
             coefficients = components._coefficients(forward, rollouts, rows)
             self._put(tables, rows, forward.sequence_logprobs, coefficients)
-            self._slower_path(forward, coefficients, unit, gradients)
-            gradients.expect(unit, (coefficients.entropy, coefficients.update), _positions(forward))
-            torch.autograd.backward(forward.sequence_logprobs.sum())
+            self._slower_path(forward, coefficients, unit, gradients, labels)
+            backwards = padded_backwards(forward, coefficients, labels)
+            for loss, weights, more in backwards:
+                gradients.expect(unit, (weights[0], weights[1]), _positions(forward))
+                torch.autograd.backward(loss, retain_graph=more)
             gradients.pause()
         return self._refused(gradients)
 
@@ -235,6 +237,7 @@ class CapturePass:
         unit: list[int],
         gradients: SignalRows,
         tables: dict[str, SequenceTable],
+        labels: str,
     ) -> bool:
         """The microbatch with every prompt's tokens run once; False when that cannot be done, and then nothing has been."""
         components = self._components
@@ -255,15 +258,17 @@ class CapturePass:
             assert length is not None
             gradients.pause()
             with components.autocast():
-                forward = forward_with_shared_prefix(self._output_layer, batch, length)
+                forward = forward_with_shared_prefix(
+                    self._output_layer, batch, length, want_entropies=components.config.wants_token_entropies
+                )
             assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
-            weights = length_weights(rollouts, components.config.weighting)
-            coefficients = sequence_coefficients(forward.sequence_logprobs, own, rollouts, weights)
+            coefficients = coefficients_of(components.config, rollouts, own, ScoredTokens.of(forward))
             self._put(tables, own, forward.sequence_logprobs, coefficients)
-            both = (coefficients.entropy, coefficients.update)
-            gradients.expect([unit_of[prompt]] * len(own), both, batch.input_ids.shape[1] - length)
-            torch.autograd.backward(forward.sequence_logprobs.sum())
-            backward_through_prefix(forward, both, unit_of[prompt], gradients, length)
+            for loss, weights, more in padded_backwards(forward, coefficients, labels):
+                both = (weights[0], weights[1])
+                gradients.expect([unit_of[prompt]] * len(own), both, batch.input_ids.shape[1] - length)
+                torch.autograd.backward(loss, retain_graph=more)
+                backward_through_prefix(forward, both, unit_of[prompt], gradients, length, more=more)
         return True
 
     def _same_with_shared_prefix(self, batch: PackedBatch, length: int | None) -> bool:
@@ -281,13 +286,18 @@ class CapturePass:
             return components._compute_aligned_batch_logprobs(rollouts, rows)
         batch = pack_rows(rollouts, rows, components.device)
         with components.autocast():
-            forward = hidden_logprobs(self._output_layer, batch)
+            forward = hidden_logprobs(self._output_layer, batch, want_entropies=components.config.wants_token_entropies)
         assert_attached("hidden states", forward.logits, "CapturePass", DETACHED_FIX)
         assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
         return forward
 
     def _slower_path(
-        self, forward: ForwardResult, coefficients: Coefficients, unit: Sequence[int], gradients: SignalRows
+        self,
+        forward: ForwardResult,
+        coefficients: Coefficients,
+        unit: Sequence[int],
+        gradients: SignalRows,
+        labels: str,
     ) -> None:
         """Gradients of the parameters that are not captured: one backward for each that is wanted, over the same graph."""
         left = [
@@ -295,10 +305,12 @@ class CapturePass:
         ]
         if not left:
             return
-        S = forward.sequence_logprobs
-        for term in gradients.terms(unit, coefficients):
-            scale = power_of_two_scale(term.weights)
-            torch.autograd.backward(((scale * term.weights).to(S.dtype) * S).sum(), retain_graph=True)
+        losses = [sequence_losses(forward, coefficients, label) for label in range(2)]
+        for term in gradients.terms(unit, labels):
+            members = term.members.to(coefficients.entropy.device)
+            scale = power_of_two_scale(members * coefficients.largest(term.label))
+            own = losses[term.label]
+            torch.autograd.backward(((scale * members).to(own.dtype) * own).sum(), retain_graph=True)
             for name, parameter in left:
                 if parameter.grad is not None:
                     gradients.put(name, term, parameter.grad / scale)

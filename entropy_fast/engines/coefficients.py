@@ -1,4 +1,4 @@
-"""Per-sequence coefficients: what turns ∇S_i into entropy and update gradients.
+"""Coefficients: what turns ∇S_i into entropy and update gradients.
 
 Legend: S_i sequence log-prob (nats), w_i length weight, c_i entropy coefficient, a_i update coefficient, A_i advantage,
 G responses of the prompt.
@@ -26,11 +26,34 @@ from entropy_fast.rollouts import Rollouts
 __all__ = [
     "Coefficients",
     "SequenceTable",
+    "TokenCoefficients",
     "check_group_sizes",
     "length_weights",
     "power_of_two_scale",
+    "power_of_two_scales",
     "sequence_coefficients",
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCoefficients:
+    """Coefficients of the M response tokens of n sequences (`token_coefficients`), sequence by sequence; detached, fp64.
+
+    Attributes:
+        sequence: [M] place of every token's sequence, ascending.
+        entropy: [M] c_t, of ∇s_t in X.
+        entropy_direct: [M] e_t, of ∇H_t in X; None where X has no such part.
+        update: [M] a_t, of ∇s_t in g.
+    """
+
+    sequence: Tensor
+    entropy: Tensor
+    entropy_direct: Tensor | None
+    update: Tensor
+
+    def of(self, label: int) -> tuple[Tensor, Tensor | None]:
+        """[M] of ∇s_t and of ∇H_t in X (``label`` 0) or g (1)."""
+        return (self.entropy, self.entropy_direct) if label == 0 else (self.update, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +61,31 @@ class Coefficients:
     """Coefficients of n sequences (whole prompts), detached, fp64.
 
     Attributes:
-        entropy: [n] c_i.
-        update: [n] a_i.
+        entropy: [n] c_i; where coefficients differ from token to token, their mean over the sequence.
+        update: [n] a_i; likewise.
+        tokens: those of the tokens; None where a sequence's tokens share one.
     """
 
     entropy: Tensor
     update: Tensor
+    tokens: TokenCoefficients | None = None
+
+    def largest(self, label: int) -> Tensor:
+        """[n] the largest |coefficient| of every sequence in X (``label`` 0) or g (1)."""
+        if self.tokens is None:
+            return (self.entropy, self.update)[label].abs()
+        largest = torch.zeros_like(self.entropy)
+        for values in self.tokens.of(label):
+            if values is not None:
+                largest = largest.scatter_reduce(0, self.tokens.sequence, values.abs(), "amax")
+        return largest
+
+
+def power_of_two_scales(largest: Tensor) -> Tensor:
+    """`power_of_two_scale` of every number by itself, [n]."""
+    mantissa, _ = torch.frexp(largest)
+    # Exact: numerator and denominator have the same mantissa.
+    return torch.where(largest > 0, 2.0 * mantissa / largest, 1.0)
 
 
 def power_of_two_scale(coefficients: Tensor) -> float:

@@ -1,9 +1,11 @@
 """Derivatives of log-probs along the update, sequence by sequence and token by token.
 
-Legend: S_i sequence log-prob, s_it that of token t, c_i entropy coefficient, Ȳ mean preconditioned update gradient of the
-update batch, B_E entropy prompts, lr learning rate.
+Legend: S_i sequence log-prob, s_it that of token t, H_it the entropy it was drawn with, c_i, c_it and e_it entropy
+coefficients, Ȳ mean preconditioned update gradient of the update batch, B_E entropy prompts, lr learning rate.
 
     S'_i = ∇S_i · Ȳ = Σ_t s'_it,      δH₁ = Σ_i lr c_i S'_i / B_E
+
+and, where coefficients differ within a sequence, δH₁ = Σ_i Σ_t lr (c_it s'_it + e_it H'_it) / B_E.
 """
 
 from __future__ import annotations
@@ -25,19 +27,16 @@ class DirectionalDerivatives:
         sequences: [N] S'_i, nats per unit of lr.
         tokens: [N, T] s'_it of the token in that column of the rollouts' ``input_ids``, nats per unit of lr; 0 at
             tokens that are not scored.
-        weights: [N] lr c_i / B_E: what a sequence's derivative is multiplied by in δH₁.
+        token_shares: [N, T] every token's part in δH₁, in the unit of δH₁; they sum to it.
+        entropies: [N, T] H'_it, nats per unit of lr; None unless the entropy gradient is estimated from token entropies.
     """
 
     sequences: Tensor
     tokens: Tensor
-    weights: Tensor
+    token_shares: Tensor
+    entropies: Tensor | None = None
 
     @property
     def sequence_shares(self) -> Tensor:
-        """[N] every sequence's part in δH₁, in the unit of δH₁; they sum to it."""
-        return self.weights * self.sequences
-
-    @property
-    def token_shares(self) -> Tensor:
-        """[N, T] every token's part in δH₁; a sequence's tokens sum to its share."""
-        return self.weights.unsqueeze(1) * self.tokens
+        """[N] every sequence's part in δH₁: the sum of its tokens' shares."""
+        return self.token_shares.sum(1)

@@ -15,12 +15,13 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.coefficients import length_weights, sequence_coefficients
+from entropy_fast.engines.coefficients import Coefficients
 from entropy_fast.engines.directional_derivatives import DirectionalDerivatives
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.kernel_sums import CrossKernelSums
 from entropy_fast.engines.tangents import ForwardWithTangents
 from entropy_fast.engines.tangents.agreement import check_against_reverse_mode, scaled_direction
+from entropy_fast.engines.token_coefficients import ScoredTokens, coefficients_of
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
@@ -87,22 +88,26 @@ class ForwardModeEngine:
         components = self._components
         direction, scale = scaled_direction(y_sum.tensors, components.registry.tensors)
         table = components.new_table("X", rollouts)
-        weights = length_weights(rollouts, components.config.weighting)
-        tokens = torch.zeros(rollouts.input_ids.shape, dtype=torch.float64)
+        config, largest = components.config, 0.0
+        tokens, entropies, parts = (torch.zeros(rollouts.input_ids.shape, dtype=torch.float64) for _ in range(3))
         for rows in components._iter_prompt_microbatches(rollouts):
             components.registry.check("ForwardModeEngine")
             batch = pack_rows(rollouts, rows, components.device)
-            found = forward.run(batch, direction)
-            coefficients = sequence_coefficients(found.sequence_logprobs, rows, rollouts, weights)
-            table.put(rows, found.sequence_logprobs, coefficients)
+            found = forward.run(batch, direction, want_entropies=config.wants_token_entropies)
+            coefficients = coefficients_of(config, rollouts, rows, ScoredTokens.of(found.values))
+            table.put(rows, found.values.sequence_logprobs, coefficients)
             scored = _scored(rollouts, rows)
-            values = found.tokens[batch.loss_mask[:, 1:] == 1].double().cpu()
-            tokens[rows] = tokens[rows].masked_scatter(scored, values / scale)
+            of_tokens = found.tokens[found.values.scored].double() / scale
+            of_entropies = None if found.entropies is None else found.entropies[found.values.scored].double() / scale
+            own = _parts(coefficients, batch.loss_mask.sum(1), of_tokens, of_entropies)
+            for kept, values in ((tokens, of_tokens), (entropies, of_entropies), (parts, own)):
+                if values is not None:
+                    kept[rows] = kept[rows].masked_scatter(scored, values.cpu())
+            largest = max(largest, float(coefficients.largest(0).max()))
             components.report("X", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
-        along_sum = tokens.sum(1)
         projections = torch.zeros(rollouts.n_prompts, dtype=torch.float64)
-        projections.index_add_(0, rollouts.prompt_index, table.entropy * along_sum)
-        if not bool(table.entropy.any()):
+        projections.index_add_(0, rollouts.prompt_index, parts.sum(1))
+        if not largest:
             # Then X_sum is known: it is 0.
             components.coverage["X"] = dataclasses.replace(components.coverage["X"], norm=0.0)
         return CrossKernelSums(
@@ -110,11 +115,24 @@ class ForwardModeEngine:
             row_sums=projections,
             column_sums=None,
             derivatives=DirectionalDerivatives(
-                sequences=along_sum / n_update,
+                sequences=tokens.sum(1) / n_update,
                 tokens=tokens / n_update,
-                weights=components.preconditioner.learning_rate * table.entropy / rollouts.n_prompts,
+                token_shares=parts * (components.preconditioner.learning_rate / (n_update * rollouts.n_prompts)),
+                entropies=entropies / n_update if config.wants_token_entropies else None,
             ),
         )
+
+
+def _parts(coefficients: Coefficients, lengths: Tensor, of_tokens: Tensor, of_entropies: Tensor | None) -> Tensor:
+    """[M] every response token's part in its prompt's X_n · Y_sum."""
+    if coefficients.tokens is None:
+        return coefficients.entropy.repeat_interleave(lengths) * of_tokens
+    of_logprob, of_entropy = coefficients.tokens.of(0)
+    parts = of_logprob * of_tokens
+    if of_entropy is not None:
+        assert of_entropies is not None
+        parts = parts + of_entropy * of_entropies
+    return parts
 
 
 def _scored(rollouts: Rollouts, rows: Tensor) -> Tensor:

@@ -3,9 +3,10 @@
 Legend (docs/theory.md): S_i sequence log-prob, c_i and a_i coefficients, X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i, Y_u = P g_u,
 K_uw = X_u · Y_w, E entropy batch, U update batch.
 
-One backward of Σ_i S_i brings every sequence its own ∇S_i signal; the coefficients, which the forward has made known by then,
-are applied where each parameter's signal arrives (`entropy_fast.engines.capture`). Parameters that are used in ways no captured
-module knows get their gradients from two backwards a unit over the same graph, and are named in the result's notes.
+One backward of Σ_i S_i brings every sequence its own ∇S_i signal; the coefficients, which the forward has made known by
+then, are applied where each parameter's signal arrives (`entropy_fast.engines.capture`). Where they differ from token to
+token (`token_coefficients`), X and g take a backward each. Parameters that are used in ways no captured module knows get
+their gradients from two backwards a unit over the same graph, and are named in the result's notes.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class OnePassEngine:
         self._costs = CostModel.of(components.model, components.registry.module, components.device)
         self._reports: list[tuple[SweepReport, float]] = []  # and operations, of every sweep
         self._stored = 0
+        self._backwards = 1  # of the sweep that takes most
 
     @property
     def note(self) -> str | None:
@@ -69,6 +71,7 @@ class OnePassEngine:
             microbatches=max(report.microbatches for report in reports),
             largest_microbatch=largest,
             sweeps=len(reports),
+            backwards=self._backwards,
             prompt_forwards=self._capture.prompt_forwards,
             prompt_backwards=2 if self._capture.shares else 1,
             operations=sum(operations for _, operations in self._reports),
@@ -240,17 +243,17 @@ class OnePassEngine:
         return sums, stack
 
     def _project(
-        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, count: int, *, by_unit: bool
+        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, labels: str, *, by_unit: bool
     ) -> Tensor:
-        """``[N, count]`` ∇S_i · V, fp64 on the CPU, by one sweep of whole sequences."""
+        """``[N, K]`` every sequence's part in X or g, as the K ``labels`` say, projected; by one sweep of whole sequences."""
         device = self._components.device
-        values = torch.zeros(rollouts.n_sequences, count, dtype=torch.float64, device=device)
+        values = torch.zeros(rollouts.n_sequences, len(labels), dtype=torch.float64, device=device)
 
         def recorder(numbers: list[int]) -> SequenceProjections:
             return SequenceProjections(
                 lambda name, place: directions(name, numbers[place]),
                 rollouts.n_sequences,
-                count,
+                labels,
                 device,
                 by_unit=by_unit,
             )
@@ -263,7 +266,7 @@ class OnePassEngine:
             units,
             recorder,
             collect,
-            labels="XY"[:count],
+            labels=labels,
             stage="sequences",
             shared=False,
             start_again=values.zero_,
@@ -307,7 +310,17 @@ class OnePassEngine:
         scored = int(rollouts.response_lengths.sum())
         prefix = max(0, tokens - scored) if shared else 0
         forwards = min(capture.prompt_forwards, len(labels))
-        self._reports.append((report, costs.operations(prefix, tokens - prefix, scored, len(labels), forwards)))
+        self._backwards = max(self._backwards, capture.backwards(labels))
+        operations = costs.operations(
+            prefix,
+            tokens - prefix,
+            scored,
+            len(labels),
+            forwards,
+            backwards=capture.backwards(labels),
+            entropies=components.config.wants_token_entropies,
+        )
+        self._reports.append((report, operations))
 
     def _dots(self, gradients: UnitGradients, position: int, x_sum: GradientSum, y_sum: GradientSum) -> Tensor:
         """``[parameters, 3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""

@@ -71,12 +71,32 @@ class CostModel:
             full_rate_tokens=_FULL_RATE.get(device.type, _FULL_RATE_ELSEWHERE) // (4 if 2 * trained > linear else 1),
         )
 
-    def operations(self, prefix: int, tail: int, scored: int, labels: int, prompt_forwards: int = 1) -> float:
-        """Of one sweep over P, Q and M tokens with ``labels`` kinds of signal; attention scores are not counted."""
+    def operations(
+        self,
+        prefix: int,
+        tail: int,
+        scored: int,
+        labels: int,
+        prompt_forwards: int = 1,
+        *,
+        backwards: int = 1,
+        entropies: bool = False,
+    ) -> float:
+        """Of one sweep over P, Q and M tokens with ``labels`` kinds of signal; attention scores are not counted.
+
+        Args:
+            prefix: P.
+            tail: Q.
+            scored: M.
+            labels: 1 or 2, of X and Y.
+            prompt_forwards: how often the P tokens run forward.
+            backwards: through the Q tokens.
+            entropies: whether the output layer gives gradients of entropies beside those of log-probs.
+        """
         once = 2.0 * self.linear
-        responses = tail * (2 * once + 2.0 * labels * self.trained)
+        responses = tail * ((1 + backwards) * once + 2.0 * labels * self.trained)
         prompts = prefix * (prompt_forwards * once + labels * (once + 2.0 * self.trained))
-        return responses + prompts + 4.0 * scored * self.output
+        return responses + prompts + (6.0 if entropies else 4.0) * scored * self.output
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -99,7 +119,8 @@ class Plan:
         kernel_kept: whether every unit's gradients were kept, which gives the whole kernel.
         microbatches: in one sweep over the batch.
         largest_microbatch: tokens.
-        sweeps: over a batch, each one forward and one backward.
+        sweeps: over a batch, each one forward and one backward or more.
+        backwards: of a sweep: 2 where coefficients differ from token to token, once for X and once for Y.
         prompt_forwards: how often a sweep runs the tokens that a prompt's responses share forward: 2 where they stand in the
             row of the responses, once for X and once for Y.
         prompt_backwards: and how often backward.
@@ -115,6 +136,7 @@ class Plan:
     microbatches: int
     largest_microbatch: int
     sweeps: int
+    backwards: int
     prompt_forwards: int
     prompt_backwards: int
     operations: float
@@ -125,16 +147,17 @@ class Plan:
     def __str__(self) -> str:
         kept = "every unit's gradients kept" if self.kernel_kept else "a second sweep for projections"
         prompts = ""
-        if self.prompt_forwards > 1:
+        if self.backwards > 1:
+            prompts = "; coefficients differ from token to token, so X and Y take a backward each"
+        elif self.prompt_forwards > 1:
             prompts = ", with the prompts' tokens in it once for X and once for Y"
         elif self.prompt_backwards > 1:
             prompts = f" (and {self.prompt_backwards} through the prompts' tokens)"
         return (
             f"{self.way}; {self.captured}; {kept}; {self.microbatches} microbatch(es) of at most {self.largest_microbatch} "
-            f"tokens; {self.sweeps} sweep(s) of one forward and one backward{prompts}; about {self.operations / 1e9:.3g} "
-            f"billion operations, {_size(self.stored_bytes)} of gradients and {_size(self.activation_bytes)} of activations. "
-            + "; ".join(self.reasons)
-            + "."
+            f"tokens; {self.sweeps} sweep(s) of one forward and {_number(self.backwards)}{prompts}; about "
+            f"{self.operations / 1e9:.3g} billion operations, {_size(self.stored_bytes)} of gradients and "
+            f"{_size(self.activation_bytes)} of activations. " + "; ".join(self.reasons) + "."
         )
 
 
@@ -168,6 +191,10 @@ def cut(tokens: Sequence[int], limit: int) -> list[list[int]]:
 def _share(tokens: int, limit: int) -> float:
     """Tokens of each group when as few as can be are equal."""
     return tokens / max(1, -(-tokens // max(1, limit)))
+
+
+def _number(backwards: int) -> str:
+    return "one backward" if backwards == 1 else f"{backwards} backwards"
 
 
 def _size(count: int) -> str:

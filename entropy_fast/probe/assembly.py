@@ -28,6 +28,7 @@ from entropy_fast.statistics import two_batch_estimate, u_estimate
 __all__ = ["empty_response_message", "same_batch_result", "two_batch_result"]
 
 ADDS_UP = 1e-6  # relative; what shares may miss without a note
+OFF_POLICY = 0.01  # nats a token that the policy may have moved since sampling without a note
 
 
 def same_batch_result(
@@ -182,7 +183,7 @@ def _result(
         estimate="same_batch" if one_batch else "two_batch",
         engine=engine,
         geometry=components.preconditioner.geometry,
-        entropy_functional=ENTROPY_FUNCTIONAL[components.config.weighting],
+        entropy_functional=ENTROPY_FUNCTIONAL[components.config.entropy_estimator, components.config.weighting],
         unit=UNIT[components.config.weighting],
         x_dot_y=sums.x_dot_y,
         diagonal=sums.diagonal if isinstance(sums, KernelSums) else None,
@@ -220,6 +221,7 @@ def _notes(
         if message is not None:
             notes.append(message)
             warnings.warn(message, EntropyFastWarning, stacklevel=4)
+        notes.extend(_old_logprobs_messages(components, name, batch))
         flat = _prompts_without_spread(batch)
         if flat:
             notes.append(
@@ -265,6 +267,25 @@ def _sampling_message(name: str, batch: Rollouts) -> str | None:
             "entropy gradient is biased (about 20% at temperature 0.7)."
         )
     return None
+
+
+def _old_logprobs_messages(components: ProbeComponents, name: str, batch: Rollouts) -> list[str]:
+    """What has to be known where the rollouts say which policy sampled them."""
+    if batch.old_logprobs is None:
+        return []
+    messages = []
+    if components.config.importance_ratio == "none" and name != "entropy":
+        messages.append(f"{name}: old_logprobs are there and were not used; pass importance_ratio='token' to use them.")
+    if name != "update":
+        now = components.sequences["X"].sequence_logprobs
+        old = batch.old_logprobs.to(device="cpu", dtype=torch.float64).sum(1)  # 0 outside the responses
+        moved = float(((now - old).abs() / batch.response_lengths).mean())
+        if moved > OFF_POLICY:
+            messages.append(
+                f"{name}: log-probs are {moved:.3g} nats a token away from old_logprobs; the entropy gradient takes responses "
+                "as drawn from the current policy, and is biased where they were not."
+            )
+    return messages
 
 
 def _budget(batch: Rollouts) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from entropy_fast.config import ProbeConfig, Weighting
+from entropy_fast.config import EntropyEstimator, ProbeConfig, Weighting
 from entropy_fast.engines.coefficients import SequenceTable
 from entropy_fast.engines.directional_derivatives import DirectionalDerivatives
 from entropy_fast.engines.planner import Plan
@@ -22,10 +22,13 @@ __all__ = ["DeltaH1Result", "Diagnostics", "PromptContribution", "StandardError"
 
 Role = Literal["both", "entropy", "update"]
 
-ENTROPY_FUNCTIONAL: dict[Weighting, str] = {
-    "dr_grpo": "sequence entropy divided by L_max, leave-one-out score-function estimate",
-    "per_token": "E[w(1 - S)] with w = 1/L, leave-one-out score-function estimate",
-    "sequence": "sequence entropy, leave-one-out score-function estimate",
+ENTROPY_FUNCTIONAL: dict[tuple[EntropyEstimator, Weighting], str] = {
+    ("score_function", "dr_grpo"): "sequence entropy divided by L_max, leave-one-out score-function estimate",
+    ("score_function", "per_token"): "E[w(1 - S)] with w = 1/L, leave-one-out score-function estimate",
+    ("score_function", "sequence"): "sequence entropy, leave-one-out score-function estimate",
+    ("rao_blackwell", "dr_grpo"): "sequence entropy divided by L_max, Rao-Blackwell estimate from token entropies",
+    ("rao_blackwell", "per_token"): "mean entropy per response token, Rao-Blackwell estimate from token entropies",
+    ("rao_blackwell", "sequence"): "sequence entropy, Rao-Blackwell estimate from token entropies",
 }
 UNIT: dict[Weighting, str] = {
     "dr_grpo": "nats per token of generation budget",
@@ -129,7 +132,8 @@ class DeltaH1Result:
         column_sums: [M] (or [B_U]) Σ_n K_nm; None where the engine did not form X_sum.
         kernel: [M, M] K, None where the engine did not keep it.
         per_prompt: one record per unit, in batch order; entropy prompts alone where the update's shares are not known.
-        sequences: S_i, c_i and a_i by pass (``X``: entropy batch, ``Y``: update batch).
+        sequences: S_i, c_i and a_i by pass (``X``: entropy batch, ``Y``: update batch); where coefficients differ from token to
+            token, their means.
         config: the options it was computed with.
         diagnostics: what to know before believing it.
         derivatives: of every sequence's and token's log-prob along the update; None where the engine has only sums.

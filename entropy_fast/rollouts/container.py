@@ -52,6 +52,8 @@ class Rollouts:
         max_lengths: generation budget L_max in tokens, one number or [B] (prompts in order of first appearance). Omitted,
             the longest sampled response of each prompt stands in and the result says so: that choice makes the estimate
             slightly biased because the length weight then depends on the samples.
+        old_logprobs: [N, T] log-probs of the tokens, in nats at temperature 1, under the policy that sampled them (or whatever
+            policy importance ratios refer to), read at response tokens alone. Only ``importance_ratio="token"`` uses them.
         temperature, top_p: how the responses were sampled; None means unknown. They are recorded, never used for scoring.
         prompts: B prompt texts, for reports only.
         responses: N response texts, for reports only.
@@ -67,6 +69,7 @@ class Rollouts:
     advantages: Tensor | None = None
     rewards: Tensor | None = None
     max_lengths: Tensor | int | None = None
+    old_logprobs: Tensor | None = None
     temperature: float | None = None
     top_p: float | None = None
     prompts: Sequence[str] | None = None
@@ -94,6 +97,8 @@ class Rollouts:
             put("advantages", self._centre_by_group(self.rewards))
         if self.max_lengths is not None:
             put("max_lengths", validation.max_lengths(self.max_lengths, self._longest_response(), self.group_order))
+        if self.old_logprobs is not None:
+            put("old_logprobs", validation.token_logprobs("old_logprobs", self.old_logprobs, self.loss_mask))
         validation.check_sampling(self.temperature, self.top_p)
         for field, count, unit in (("prompts", self.n_prompts, "prompt"), ("responses", shape[0], "sequence")):
             if getattr(self, field) is not None:
@@ -107,8 +112,8 @@ class Rollouts:
         Args:
             batch: ``sequences`` [B, G, T] token ids, ``attention_masks`` [B, G, T], ``prompt_lens`` [B] (the *column* at
                 which responses start, that is the padded prompt width, not the number of prompt tokens), ``advantages``
-                [B, G] or ``rewards`` [B, G]; optional ``max_lengths`` [B], ``temperature``, ``top_p``, ``prompts`` (B
-                texts) and ``responses`` (B·G texts, prompt by prompt).
+                [B, G] or ``rewards`` [B, G]; optional ``max_lengths`` [B], ``old_logprobs`` [B, G, T], ``temperature``,
+                ``top_p``, ``prompts`` (B texts) and ``responses`` (B·G texts, prompt by prompt).
 
         Raises:
             RolloutsError: a key is missing or unknown, or a field does not fit.
@@ -177,10 +182,17 @@ class Rollouts:
             group_ids=self.group_ids[rows.to(self.group_ids.device)],
             advantages=pick(self.advantages),
             rewards=pick(self.rewards),
+            old_logprobs=pick(self.old_logprobs),
             max_lengths=self.length_budgets[kept] if self.max_lengths_given else None,
             prompts=None if self.prompts is None else [self.prompts[k] for k in kept],
             responses=None if self.responses is None else [self.responses[r] for r in rows.tolist()],
         )
+
+    def old_response_logprobs(self, rows: Tensor) -> Tensor:
+        """[M] ``old_logprobs`` of the response tokens of the given rows, row by row; fp64 on the CPU. There must be some."""
+        assert self.old_logprobs is not None
+        values, mask = (t[rows.to(t.device)].cpu() for t in (self.old_logprobs, self.loss_mask))
+        return values[mask == 1].to(torch.float64)
 
     def without_empty_responses(self) -> tuple[Rollouts, EmptyResponseReport]:
         """Leave out sequences with no response token, as if they had never been in the batch.

@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from entropy_fast.errors import RolloutsFileError
 
-__all__ = ["FIELDS", "Integers", "RowSource", "check_keys", "convert"]
+__all__ = ["FIELDS", "Floats", "Integers", "RowSource", "check_keys", "convert"]
 
 Integers = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 FIELDS = (
     "group_id", "input_ids", "loss_mask", "prompt_token_ids", "response_token_ids", "prompt", "response",
-    "advantage", "reward", "max_length", "temperature", "top_p",
+    "advantage", "reward", "max_length", "old_logprobs", "temperature", "top_p",
 )  # fmt: skip
 FORMS = (("input_ids", "loss_mask"), ("prompt_token_ids", "response_token_ids"), ("prompt", "response"))
 FORMS_TEXT = "`input_ids` + `loss_mask`, `prompt_token_ids` + `response_token_ids`, or `prompt` + `response` (texts)"
@@ -99,8 +100,8 @@ def convert(key: str, value: Any, source: RowSource, position: int) -> Any:
     """The value of ``key`` checked and in the type later stages use.
 
     Returns:
-        An int or str (group_id), an int (max_length), a float (advantage, reward, temperature, top_p), a str (texts) or
-        an int64 array [tokens] (token ids and the loss mask).
+        An int or str (group_id), an int (max_length), a float (advantage, reward, temperature, top_p), a str (texts), an
+        int64 array [tokens] (token ids and the loss mask) or a float64 array [response tokens] (old_logprobs).
 
     Raises:
         RolloutsFileError: the value has the wrong type or is out of range.
@@ -139,6 +140,21 @@ def _number(value: Any, fail: Fail) -> float:
     if not math.isfinite(number):
         fail("a finite number")
     return number
+
+
+def _logprobs(value: Any, fail: Fail) -> Floats:
+    if isinstance(value, np.ndarray):
+        numbers = value.astype(np.float64)
+    elif type(value) is list and set(map(type, value)) <= {float, int}:
+        try:
+            numbers = np.array(value, dtype=np.float64)
+        except OverflowError as error:
+            fail("numbers that fit 64-bit floats", error)
+    else:
+        fail("a list of numbers")
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
+        fail("a list of finite numbers")
+    return numbers
 
 
 def _text(value: Any, fail: Fail) -> str:
@@ -198,6 +214,7 @@ _CONVERTERS: dict[str, Callable[[Any, Fail], Any]] = {
     "advantage": _number,
     "reward": _number,
     "max_length": _max_length,
+    "old_logprobs": _logprobs,
     "temperature": _number,
     "top_p": _number,
 }
@@ -214,6 +231,7 @@ _FIXES = {
     "advantage": "write a finite number; for a group without reward spread the advantage is 0.",
     "reward": "write a finite number, or leave `reward` out of every row and give `advantage`.",
     "max_length": _OPTIONAL_FIX,
+    "old_logprobs": "write the log-prob (nats) of every response token, in order, or leave the key out of every row.",
     "temperature": _OPTIONAL_FIX,
     "top_p": _OPTIONAL_FIX,
 }

@@ -43,6 +43,9 @@ def write_jsonl(table: RolloutsTable, path: Path) -> None:
             values: dict[str, Any] = {key: column[row] for key, column in table.scalars.items()}
             values["input_ids"] = table.input_ids[tokens].tolist()
             values["loss_mask"] = table.loss_mask[tokens].tolist()
+            if table.old_logprobs is not None:
+                own = slice(table.response_offsets[row], table.response_offsets[row + 1])
+                values["old_logprobs"] = table.old_logprobs[own].tolist()
             file.write(json.dumps(values, allow_nan=False) + "\n")
 
 

@@ -15,7 +15,7 @@ __all__ = ["iterate_parquet", "write_parquet"]
 
 
 def iterate_parquet(source: RowSource) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 0, values by column) of every row; integer list cells come as arrays.
+    """(row number from 0, values by column) of every row; cells with lists of numbers come as arrays.
 
     Raises:
         RolloutsFileError: the file is not Parquet, is damaged, or has two columns of one name; pyarrow is missing.
@@ -50,17 +50,20 @@ def write_parquet(table: RolloutsTable, path: Path) -> None:
     # 64-bit offsets: a batch may hold more than 2^31 tokens.
     columns["input_ids"] = arrow.LargeListArray.from_arrays(table.offsets, table.input_ids)
     columns["loss_mask"] = arrow.LargeListArray.from_arrays(table.offsets, table.loss_mask.astype("int8"))
+    if table.old_logprobs is not None:
+        columns["old_logprobs"] = arrow.LargeListArray.from_arrays(table.response_offsets, table.old_logprobs)
     parquet.write_table(arrow.table(columns), path)
 
 
 def _cells(arrow: Any, column: Any) -> Sequence[Any]:
-    """The cells of a column: arrays for integer lists without nulls, plain Python values otherwise."""
+    """The cells of a column: arrays for lists of numbers without nulls, plain Python values otherwise."""
     cells: list[Any] = []
     for chunk in column.chunks:
         kind, kinds = chunk.type, arrow.types
         is_list = kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind)
-        # Through Python objects, integer lists would take minutes at 10^8 tokens.
-        if is_list and kinds.is_integer(kind.value_type) and not (chunk.null_count or chunk.flatten().null_count):
+        numbers = is_list and (kinds.is_integer(kind.value_type) or kinds.is_floating(kind.value_type))
+        # Through Python objects, lists would take minutes at 10^8 tokens.
+        if numbers and not (chunk.null_count or chunk.flatten().null_count):
             values = chunk.flatten().to_numpy(zero_copy_only=False)
             ends = arrow.compute.cumulative_sum(arrow.compute.list_value_length(chunk).cast("int64")).to_pylist()
             cells.extend(values[start:end] for start, end in zip([0, *ends], ends, strict=False))

@@ -13,7 +13,7 @@ import torch
 
 from entropy_fast.errors import MissingTokenizerError, RolloutsError
 from entropy_fast.rollouts.container import Rollouts
-from entropy_fast.rollouts.fields import Integers, RowSource, check_keys, convert
+from entropy_fast.rollouts.fields import Floats, Integers, RowSource, check_keys, convert
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,12 +33,16 @@ class RolloutsTable:
         input_ids: [total tokens] int64.
         loss_mask: [total tokens] int64, 0 or 1.
         scalars: the other columns by key, N values each, only those the rollouts have.
+        old_logprobs: [total response tokens] float64, row by row; None where the rollouts have none.
+        response_offsets: [N + 1] int64; those of row i are ``response_offsets[i]:response_offsets[i + 1]``.
     """
 
     offsets: Integers
     input_ids: Integers
     loss_mask: Integers
     scalars: Mapping[str, Sequence[int | float | str]]
+    old_logprobs: Floats | None
+    response_offsets: Integers
 
 
 def table_from_rollouts(rollouts: Rollouts) -> RolloutsTable:
@@ -46,6 +50,11 @@ def table_from_rollouts(rollouts: Rollouts) -> RolloutsTable:
     attended = rollouts.attention_mask.bool().cpu()
     offsets = np.zeros(rollouts.n_sequences + 1, dtype=np.int64)
     np.cumsum(attended.sum(-1).numpy(), out=offsets[1:])
+    response_offsets = np.zeros_like(offsets)
+    np.cumsum(rollouts.response_lengths.numpy(), out=response_offsets[1:])
+    old = None
+    if rollouts.old_logprobs is not None:
+        old = rollouts.old_response_logprobs(torch.arange(rollouts.n_sequences)).numpy()
     prompt_index = rollouts.prompt_index.tolist()
     assert rollouts.advantages is not None
     scalars: dict[str, Sequence[int | float | str]] = {
@@ -65,7 +74,12 @@ def table_from_rollouts(rollouts: Rollouts) -> RolloutsTable:
     if rollouts.responses is not None:
         scalars["response"] = list(rollouts.responses)
     return RolloutsTable(
-        offsets, rollouts.input_ids.cpu()[attended].numpy(), rollouts.loss_mask.cpu()[attended].numpy(), scalars
+        offsets,
+        rollouts.input_ids.cpu()[attended].numpy(),
+        rollouts.loss_mask.cpu()[attended].numpy(),
+        scalars,
+        old,
+        response_offsets,
     )
 
 
@@ -113,6 +127,7 @@ class _Columns:
             "attention_mask": attention_mask,
             "loss_mask": loss_mask,
             "group_ids": torch.tensor(groups, dtype=torch.int64),
+            "old_logprobs": self._old_logprobs(loss_mask),
             "max_lengths": None if max_lengths is None else torch.tensor(max_lengths, dtype=torch.int64),
             "temperature": self._constant("temperature"),
             "top_p": self._constant("top_p"),
@@ -155,6 +170,21 @@ class _Columns:
                     fix="start the prompt with at least one token, such as the BOS token.",
                 )  # fmt: skip
         return tokens, masks
+
+    def _old_logprobs(self, loss_mask: torch.Tensor) -> torch.Tensor | None:
+        """[N, T] in the columns of the response tokens."""
+        if "old_logprobs" not in self.values:
+            return None
+        given: list[Floats] = self.values["old_logprobs"]
+        for row, (values, count) in enumerate(zip(given, loss_mask.sum(1).tolist(), strict=True)):
+            if len(values) != count:
+                self._fail(
+                    row, f"`old_logprobs` has {len(values)} entries, and the response has {count} tokens.",
+                    fix="write one log-prob per response token, none for the prompt.",
+                )  # fmt: skip
+        table = torch.zeros(loss_mask.shape, dtype=torch.float64)
+        table[loss_mask == 1] = torch.from_numpy(np.concatenate(given))
+        return table
 
     def _tokenise(self, tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[Integers], list[Integers]]:
         if tokenizer is None:

@@ -12,7 +12,19 @@ from torch import Tensor
 from entropy_fast.errors import RolloutsError
 
 PADDED_REQUIRED = ("sequences", "attention_masks", "prompt_lens")
-PADDED_OPTIONAL = ("advantages", "rewards", "max_lengths", "temperature", "top_p", "prompts", "responses")
+PADDED_OPTIONAL = (
+    "advantages",
+    "rewards",
+    "old_logprobs",
+    "max_lengths",
+    "temperature",
+    "top_p",
+    "prompts",
+    "responses",
+)
+
+# Log-probs of tokens that are all but certain come out of 16-bit samplers a little above 0.
+LARGEST_LOGPROB = 1e-2
 
 
 def as_tensor(field: str, value: Any) -> Tensor:
@@ -100,6 +112,32 @@ def float_vector(field: str, value: Any, length: int, meaning: str) -> Tensor:
             fix="a group with zero reward spread divided by its standard deviation gives NaN: use 0 there.",
         )
     return tensor
+
+
+def token_logprobs(field: str, value: Any, loss_mask: Tensor) -> Tensor:
+    """[N, T] log-probs in fp64, or fp32 where given as fp32 or narrower; 0 outside the loss mask, whatever was there."""
+    tensor = as_tensor(field, value)
+    if tensor.shape != loss_mask.shape:
+        raise RolloutsError(
+            f"Rollouts: `{field}` has shape {list(tensor.shape)}, but input_ids is {list(loss_mask.shape)}.",
+            fix="give one log-prob per token, in the column of the token; what stands over prompt and padding is not read.",
+        )
+    if not tensor.is_floating_point():
+        raise RolloutsError(
+            f"Rollouts: `{field}` has dtype {tensor.dtype}; expected floating-point log-probs.",
+            fix="pass nats, not ids.",
+        )
+    wide = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+    kept = torch.where(loss_mask.to(wide.device) == 1, wide, 0.0)
+    bad = ~torch.isfinite(kept) | (kept > LARGEST_LOGPROB)
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise RolloutsError(
+            f"Rollouts: `{field}` is {float(kept[row, column])} at row {row}, column {column}, a response token; expected a "
+            "log-prob: finite, and not above 0.",
+            fix="pass log-probs in nats (not probabilities) of the sampled tokens, each in its token's own column.",
+        )
+    return kept
 
 
 def max_lengths(value: Any, longest: Tensor, group_order: Sequence[int]) -> Tensor:
@@ -206,7 +244,15 @@ def unpack_padded_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
                     fix="give one number per response.",
                 )
             fields[key] = value.reshape(b * g)
-    fields.update({key: batch[key] for key in PADDED_OPTIONAL[2:] if batch.get(key) is not None})
+    if batch.get("old_logprobs") is not None:
+        value = as_tensor("old_logprobs", batch["old_logprobs"])
+        if value.shape != (b, g, t):
+            raise RolloutsError(
+                f"Rollouts.from_dict: `old_logprobs` has shape {list(value.shape)}; expected [B, G, T] = [{b}, {g}, {t}].",
+                fix="give one log-prob per token, in the token's own column.",
+            )
+        fields["old_logprobs"] = value.reshape(b * g, t)
+    fields.update({key: batch[key] for key in PADDED_OPTIONAL[3:] if batch.get(key) is not None})
     return fields
 
 

@@ -23,6 +23,10 @@ class ProbeSettings:
     """The options of the probe that a folder was made with (see `ProbeConfig`)."""
 
     weighting: str = "dr_grpo"
+    entropy_estimator: str = "score_function"
+    importance_ratio: str = "none"
+    clip: float | None = None
+    clip_high: float | None = None
     mode: str = "exact"
     blocks: int | None = None
     prompts_per_microbatch: int | None = None

@@ -88,8 +88,12 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
     Derivatives of single tokens, which would be most of the file, are left out.
     """
     fields = {f.name: _plain(getattr(result, f.name)) for f in dataclasses.fields(result)}
-    if fields["derivatives"] is not None:
-        del fields["derivatives"]["tokens"]
+    if result.derivatives is not None:
+        of_sequences = {
+            "sequences": result.derivatives.sequences,
+            "sequence_shares": result.derivatives.sequence_shares,
+        }
+        fields["derivatives"] = _plain(of_sequences)
     interval = result.interval(0.95)
     return {
         "schema": RESULT_SCHEMA,

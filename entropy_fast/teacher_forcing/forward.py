@@ -25,12 +25,17 @@ class ForwardResult:
         response_lengths: [n] int64.
         logits: [n, k, V] what the model returned (columns ``first_scored - 1`` .. T - 2); the hidden states [n, k, H] of
             those columns where the output layer was not run by the model.
+        scored: [n, T - 1] bool, whether the token in column t + 1 is one of the response.
+        token_entropies: [n, T - 1] entropy of the distribution that the token in column t + 1 was drawn from, nats; 0 outside
+            the loss mask; None unless wanted.
     """
 
     sequence_logprobs: Tensor
     token_logprobs: Tensor
     response_lengths: Tensor
     logits: Tensor
+    scored: Tensor
+    token_entropies: Tensor | None = None
 
 
 def model_logits(module: nn.Module, batch: PackedBatch) -> Tensor:
@@ -73,7 +78,7 @@ def model_logits(module: nn.Module, batch: PackedBatch) -> Tensor:
     return logits[:, -(n_columns + 1) : -1]
 
 
-def align_logprobs(logits: Tensor, batch: PackedBatch) -> ForwardResult:
+def align_logprobs(logits: Tensor, batch: PackedBatch, *, want_entropies: bool = False) -> ForwardResult:
     """Log-probs of the response tokens and their sums per sequence.
 
     Accumulates in fp32, or in the dtype of the logits where that is wider.
@@ -81,17 +86,20 @@ def align_logprobs(logits: Tensor, batch: PackedBatch) -> ForwardResult:
     Args:
         logits: [n, T - first_scored, V] from `model_logits`.
         batch: the sequences those logits belong to.
+        want_entropies: whether the entropy at every response token is computed too.
 
     Raises:
         GraphDetachedError: a log-prob is NaN, so no gradient means anything.
     """
     start = batch.first_scored
     scored = batch.loss_mask[:, start:] == 1
-    values = token_logprobs(logits[scored], batch.input_ids[:, start:][scored]).logprob
-    return result_of_values(values, scored, logits, batch)
+    found = token_logprobs(logits[scored], batch.input_ids[:, start:][scored], want_entropy=want_entropies)
+    return result_of_values(found.logprob, scored, logits, batch, found.entropy)
 
 
-def result_of_values(values: Tensor, scored: Tensor, logits: Tensor, batch: PackedBatch) -> ForwardResult:
+def result_of_values(
+    values: Tensor, scored: Tensor, logits: Tensor, batch: PackedBatch, entropies: Tensor | None = None
+) -> ForwardResult:
     """Token log-probs back in their places, and summed by sequence.
 
     Args:
@@ -99,6 +107,7 @@ def result_of_values(values: Tensor, scored: Tensor, logits: Tensor, batch: Pack
         scored: [n, T - first_scored] bool, which tokens were scored.
         logits: what the log-probs were taken from.
         batch: the sequences.
+        entropies: [number of scored tokens] entropies, likewise; None where they were not computed.
 
     Raises:
         GraphDetachedError: a log-prob is NaN, so no gradient means anything.
@@ -106,14 +115,20 @@ def result_of_values(values: Tensor, scored: Tensor, logits: Tensor, batch: Pack
     n, width = batch.input_ids.shape
     start = batch.first_scored
     refuse_nan(values)
-    # masked_scatter and a row sum, not index_add: that one is not deterministic on CUDA.
-    tokens = values.new_zeros(n, width - 1)
-    tokens = torch.cat([tokens[:, : start - 1], tokens[:, start - 1 :].masked_scatter(scored, values)], dim=1)
+
+    def in_place(found: Tensor) -> Tensor:
+        # masked_scatter and a row sum, not index_add: that one is not deterministic on CUDA.
+        table = found.new_zeros(n, width - 1)
+        return torch.cat([table[:, : start - 1], table[:, start - 1 :].masked_scatter(scored, found)], dim=1)
+
+    tokens = in_place(values)
     return ForwardResult(
         sequence_logprobs=tokens.sum(-1),
         token_logprobs=tokens,
         response_lengths=batch.loss_mask.sum(-1),
         logits=logits,
+        scored=batch.loss_mask[:, 1:] == 1,
+        token_entropies=None if entropies is None else in_place(entropies),
     )
 
 

@@ -109,7 +109,7 @@ def find_output_layer(module: nn.Module, *, trained: bool = False) -> OutputLaye
     return OutputLayer(base.base_model, head.weight, head.bias, softcap)
 
 
-def hidden_logprobs(layer: OutputLayer, batch: PackedBatch) -> ForwardResult:
+def hidden_logprobs(layer: OutputLayer, batch: PackedBatch, *, want_entropies: bool = False) -> ForwardResult:
     """As `align_logprobs` of `model_logits`, with logits of response tokens alone, a block at a time.
 
     Raises:
@@ -118,10 +118,15 @@ def hidden_logprobs(layer: OutputLayer, batch: PackedBatch) -> ForwardResult:
     start = batch.first_scored
     hidden = hidden_states(layer, batch)
     scored = batch.loss_mask[:, start:] == 1
-    values = linear_token_logprobs(
-        hidden[scored], layer.weight, batch.input_ids[:, start:][scored], bias=layer.bias, softcap=layer.softcap
-    ).logprob
-    return result_of_values(values, scored, hidden, batch)
+    found = linear_token_logprobs(
+        hidden[scored],
+        layer.weight,
+        batch.input_ids[:, start:][scored],
+        bias=layer.bias,
+        softcap=layer.softcap,
+        want_entropy=want_entropies,
+    )
+    return result_of_values(found.logprob, scored, hidden, batch, found.entropy)
 
 
 def hidden_states(layer: OutputLayer, batch: PackedBatch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from small_policy import saved_model, saved_run
 
-from entropy_fast import fast_delta_h1, read_rollouts
+from entropy_fast import fast_delta_h1, read_rollouts, write_rollouts
 from entropy_fast.cli.app import run
 from entropy_fast.run_folder.model_source import ModelSource, attach_adapter, load_model
 
@@ -73,6 +74,25 @@ def test_options_go_over_the_run_folder(folder):
     assert changed["delta_h1"] != direct(folder).delta_h1
 
 
+def test_estimator_and_importance_ratios(folder, tmp_path):
+    command = ["probe", str(folder), "--no-picture", "--out", str(folder / "o")]
+    assert run([*command, "--entropy-estimator", "rao_blackwell"]) == 0
+    document = json.loads((folder / "o" / "result.json").read_text())
+    assert "Rao-Blackwell" in document["entropy_functional"]
+    assert document["config"]["clip_range"] is None
+    rollouts = read_rollouts(folder / "rollouts.jsonl")
+    old = torch.where(rollouts.loss_mask == 1, -1.0, 0.0)
+    write_rollouts(dataclasses.replace(rollouts, old_logprobs=old), tmp_path / "sampled.jsonl")
+    command += ["--rollouts", str(tmp_path / "sampled.jsonl"), "--importance-ratio", "token"]
+    changes = []
+    for clip in ([], ["--clip", "0.2"], ["--clip", "0.2", "--clip-high", "0.3"]):
+        assert run([*command, *clip]) == 0
+        document = json.loads((folder / "o" / "result.json").read_text())
+        changes.append((document["config"]["clip_range"], document["delta_h1"]))
+    assert [clip for clip, _ in changes] == [None, [0.2, 0.2], [0.2, 0.3]]
+    assert changes[0][1] != changes[1][1]
+
+
 def test_shares_of_sequences(folder, capsys):
     out = folder / "o"
     command = ["probe", str(folder), "--no-picture", "--out", str(out), "--engine", "one_pass"]
@@ -117,10 +137,8 @@ def test_two_batches(folder):
     forward = json.loads((folder / "jvp" / "result.json").read_text())
     assert forward["delta_h1"] == pytest.approx(document["delta_h1"], rel=1e-4)
     assert forward["column_sums"] is None
-    shares = [
-        w * s for w, s in zip(forward["derivatives"]["weights"], forward["derivatives"]["sequences"], strict=True)
-    ]
-    assert sum(shares) == pytest.approx(forward["delta_h1"], rel=1e-9)
+    assert len(forward["derivatives"]["sequences"]) == len(forward["derivatives"]["sequence_shares"])
+    assert sum(forward["derivatives"]["sequence_shares"]) == pytest.approx(forward["delta_h1"], rel=1e-9)
     assert "tokens" not in forward["derivatives"]
 
 
@@ -193,6 +211,10 @@ def test_sample_then_probe(folder, tmp_path):
         (["probe", "--out", "o", "--model", "m"], "--optimizer, --rollouts is missing"),
         (["probe", "RUN", "--engine", "warp"], "engine is 'warp'"),
         (["probe", "RUN", "--weighting", "none"], "`weighting` is 'none'"),
+        (["probe", "RUN", "--entropy-estimator", "none"], "`entropy_estimator` is 'none'"),
+        (["probe", "RUN", "--importance-ratio", "token"], "needs the update batch's `old_logprobs`"),
+        (["probe", "RUN", "--clip", "0.2"], "clip_range=(0.2, 0.2) with importance_ratio='none'"),
+        (["probe", "RUN", "--clip-high", "0.2"], "clip_high is given without clip"),
         (["probe", "RUN", "--learning-rate", "0"], "learning rate"),
         (["probe", "RUN", "--blocks", "99"], "blocks=99"),
         (["probe", "RUN", "--rollouts", "missing.jsonl"], "missing.jsonl"),

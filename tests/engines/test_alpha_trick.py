@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from entropy_fast import DeltaH1Result
 from entropy_fast.engines import alpha_trick
 from entropy_fast.engines.alpha_trick import alpha_projections
+from entropy_fast.engines.coefficients import Coefficients
 from entropy_fast.errors import CheckpointingError, GradientCoverageError, GraphDetachedError
 from entropy_fast.teacher_forcing import ForwardResult
 
@@ -162,6 +163,9 @@ def test_a_silent_operation_beside_the_trained_path_is_found_out() -> None:
         case.probe(conditional_variance="alpha").run_mixed_probe(entropy, case.rollouts)
 
 
+OPPOSITE = Coefficients(torch.tensor([0.5, -0.5]).double(), torch.zeros(2).double())
+
+
 def test_a_gradient_without_graph_among_others_is_counted() -> None:
     straight, behind = (
         torch.randn(3, 5, generator=torch.Generator().manual_seed(s)).requires_grad_(True) for s in (1, 2)
@@ -169,12 +173,10 @@ def test_a_gradient_without_graph_among_others_is_counted() -> None:
     x = torch.randn(2, 1, 3, generator=torch.Generator().manual_seed(3))
     logits = x @ straight + SilentlyOnce.apply(x @ behind)
     token = torch.log_softmax(logits, -1)[..., 0]
-    forward = ForwardResult(token.sum(-1), token, torch.tensor([1, 1]), logits)
+    forward = ForwardResult(token.sum(-1), token, torch.tensor([1, 1]), logits, torch.ones(2, 1).bool())
     y_mean = [torch.ones(3, 5), torch.ones(3, 5)]
     with pytest.raises(GraphDetachedError, match="carries no graph for 1 of 2 parameters"):
-        alpha_projections(
-            forward, torch.tensor([0.5, -0.5]), torch.tensor([0, 0]), [straight, behind], y_mean, strict=False
-        )
+        alpha_projections(forward, OPPOSITE, torch.tensor([0, 0]), [straight, behind], y_mean, strict=False)
 
 
 def toy(cut: str | None) -> tuple[ForwardResult, list[Tensor]]:
@@ -186,17 +188,17 @@ def toy(cut: str | None) -> tuple[ForwardResult, list[Tensor]]:
     token = torch.log_softmax(scored, -1)[..., 0]
     if cut == "between":
         token = token + x.sum(-1)  # S has a graph all the same
-    return ForwardResult(token.sum(-1), token, torch.tensor([1, 1]), logits), [weight]
+    return ForwardResult(token.sum(-1), token, torch.tensor([1, 1]), logits, torch.ones(2, 1).bool()), [weight]
 
 
 @pytest.mark.parametrize(("cut", "message"), [("inside", "there, so"), ("between", "missing or zero")])
 def test_no_parameter_reached_says_whether_the_logits_are(cut: str, message: str) -> None:
     forward, parameters = toy(cut)
-    entropy, prompt = torch.tensor([0.5, -0.5]), torch.tensor([0, 0])
+    prompt = torch.tensor([0, 0])
     with pytest.raises(GradientCoverageError, match=f"none of the 1 trainable.*logits is {message}"):
-        alpha_projections(forward, entropy, prompt, parameters, [torch.ones(3, 5)], strict=False)
+        alpha_projections(forward, OPPOSITE, prompt, parameters, [torch.ones(3, 5)], strict=False)
     whole, parameters = toy(None)
-    assert alpha_projections(whole, entropy, prompt, parameters, [torch.ones(3, 5)], strict=False).n_with_gradient == 1
+    assert alpha_projections(whole, OPPOSITE, prompt, parameters, [torch.ones(3, 5)], strict=False).n_with_gradient == 1
 
 
 def test_no_parameter_reached_in_a_real_model() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -38,19 +40,34 @@ class TestUnitGradients:
 class TestSequenceProjections:
     """Two sequences of one unit and one of another, in a line of tokens; V differs between units."""
 
-    def projections(self, *shape: int) -> tuple[SequenceProjections, torch.Tensor]:
+    RUNS: ClassVar = [(0, 0, 3), (1, 3, 5)]
+    SEQUENCE = torch.tensor([0, 0, 1, 2, 2])
+    COEFFICIENTS = torch.tensor([[2.0, 2.0, 0.5, -1.0, -1.0], [3.0, 3.0, 0.0, 0.25, 7.0]]).double()
+
+    def projections(self, *shape: int, labels: str = "X") -> tuple[SequenceProjections, torch.Tensor]:
         directions = torch.randn(2, *shape, dtype=torch.float64)
-        found = SequenceProjections(lambda _, unit: (directions[unit],), 4, 1, torch.device("cpu"), by_unit=True)
-        found.start(torch.tensor([3, 0, 2]))
-        found.expect_packed(
-            [(0, 0, 3), (1, 3, 5)], torch.ones(2, 5, dtype=torch.float64), torch.tensor([0, 0, 1, 2, 2])
+        found = SequenceProjections(
+            lambda _, unit: (directions[unit],) * len(labels), 4, labels, torch.device("cpu"), by_unit=True
         )
+        found.start(torch.tensor([3, 0, 2]))
+        found.expect_packed(self.RUNS, self.COEFFICIENTS, self.SEQUENCE)
         return found, directions
 
-    def expected(self, by_token: torch.Tensor) -> torch.Tensor:
-        values = by_token.new_zeros(4, 1)
-        values[3, 0], values[0, 0], values[2, 0] = by_token[:2].sum(), by_token[2], by_token[3:].sum()
+    def expected(self, by_token: torch.Tensor, label: int = 0) -> torch.Tensor:
+        values, weighted = by_token.new_zeros(4, 1), by_token * self.COEFFICIENTS[label]
+        values[3, 0], values[0, 0], values[2, 0] = weighted[:2].sum(), weighted[2], weighted[3:].sum()
         return values
+
+    def test_every_direction_has_its_label_s_coefficients(self) -> None:
+        left, right = torch.randn(1, 5, 3).double(), torch.randn(1, 5, 4).double()
+        found, directions = self.projections(3, 4, labels="XY")
+        by_token = torch.einsum("ta,tab,tb->t", left[0], directions[[0, 0, 0, 1, 1]], right[0])
+        found.product("w", left, right)
+        # A backward for one label alone adds nothing to the other.
+        found.expect_packed(self.RUNS, self.COEFFICIENTS * torch.tensor([[0.0], [1.0]]), self.SEQUENCE)
+        found.product("w", left, right)
+        x, g = (self.expected(by_token, label) for label in range(2))
+        torch.testing.assert_close(found.values, torch.cat([x, 2 * g], 1))
 
     def test_products_from_either_side(self) -> None:
         for rows, columns in ((3, 7), (7, 3)):

@@ -56,9 +56,9 @@ def visit(stack: GradientStack, numbers: list[int], value: float, name: str = "a
     gradients = UnitGradients(dict(zip(NAMES, parameters(), strict=True)), len(numbers), stack.storage(numbers))
     for place, number in enumerate(numbers):
         shape = (2, 3) if name == "a" else (4,)
-        gradients.put(name, Term(place, 0, torch.ones(1)), torch.full(shape, value + number, dtype=torch.float64))
+        gradients.put(name, Term(place, 0, 0, torch.ones(1)), torch.full(shape, value + number, dtype=torch.float64))
         gradients.put(
-            name, Term(place, 1, torch.ones(1)), torch.full(shape, 10 * (value + number), dtype=torch.float64)
+            name, Term(place, 1, 1, torch.ones(1)), torch.full(shape, 10 * (value + number), dtype=torch.float64)
         )
     if complete:
         stack.collect(numbers, gradients)

@@ -108,6 +108,8 @@ def test_operations() -> None:
     # In the row of the responses a prompt runs forward for each of them, too.
     assert costs.operations(1, 0, 0, 2, prompt_forwards=2) == 2 * (200 + 200 + 60)
     assert costs.operations(2, 5, 3, 2) == 2 * 720 + 5 * 520 + 84
+    # Where coefficients differ from token to token: a backward for X and one for Y.
+    assert costs.operations(0, 5, 3, 2, backwards=2, entropies=True) == 5 * 720 + 3 * 42
 
 
 def test_a_plan_in_words() -> None:
@@ -118,6 +120,7 @@ def test_a_plan_in_words() -> None:
         microbatches=6,
         largest_microbatch=1234,
         sweeps=1,
+        backwards=1,
         prompt_forwards=1,
         prompt_backwards=2,
         operations=5.5e9,
@@ -134,5 +137,7 @@ def test_a_plan_in_words() -> None:
     assert "a second sweep for projections; 6" in str(Plan(**others))
     assert "one backward; about" in str(Plan(**others))
     assert "1.5 MiB of gradients" in str(Plan(**others))
+    by_token = {**vars(plan), "backwards": 2}
+    assert "one forward and 2 backwards; coefficients differ from token to token" in str(Plan(**by_token))
     in_row = {**vars(plan), "prompt_forwards": 2}
     assert "one backward, with the prompts' tokens in it once for X and once for Y; about" in str(Plan(**in_row))

@@ -127,26 +127,30 @@ def test_derivatives_at_the_output_layer(
     of_weight = draw(vocabulary, width, seed=6) if trained in ("weight", "both") else None
     of_bias = draw(vocabulary, seed=7) if trained in ("bias", "both") else None
 
-    def logprobs(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return reference.linear_token_logprobs(h, w, targets, bias=b, softcap=softcap).logprob
+    def values(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        found = reference.linear_token_logprobs(h, w, targets, bias=b, softcap=softcap, want_entropy=True)
+        assert found.entropy is not None
+        return found.logprob, found.entropy
 
     directions = (
         of_hidden,
         *(torch.zeros_like(t) if d is None else d for t, d in ((weight, of_weight), (bias, of_bias))),
     )
-    expected, derivative = torch.func.jvp(logprobs, (hidden, weight, bias), directions)
+    expected, derivatives = torch.func.jvp(values, (hidden, weight, bias), directions)
     layer = OutputLayer(nn.Identity(), weight, bias, softcap)
     with rules():
         dual = forward_ad.make_dual(hidden, of_hidden)
-        value, along = output.derivatives_of_hidden(dual, layer, targets, of_weight, of_bias)
+        results = [output.derivatives_of_hidden(dual, layer, targets, of_weight, of_bias, want_entropies=True)]
+        without = output.derivatives_of_hidden(dual, layer, targets, of_weight, of_bias, want_entropies=False)
         if softcap is None:
             pairs = ((weight, of_weight), (bias, of_bias))
             logits = F.linear(dual, *(t if d is None else forward_ad.make_dual(t, d) for t, d in pairs))
-            again = output.derivatives_of_logits(logits, targets)
-            torch.testing.assert_close(again[1], derivative, rtol=1e-11, atol=1e-11)
-            torch.testing.assert_close(again[0], expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(along, derivative, rtol=1e-11, atol=1e-11)
+            results.append(output.derivatives_of_logits(logits, targets, want_entropies=True))
+    for found in results:
+        torch.testing.assert_close((found.logprobs, found.entropies), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close((found.of_logprobs, found.of_entropies), derivatives, rtol=1e-11, atol=1e-11)
+    assert (without.entropies, without.of_entropies) == (None, None)
+    torch.testing.assert_close(without.of_logprobs, derivatives[0], rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -105,6 +105,7 @@ def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int
     answers = torch.tensor(draw_integers(0, 9, b * g * width), dtype=torch.int64).reshape(b, g, width)
     sequences = torch.cat([prompts, answers], -1)
     advantages = torch.arange(float(b * g)).reshape(b, g)
+    old = -torch.arange(float(b * g * (prompt + width))).reshape(b, g, -1)
     common: dict[str, Any] = {
         "max_lengths": torch.full((b,), width + 1),
         "temperature": 0.7,
@@ -114,7 +115,7 @@ def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int
     }
     padded = Rollouts.from_dict(
         {"sequences": sequences, "attention_masks": masks, "prompt_lens": torch.full((b,), prompt)}
-        | {"advantages": advantages, **common}
+        | {"advantages": advantages, "old_logprobs": old, **common}
     )
     rows: dict[str, Any] = {
         "input_ids": [],
@@ -122,6 +123,7 @@ def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int
         "loss_mask": [],
         "group_ids": [],
         "advantages": [],
+        "old_logprobs": [],
     }
     for i in range(b):
         for j in range(g):
@@ -130,6 +132,7 @@ def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int
             rows["loss_mask"].append([0] * prompt + masks[i, j].tolist()[prompt:])
             rows["group_ids"].append(i)
             rows["advantages"].append(float(advantages[i, j]))
+            rows["old_logprobs"].append(old[i, j].tolist())
     flat = Rollouts(**rows, **common)
     for field in (*rows, "max_lengths"):
         assert torch.equal(getattr(padded, field), getattr(flat, field)), field
@@ -158,6 +161,7 @@ def test_selected_rows_carry_everything_of_theirs(rows: list[tuple[int, int]], p
     whole = build(
         groups, lengths, rewards=torch.arange(float(n)) * 10, max_lengths=[budgets[group] for group in order],
         prompts=[f"prompt {group}" for group in order], responses=[f"response {row}" for row in range(n)], top_p=0.5,
+        old_logprobs=-torch.rand(n, 2 + max(lengths)),
     )  # fmt: skip
     chosen = [pick % n for pick in picks]
     index = torch.tensor(chosen)
@@ -168,13 +172,24 @@ def test_selected_rows_carry_everything_of_theirs(rows: list[tuple[int, int]], p
     part = whole.select_rows(index)
     kept = list(dict.fromkeys(groups[row] for row in chosen))
     assert part.group_order == tuple(kept)
-    for field in ("input_ids", "attention_mask", "loss_mask", "group_ids", "advantages", "rewards"):
+    for field in ("input_ids", "attention_mask", "loss_mask", "group_ids", "advantages", "rewards", "old_logprobs"):
         assert torch.equal(getattr(part, field), getattr(whole, field)[chosen]), field
     assert part.length_budgets.tolist() == [budgets[group] for group in kept]
     assert part.max_lengths_given
     assert part.prompts == tuple(f"prompt {group}" for group in kept)
     assert part.responses == tuple(f"response {row}" for row in chosen)
     assert part.top_p == 0.5
+
+
+def test_old_log_probs_are_read_at_response_tokens_alone() -> None:
+    """Samplers leave anything over prompt and padding."""
+    nan = float("nan")
+    rollouts = build(
+        [0, 0, 1], [2, 1, 3], old_logprobs=[[nan, nan, -1, -2, nan], [nan, 9, -3, nan, nan], [9, 9, -4, -5, -6]]
+    )
+    assert rollouts.old_logprobs.dtype == torch.float32
+    assert rollouts.old_response_logprobs(torch.tensor([2, 0])).tolist() == [-4, -5, -6, -1, -2]
+    assert rollouts.old_logprobs.sum(1).tolist() == [-3, -3, -15]
 
 
 def test_a_budget_that_was_not_given_is_not_invented_by_selecting() -> None:

@@ -104,6 +104,16 @@ FIELDS: list[tuple[str, Any, str, str]] = [
     ),
     ("max_lengths", torch.tensor([2.0, 2.0]), "`max_lengths` has dtype torch.float32", "cast it to int64"),
     ("max_lengths", True, "`max_lengths` has shape []", "flat tensor of 2 entries"),
+    (
+        "old_logprobs",
+        torch.zeros(3, 2),
+        "`old_logprobs` has shape [3, 2], but input_ids is [3, 4]",
+        "column of the token",
+    ),
+    ("old_logprobs", ONES, "`old_logprobs` has dtype torch.int64", "pass nats"),
+    ("old_logprobs", ONES * 0.5, "`old_logprobs` is 0.5 at row 0, column 2", "not probabilities"),
+    ("old_logprobs", ONES * NAN, "`old_logprobs` is nan at row 0, column 2", "in nats"),
+    ("old_logprobs", ONES * -float("inf"), "`old_logprobs` is -inf at row 0, column 2", "in nats"),
     ("temperature", 0.0, "`temperature` is 0.0; expected a number above 0", "greedy decoding gives no estimate"),
     ("temperature", -1, "`temperature` is -1", "temperature the sampler used"),
     ("temperature", NAN, "`temperature` is nan", "temperature the sampler used"),
@@ -165,8 +175,14 @@ PADDED: list[tuple[str, Any, str, str]] = [
     ("prompt_lens", torch.tensor([1, 4]), "`prompt_lens` is [1, 4]", "the column at which responses start"),
     ("advantages", torch.zeros(4), "`advantages` has shape [4]; expected [B, G] = [2, 2]", "one number per response"),
     ("rewards", torch.zeros(2, 3), "`rewards` has shape [2, 3]; expected [B, G] = [2, 2]", "one number per response"),
+    (
+        "old_logprobs",
+        torch.zeros(4, 3),
+        "`old_logprobs` has shape [4, 3]; expected [B, G, T] = [2, 2, 3]",
+        "own column",
+    ),
     ("advantages", None, "neither `advantages` nor `rewards`", "rewards [N]"),
-    ("reward", torch.zeros(2, 2), "has unknown keys ['reward']", "optional: advantages, rewards, max_lengths"),
+    ("reward", torch.zeros(2, 2), "has unknown keys ['reward']", "optional: advantages, rewards, old_logprobs"),
     ("max_lengths", torch.tensor([1, 2]), "`max_lengths` is 1 for prompt 0", "max new tokens"),
 ]
 

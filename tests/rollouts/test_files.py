@@ -44,6 +44,11 @@ def assert_same(found: Rollouts, expected: Rollouts) -> None:
             assert torch.equal(value.view(torch.int64), other.double().view(torch.int64)), field
     assert found.max_lengths_given == expected.max_lengths_given
     assert found.length_budgets.tolist() == expected.length_budgets.tolist()
+    assert (found.old_logprobs is None) == (expected.old_logprobs is None)
+    if expected.old_logprobs is not None:
+        rows = torch.arange(expected.n_sequences)
+        assert found.old_logprobs.dtype == torch.float64
+        assert torch.equal(found.old_response_logprobs(rows), expected.old_response_logprobs(rows))
     for field in ("temperature", "top_p", "prompts", "responses"):
         assert getattr(found, field) == getattr(expected, field), field
 
@@ -74,6 +79,9 @@ def any_rollouts(draw: st.DrawFn) -> Rollouts:
     numbers = st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=n, max_size=n).map(
         lambda values: torch.tensor(values, dtype=dtype) / (3 if dtype == torch.float64 else 1)
     )
+    logprobs = st.lists(st.floats(-1e3, 0, width=32), min_size=n * width, max_size=n * width).map(
+        lambda values: torch.tensor(values, dtype=dtype).view(n, width) / (3 if dtype == torch.float64 else 1)
+    )
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
     return Rollouts(
         torch.tensor([padded(left, ids, pad) for left, ids, _ in rows]),
@@ -83,6 +91,7 @@ def any_rollouts(draw: st.DrawFn) -> Rollouts:
         advantages=draw(numbers),
         rewards=maybe(numbers),
         max_lengths=maybe(st.lists(st.integers(5, 2**62), min_size=b, max_size=b).map(torch.tensor)),
+        old_logprobs=maybe(logprobs),
         temperature=maybe(st.floats(1e-6, 1e6)),
         top_p=maybe(st.floats(1e-6, 1.0)),
         prompts=maybe(st.lists(text, min_size=b, max_size=b)),

@@ -56,6 +56,11 @@ VALUES: list[tuple[dict[str, Any], str, Any, str, str]] = [
     (GOOD, "reward", [1.0], "`reward` is [1.0]; expected a number", "leave `reward` out of every row"),
     (GOOD, "max_length", 8.0, "`max_length` is 8.0; expected an integer of at least 1", "leave the key out"),
     (GOOD, "max_length", 0, "`max_length` is 0; expected an integer of at least 1", "leave the key out"),
+    (GOOD, "old_logprobs", -1.0, "`old_logprobs` is -1.0; expected a list of numbers", "log-prob (nats) of every response"),
+    (GOOD, "old_logprobs", ["-1"], "`old_logprobs` is ['-1']; expected a list of numbers", "in order"),
+    (GOOD, "old_logprobs", [True], "`old_logprobs` is [True]; expected a list of numbers", "in order"),
+    (GOOD, "old_logprobs", [[-1.0]], "`old_logprobs` is [[-1.0]]; expected a list of numbers", "in order"),
+    (GOOD, "old_logprobs", [-1.0, -2.0], "`old_logprobs` has 2 entries, and the response has 1 tokens", "none for the prompt"),
     (GOOD, "temperature", False, "`temperature` is False; expected a number", "leave the key out"),
     (GOOD, "top_p", "0.9", "`top_p` is '0.9'; expected a number", "leave the key out"),
     (GOOD, "prompt", 3, "`prompt` is 3; expected a string", "leave the key out of every row"),
@@ -107,6 +112,12 @@ THIRD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ),
     (GOOD | {"max_length": 4}, {"max_length": 5}, "`max_length` differs from the one in {0}", "share its `max_len"),
     (GOOD | {"max_length": 1}, {"loss_mask": [0, 1, 1]}, "`max_length` is 1, but the response has 2 tokens", "budget"),
+    (
+        GOOD | {"old_logprobs": [-1.0]},
+        {"old_logprobs": []},
+        "has 0 entries, and the response has 1 tokens",
+        "one log-prob",
+    ),
     (GOOD | {"prompt": "a"}, {"prompt": "b"}, "`prompt` differs from the one in {0}, which has the same", "share"),
 ]
 
@@ -117,6 +128,10 @@ def test_the_row_that_is_bad_is_the_one_reported(
 ) -> None:
     error = failure(write_rows([base, base, base | change]), problem.format(at(0).split(" (")[0]), fix)
     assert f", {at(2)}: " in error.problem
+
+
+def test_a_log_prob_above_zero_is_refused(write_rows: Write) -> None:
+    failure(write_rows([GOOD | {"old_logprobs": [0.3]}] * 2), "`old_logprobs` is 0.3", "nats (not probabilities)")
 
 
 def test_errors_of_the_container_are_passed_on_with_the_file_in_front(write_rows: Write) -> None:
@@ -225,11 +240,14 @@ def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
         ("input_ids", pa.array([[5, 6, 7], [5, None, 7], [5, 6, 7]]), "found elements of type null"),
         ("input_ids", pa.array([[5, 6, 7], [5, 2**64 - 1, 7], [5, 6, 7]], pa.list_(pa.uint64())), "64-bit integers"),
         ("loss_mask", pa.array([[0, 0, 1], None, [0, 0, 1]]), "`loss_mask` is null"),
+        ("old_logprobs", pa.array([[-1.0], None, [-1.0]]), "`old_logprobs` is null"),
+        ("old_logprobs", pa.array([[-1.0], [None], [-1.0]]), "expected a list of numbers"),
+        ("old_logprobs", pa.array([[-1.0], [float("nan")], [-1.0]]), "expected a list of finite numbers"),
     ],
 )
 def test_a_bad_parquet_cell_is_named_by_its_row(tmp_path: Path, column: str, values: pa.Array, problem: str) -> None:
     path = tmp_path / "rows.parquet"
-    table = pa.Table.from_pylist([GOOD] * 3)
+    table = pa.Table.from_pylist([GOOD | {"old_logprobs": [-1.0]}] * 3)
     pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
     assert ", row 1 (rows are counted from 0): " in failure(path, problem, "").problem
 

@@ -1,10 +1,11 @@
-"""Projections of every sequence's gradient on a few directions, without the gradient itself.
+"""Projections of every sequence's gradients on a few directions, without the gradients themselves.
 
-Legend: S_i sequence log-prob, V a direction in the space of the parameters (one for every unit, or the same for all), x_t and
-dy_t input of a linear map and gradient of its output at token t.
+Legend: c_i and a_i coefficients, c_i ∇S_i and a_i ∇S_i a sequence's parts in X and in g, V a direction in the space of the
+parameters (one for every unit, or the same for all), x_t and dy_t input of a linear map and gradient of its output at token
+t.
 
-The gradient of a map's weight is Σ_t dy_t x_tᵀ over the tokens of a sequence, so its product with V is Σ_t dy_t · (V x_t): V is
-applied to the tokens, and what is left is a number for each of them.
+The gradient of a map's weight by S_i is Σ_t dy_t x_tᵀ over the tokens of a sequence, so its product with V is Σ_t dy_t · (V
+x_t): V is applied to the tokens, and what is left is a number for each of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture.signal_rows import SignalRows, Term
-from entropy_fast.engines.coefficients import Coefficients
 
 __all__ = ["Directions", "SequenceProjections"]
 
@@ -25,31 +25,32 @@ Directions = Callable[
 
 
 class SequenceProjections(SignalRows):
-    """∇S_i · V of every sequence, summed over parameters; the recorder of the backward of Σ_i S_i.
+    """Every sequence's part in X or in g, projected on V and summed over parameters; the recorder of the backwards.
 
     Products are taken in the direction's dtype (fp32 or fp64) and added up in fp64.
 
     Args:
         directions: V by parameter name and unit.
         n_sequences: N, of the rollouts.
-        n_directions: K, how many ``directions`` returns.
+        labels: K letters, X or Y: whether a sequence's part in X or in g is projected on each of the K directions.
         device: where ``values`` is kept.
         by_unit: whether directions differ between units.
 
     Attributes:
-        values: [N, K] ∇S_i · V, fp64; 0 for sequences that have not been gone through.
+        values: [N, K] c_i ∇S_i · V or a_i ∇S_i · V, fp64; 0 for sequences that have not been gone through.
     """
 
     whole_sequences = True
 
     def __init__(
-        self, directions: Directions, n_sequences: int, n_directions: int, device: torch.device, *, by_unit: bool
+        self, directions: Directions, n_sequences: int, labels: str, device: torch.device, *, by_unit: bool
     ) -> None:
         super().__init__()
         self._directions = directions
+        self._labels = ["XY".index(label) for label in labels]
         self._by_unit = by_unit
         self._rows = torch.zeros(0, dtype=torch.int64)
-        self.values = torch.zeros(n_sequences, n_directions, dtype=torch.float64, device=device)
+        self.values = torch.zeros(n_sequences, len(labels), dtype=torch.float64, device=device)
 
     def start(self, rows: Tensor) -> None:
         """See `SignalRows.start`."""
@@ -117,33 +118,41 @@ class SequenceProjections(SignalRows):
             lambda directions, span: torch.stack([_inner(by_row[span], v.reshape(-1)) for v in directions], 1),
         )
 
-    def terms(self, unit: Sequence[int], coefficients: Coefficients) -> Iterator[Term]:
-        """See `SignalRows.terms`: ∇S_i of every sequence, ``which`` its place in the microbatch."""
+    def terms(self, unit: Sequence[int], labels: str) -> Iterator[Term]:
+        """See `SignalRows.terms`: the parts of every sequence, ``which`` its place in the microbatch."""
         for place, number in enumerate(unit):
-            weights = torch.zeros_like(coefficients.entropy)
-            weights[place] = 1.0
-            yield Term(number, place, weights)
+            members = torch.zeros(len(unit), dtype=torch.float64)
+            members[place] = 1.0
+            for label in sorted(set(self._labels)):
+                if "XY"[label] in labels:
+                    yield Term(number, place, label, members)
 
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
         """See `SignalRows.put`."""
-        found = [_inner(gradient.flatten(), v.to(gradient.device).flatten()) for v in self._directions(name, term.unit)]
-        self.values[self._rows[term.which]] += torch.stack(found).to(self.values.device)
+        for column, (label, v) in enumerate(zip(self._labels, self._directions(name, term.unit), strict=True)):
+            if label == term.label:
+                found = _inner(gradient.flatten(), v.to(gradient.device).flatten())
+                self.values[self._rows[term.which], column] += found.to(self.values.device)
 
     def _add(self, name: str, device: torch.device, of_run: Callable[[list[Tensor], slice], Tensor]) -> None:
         """Add up by sequences what ``of_run`` gives, [rows of the run, K] fp64, for every run of rows with one direction."""
         batch = self._batch
         assert batch is not None and batch.sequence is not None
+        columns = [column for column, label in enumerate(self._labels) if batch.wanted[label]]
+        if not columns:
+            return
         runs = batch.runs if self._by_unit else [(batch.runs[0][0], 0, batch.n_rows)]
         by_row = torch.cat(
             [
-                of_run([v.to(device) for v in self._directions(name, unit)], slice(begin, end))
+                of_run([self._directions(name, unit)[column].to(device) for column in columns], slice(begin, end))
                 for unit, begin, end in runs
             ]
         )
+        by_row = by_row * batch.coefficients[[self._labels[column] for column in columns]].t().to(device)
         lengths = torch.bincount(batch.sequence, minlength=len(self._rows)).to(device)
         # Not index_add: that one is not deterministic on CUDA.
         sums = torch.segment_reduce(by_row, "sum", lengths=lengths)
-        self.values[self._rows] += sums.to(self.values.device)
+        self.values[self._rows[:, None], torch.tensor(columns)] += sums.to(self.values.device)
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -41,12 +41,16 @@ class SharedPrefixForward:
     Attributes:
         sequence_logprobs: [G] S_i, with the graph of the responses.
         token_logprobs: [G, R] log-probs of the tokens after the prompt, 0 where they are not scored.
+        scored: [G, R] bool.
+        token_entropies: [G, R] likewise, None unless wanted.
         prefix: what the responses continue from, with the prompt's graph: K and V of every layer [1, ...], and h_p [1, H].
         leaves: the detached copies of them, one row a response.
     """
 
     sequence_logprobs: Tensor
     token_logprobs: Tensor
+    scored: Tensor
+    token_entropies: Tensor | None
     prefix: tuple[Tensor, ...]
     leaves: tuple[Tensor, ...]
 
@@ -59,7 +63,9 @@ def prefix_length(batch: PackedBatch) -> int | None:
     return length if same and length > 0 else None
 
 
-def forward_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int) -> SharedPrefixForward:
+def forward_with_shared_prefix(
+    layer: OutputLayer, batch: PackedBatch, length: int, *, want_entropies: bool = False
+) -> SharedPrefixForward:
     """Both forwards.
 
     The cache is built without the model's configuration: with it, layers with a sliding window drop keys that the first
@@ -70,6 +76,7 @@ def forward_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: i
         layer: decoder and output layer.
         batch: the responses of one prompt, whole sequences.
         length: from `prefix_length`.
+        want_entropies: whether the entropy at every scored token is computed too.
 
     Raises:
         GraphDetachedError: a log-prob is NaN.
@@ -101,12 +108,22 @@ def forward_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: i
         use_cache=True,
     )
     hidden = torch.cat([leaves[-1].unsqueeze(1), after.last_hidden_state[:, :-1]], dim=1)
-    values = linear_token_logprobs(
-        hidden[scored], layer.weight, targets[scored], bias=layer.bias, softcap=layer.softcap
-    ).logprob
-    refuse_nan(values)
-    tokens = values.new_zeros(targets.shape).masked_scatter(scored, values)
-    return SharedPrefixForward(tokens.sum(-1), tokens, prefix, leaves)
+    found = linear_token_logprobs(
+        hidden[scored],
+        layer.weight,
+        targets[scored],
+        bias=layer.bias,
+        softcap=layer.softcap,
+        want_entropy=want_entropies,
+    )
+    refuse_nan(found.logprob)
+
+    def in_place(values: Tensor) -> Tensor:
+        return values.new_zeros(targets.shape).masked_scatter(scored, values)
+
+    tokens = in_place(found.logprob)
+    entropies = None if found.entropy is None else in_place(found.entropy)
+    return SharedPrefixForward(tokens.sum(-1), tokens, scored, entropies, prefix, leaves)
 
 
 def same_with_shared_prefix(layer: OutputLayer, batch: PackedBatch, length: int) -> bool:
@@ -139,9 +156,15 @@ def frequencies_depend_on_length(config: object) -> bool:
 
 
 def backward_through_prefix(
-    forward: SharedPrefixForward, coefficients: tuple[Tensor, Tensor], unit: int, gradients: SignalRows, length: int
+    forward: SharedPrefixForward,
+    coefficients: tuple[Tensor, Tensor],
+    unit: int,
+    gradients: SignalRows,
+    length: int,
+    *,
+    more: bool,
 ) -> None:
-    """The two backwards through the prompt's graph, after the one through the responses has filled the leaves' gradients.
+    """The backwards through the prompt's graph, after the one through the responses has filled the leaves' gradients.
 
     Args:
         forward: from `forward_with_shared_prefix`.
@@ -149,6 +172,7 @@ def backward_through_prefix(
         unit: whose prompt it is.
         gradients: the recorder.
         length: tokens of the prompt.
+        more: whether the graphs are needed once more; the leaves' gradients are taken away.
     """
     pairs = [
         (state, leaf.grad)
@@ -157,7 +181,11 @@ def backward_through_prefix(
     ]
     if not pairs:
         return
-    for which, weights in enumerate(coefficients):
+    for leaf in forward.leaves:
+        leaf.grad = None
+    labels = [label for label, weights in enumerate(coefficients) if bool((weights != 0).any())]
+    for which in labels:
+        weights = coefficients[which]
         # What goes through the graph is of ordinary size; the sums get it back scaled.
         scale = power_of_two_scale(weights)
         both = torch.zeros(2, 1, dtype=torch.float64, device=weights.device)
@@ -168,5 +196,5 @@ def backward_through_prefix(
             summed = torch.tensordot((scale * weights).to(device=grad.device, dtype=wide), grad.to(wide), dims=1)
             cotangents.append(summed.unsqueeze(0).to(state.dtype))
         gradients.expect([unit], (both[0], both[1]), length)
-        torch.autograd.backward([state for state, _ in pairs], cotangents, retain_graph=which == 0)
+        torch.autograd.backward([state for state, _ in pairs], cotangents, retain_graph=more or which != labels[-1])
     gradients.pause()

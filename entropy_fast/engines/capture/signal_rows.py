@@ -12,24 +12,25 @@ import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture.functions import Recorder
-from entropy_fast.engines.coefficients import Coefficients
 from entropy_fast.ops import UnitRuns
 
 __all__ = ["SignalBatch", "SignalRows", "Term"]
 
 
 class Term(NamedTuple):
-    """One gradient that a recorder asks for where nothing was captured: that of Σ_i weight_i S_i.
+    """One gradient that a recorder asks for where nothing was captured: that of the losses of some sequences, added up.
 
     Attributes:
         unit: whose it is.
         which: which of the unit's gradients, in the recorder's own count.
-        weights: [n] of the microbatch's sequences, fp64.
+        label: 0 for losses L^X_i, 1 for L^Y_i (`probe_losses`).
+        members: [n] 1 for the microbatch's sequences that count, 0 for the others, fp64.
     """
 
     unit: int
     which: int
-    weights: Tensor
+    label: int
+    members: Tensor
 
 
 class SignalRows(Recorder):
@@ -83,12 +84,12 @@ class SignalRows(Recorder):
         self._batch = None
         self._packed_tokens = packed_tokens
 
-    def terms(self, unit: Sequence[int], coefficients: Coefficients) -> Iterator[Term]:
+    def terms(self, unit: Sequence[int], labels: str) -> Iterator[Term]:
         """The gradients that are wanted of a parameter that is not captured.
 
         Args:
             unit: [n] unit of every sequence of the microbatch.
-            coefficients: theirs.
+            labels: which of X and Y is wanted.
         """
         raise NotImplementedError
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture.signal_rows import SignalRows, Term
-from entropy_fast.engines.coefficients import Coefficients
 from entropy_fast.ops import add_unit_products
 
 __all__ = ["UnitGradients"]
@@ -96,12 +95,13 @@ class UnitGradients(SignalRows):
                 wide = rows[begin:end].to(total.dtype).flatten(1)
                 total[unit] += (scale[begin:end] @ wide).view(total.shape[1:])
 
-    def terms(self, unit: Sequence[int], coefficients: Coefficients) -> Iterator[Term]:
+    def terms(self, unit: Sequence[int], labels: str) -> Iterator[Term]:
         """See `SignalRows.terms`: X and g of every unit, ``which`` 0 and 1."""
         for number in sorted(set(unit)):
-            for which, values in enumerate((coefficients.entropy, coefficients.update)):
-                member = torch.tensor(unit, device=values.device)
-                yield Term(number, which, torch.where(member == number, values, 0.0))
+            members = (torch.tensor(unit) == number).double()
+            for label in range(2):
+                if "XY"[label] in labels:
+                    yield Term(number, label, label, members)
 
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
         """See `SignalRows.put`."""

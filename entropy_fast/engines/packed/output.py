@@ -6,21 +6,23 @@ Legend: S_i sequence log-prob, s_t log-prob of a token, h_t the hidden state tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture import SignalRows
-from entropy_fast.engines.coefficients import Coefficients, length_weights, sequence_coefficients
+from entropy_fast.engines.coefficients import Coefficients
+from entropy_fast.engines.packed.cotangents import Cotangent, of_units, token_weights, wanted_weights
 from entropy_fast.engines.packed.layout import PackedLayout
-from entropy_fast.ops import linear_token_logprobs_with_units, token_logprobs
+from entropy_fast.engines.token_coefficients import ScoredTokens, coefficients_of
+from entropy_fast.ops import TokenLogprobs, linear_token_logprobs_with_units, token_logprobs
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.teacher_forcing.forward import refuse_nan
 from entropy_fast.teacher_forcing.output_layer import OutputHead
 
-__all__ = ["OutputSignals", "output_signals", "packed_logprobs", "wanted_weights"]
+__all__ = ["OutputSignals", "head_logprobs", "output_signals"]
 
 # Scored tokens whose logits an output layer that has to be run by itself makes at a time: enough for a matrix product.
 _ROWS = 512
@@ -33,20 +35,22 @@ class OutputSignals:
     Attributes:
         sequence_logprobs: [n] S_i, nats.
         coefficients: c and a of its sequences.
-        unit_gradients: [M, H] ∂s_t/∂h_t.
+        cotangents: the backwards it takes, to be gone through once.
+        backwards: how many that are.
     """
 
     sequence_logprobs: Tensor
     coefficients: Coefficients
-    unit_gradients: Tensor
+    cotangents: Iterable[Cotangent]
+    backwards: int
 
 
-def packed_logprobs(head: OutputHead, hidden: Tensor, targets: Tensor) -> Tensor:
-    """[M] log-probs of ``targets`` [M] by way of logits, from their hidden states [M, H]; with their graph."""
+def head_logprobs(head: OutputHead, hidden: Tensor, targets: Tensor, *, want_entropies: bool = False) -> TokenLogprobs:
+    """Of ``targets`` [M] by way of logits, from their hidden states [M, H]; with their graph."""
     logits = head.module(hidden[None])[0]
     if head.softcap is not None:
         logits = head.softcap * torch.tanh(logits / head.softcap)
-    return token_logprobs(logits, targets).logprob
+    return token_logprobs(logits, targets, want_entropy=want_entropies)
 
 
 def output_signals(
@@ -72,50 +76,90 @@ def output_signals(
     Raises:
         GraphDetachedError: a log-prob is NaN.
     """
-    weights = length_weights(rollouts, components.config.weighting)
-    if head.frozen is not None:
-        layer = head.frozen
-        with components.autocast():
-            found = linear_token_logprobs_with_units(
-                hidden, layer.weight, layout.targets, bias=layer.bias, softcap=layer.softcap
-            )
-        refuse_nan(found.logprob)
-        assert found.unit_logprob is not None
-        sums = layout.by_sequence(found.logprob)
-        return OutputSignals(sums, sequence_coefficients(sums, layout.rows, rollouts, weights), found.unit_logprob)
-    units = torch.empty_like(hidden)
+    config = components.config
+    backwards = len(labels) if config.coefficients_by_token else 1
+    if head.frozen is None:
+        return _through_own_head(components, head, hidden, layout, rollouts, gradients, labels)
+    layer = head.frozen
+    with components.autocast():
+        found = linear_token_logprobs_with_units(
+            hidden,
+            layer.weight,
+            layout.targets,
+            bias=layer.bias,
+            softcap=layer.softcap,
+            want_entropy=config.wants_token_entropies,
+        )
+    refuse_nan(found.logprob)
+    assert found.unit_logprob is not None
+    sums = layout.by_sequence(found.logprob)
+    coefficients = coefficients_of(config, rollouts, layout.rows, ScoredTokens(sums, found.logprob, found.entropy))
+    cotangents = of_units(coefficients, labels, found.unit_logprob, found.unit_entropy)
+    return OutputSignals(sums, coefficients, cotangents, backwards)
+
+
+def _through_own_head(
+    components: ProbeComponents,
+    head: OutputHead,
+    hidden: Tensor,
+    layout: PackedLayout,
+    rollouts: Rollouts,
+    gradients: SignalRows,
+    labels: str,
+) -> OutputSignals:
+    """As `output_signals`, by way of logits and their graph, some prompts at a time."""
+    config = components.config
+    cotangents: list[list[Cotangent]] = []
     parts = []
     for own, groups in _chunks(layout):
         leaf = hidden[own].requires_grad_()
         gradients.pause(leaf.shape[0])
         with torch.enable_grad(), components.autocast():
-            logprobs = packed_logprobs(head, leaf, layout.targets[own])
-        refuse_nan(logprobs)
+            found = head_logprobs(head, leaf, layout.targets[own], want_entropies=config.wants_token_entropies)
+        refuse_nan(found.logprob)
         rows = slice(layout.groups[groups.start].rows[0], layout.groups[groups.stop - 1].rows[1])
         sequence = layout.scored_row[own]
-        row = sequence - rows.start
-        sums = layout.by_sequence(logprobs.detach(), own, rows)
-        coefficients = sequence_coefficients(sums, layout.rows[rows], rollouts, weights)
-        gradients.expect_packed(_runs(layout, groups), wanted_weights(coefficients, labels)[:, row], sequence)
-        torch.autograd.backward(logprobs.sum())
-        assert leaf.grad is not None
-        units[own] = leaf.grad
+        sums = layout.by_sequence(found.logprob.detach(), own, rows)
+        scored = ScoredTokens(sums, found.logprob, found.entropy)
+        coefficients = coefficients_of(config, rollouts, layout.rows[rows], scored)
+        losses = list(_losses(found, coefficients, labels))
+        for number, (loss, weights, label) in enumerate(losses):
+            gradients.expect_packed(_runs(layout, groups), weights[:, sequence - rows.start], sequence)
+            torch.autograd.backward(loss, retain_graph=number < len(losses) - 1)
+            assert leaf.grad is not None
+            if number == len(cotangents):
+                cotangents.append([])
+            cotangents[number].append(Cotangent(leaf.grad, weights, label))
+            leaf.grad = None
         parts.append((sums, coefficients))
     gradients.pause()
     return OutputSignals(
         torch.cat([sums for sums, _ in parts]),
         Coefficients(torch.cat([c.entropy for _, c in parts]), torch.cat([c.update for _, c in parts])),
-        units,
+        [_joined(found) for found in cotangents],
+        len(cotangents),
     )
 
 
-def wanted_weights(coefficients: Coefficients, labels: str) -> Tensor:
-    """[2, n] c and a, zero where X or Y is not wanted."""
-    return torch.stack(
-        [
-            values if label in labels else torch.zeros_like(values)
-            for label, values in (("X", coefficients.entropy), ("Y", coefficients.update))
-        ]
+def _losses(
+    found: TokenLogprobs, coefficients: Coefficients, labels: str
+) -> Iterator[tuple[Tensor, Tensor, int | None]]:
+    """What is differentiated, and weights and label as a `Cotangent` has them."""
+    if coefficients.tokens is None:
+        yield found.logprob.sum(), wanted_weights(coefficients, labels), None
+        return
+    for own in token_weights(coefficients, labels):
+        loss = (own.of_logprob.to(found.logprob.dtype) * found.logprob).sum()
+        if own.of_entropy is not None:
+            assert found.entropy is not None
+            loss = loss + (own.of_entropy.to(found.entropy.dtype) * found.entropy).sum()
+        yield loss, own.inverse, own.label
+
+
+def _joined(parts: Sequence[Cotangent]) -> Cotangent:
+    """Of successive prompts."""
+    return Cotangent(
+        torch.cat([part.gradients for part in parts]), torch.cat([part.weights for part in parts], 1), parts[0].label
     )
 
 

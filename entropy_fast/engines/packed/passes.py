@@ -24,10 +24,11 @@ from torch import Tensor
 
 from entropy_fast.engines.capture import SignalRows
 from entropy_fast.engines.coefficients import power_of_two_scale
+from entropy_fast.engines.packed.cotangents import Cotangent
 from entropy_fast.engines.packed.exchange import PackedRun, attention_configurations, attention_exchanged
 from entropy_fast.engines.packed.frozen_layers import FrozenLayers
 from entropy_fast.engines.packed.layout import PackedGroup, PackedLayout, pack_microbatch
-from entropy_fast.engines.packed.output import OutputSignals, output_signals, packed_logprobs, wanted_weights
+from entropy_fast.engines.packed.output import OutputSignals, head_logprobs, output_signals
 from entropy_fast.guards.grad_context import assert_attached
 from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
 from entropy_fast.rollouts import Rollouts
@@ -74,7 +75,7 @@ class PackedPass:
         run = PackedRun(layout, self._components.device, copies=self._copies(layout, "X"))
         with torch.no_grad(), self._components.autocast(), self._exchanged(run):
             before, after = self._forward(layout, run, None)[:2]
-            return packed_logprobs(self._head, _scored(layout, before, after), layout.targets)
+            return head_logprobs(self._head, _scored(layout, before, after), layout.targets).logprob
 
     def run(
         self, rollouts: Rollouts, rows: Tensor, unit: list[int], gradients: SignalRows, labels: str
@@ -103,13 +104,13 @@ class PackedPass:
             hidden = _scored(layout, before.detach(), after.detach())
             signals = output_signals(self._components, self._head, hidden, layout, rollouts, gradients, labels)
             del hidden
-            weights = wanted_weights(signals.coefficients, labels)
-            run.weights.append(weights)
-            if whole is not None:
-                self._backward_through_row(layout, run, whole, signals, weights, gradients)
-            else:
-                self._backward_through_tails(layout, after, signals, weights, gradients)
-                self._backward_through_prefixes(layout, run, before, signals, weights, gradients)
+            for number, cotangent in enumerate(signals.cotangents, 1):
+                more = number < signals.backwards
+                if whole is not None:
+                    self._backward_through_row(layout, run, whole, cotangent, gradients, more=more)
+                else:
+                    self._backward_through_tails(layout, run, after, cotangent, gradients, more=more)
+                    self._backward_through_prefixes(layout, run, before, cotangent, gradients, more=more)
         gradients.pause()
         return signals
 
@@ -126,6 +127,9 @@ class PackedPass:
         """Labels for each of which the prefixes stand in the row of the tails; none where they are to run apart."""
         wanted = tuple(label for label, name in enumerate("XY") if name in labels)
         n_prefix, n_tail = layout.prefix_ids.shape[1], layout.tail_ids.shape[1]
+        if self._components.config.coefficients_by_token:
+            # A backward for each label: one copy serves both, one after the other.
+            wanted = wanted[:1]
         if not n_prefix or not n_tail or (len(wanted) > 1 and n_prefix > _MOST_COPIED):
             return ()
         return wanted
@@ -163,79 +167,94 @@ class PackedPass:
         layout: PackedLayout,
         run: PackedRun,
         whole: Tensor,
-        signals: OutputSignals,
-        weights: Tensor,
+        cotangent: Cotangent,
         gradients: SignalRows,
+        *,
+        more: bool,
     ) -> None:
-        """The one backward of tails and copies of prefixes; a copy's signals come weighted, and scaled by its scales."""
+        """One backward of tails and copies of prefixes; a copy's signals come weighted, and scaled by its scales."""
         if not whole.requires_grad:
             return
+        weights = cotangent.weights
         n_prefix, n_tail = layout.prefix_ids.shape[1], layout.tail_ids.shape[1]
         scales = _prefix_scales(layout, weights)
-        run.weights.append(scales)
+        copies = run.copies if cotangent.label is None else (cotangent.label,)
+        # Attention knows the copy by the label that the forward gave it.
+        order = [0, 1] if copies[0] == run.copies[0] else [1, 0]
+        run.weights[:] = weights[order], scales[order]
         above = torch.zeros_like(whole)
-        _put_above_tails(layout, above, signals)
+        _put_above_tails(layout, above, cotangent)
         of_tokens = weights.new_zeros(2, whole.shape[1])
         of_tokens[:, :n_tail] = weights[:, layout.tail_row]
         runs = _runs(layout.groups, tails=True)
-        for place, label in enumerate(run.copies):
+        for place, label in enumerate(copies):
             begin = n_tail + place * n_prefix
             copied = slice(begin, begin + n_prefix)
-            above[:, copied] = _above_prefixes(layout, whole[:, copied], signals, weights[label], scales[label])
+            above[:, copied] = _above_prefixes(layout, whole[:, copied], cotangent, label, scales[label])
             if bool((weights[label] != 0).any()):
                 of_tokens[label, copied] = 1.0 / scales[label]
             runs += [(unit, begin + first, begin + last) for unit, first, last in _runs(layout.groups, tails=False)]
         gradients.expect_packed(runs, of_tokens)
-        torch.autograd.backward(whole, above)
+        torch.autograd.backward(whole, above, retain_graph=more)
 
     def _backward_through_tails(
-        self, layout: PackedLayout, after: Tensor, signals: OutputSignals, weights: Tensor, gradients: SignalRows
+        self,
+        layout: PackedLayout,
+        run: PackedRun,
+        after: Tensor,
+        cotangent: Cotangent,
+        gradients: SignalRows,
+        *,
+        more: bool,
     ) -> None:
+        run.on_tails = True
+        run.weights[:] = (cotangent.weights,)
         if not after.requires_grad:
             return
         above = torch.zeros_like(after)
-        _put_above_tails(layout, above, signals)
+        _put_above_tails(layout, above, cotangent)
         sequence = None if self.share else layout.tail_row
-        gradients.expect_packed(_runs(layout.groups, tails=True), weights[:, layout.tail_row], sequence)
-        torch.autograd.backward(after, above)
+        gradients.expect_packed(_runs(layout.groups, tails=True), cotangent.weights[:, layout.tail_row], sequence)
+        torch.autograd.backward(after, above, retain_graph=more)
 
     def _backward_through_prefixes(
         self,
         layout: PackedLayout,
         run: PackedRun,
         before: Tensor,
-        signals: OutputSignals,
-        weights: Tensor,
+        cotangent: Cotangent,
         gradients: SignalRows,
+        *,
+        more: bool,
     ) -> None:
         run.on_tails = False
+        weights = cotangent.weights
         labels = [label for label in range(2) if bool((weights[label] != 0).any())]
         scales = _prefix_scales(layout, weights)
-        states = [state for state in run.states.values() if state.cotangents is not None]
+        states = [(state, sums) for state in run.states.values() if (sums := state.take_sums()) is not None]
         for label in labels:
             pairs = []
-            for state in states:
-                assert state.cotangents is not None
-                for tensor, cotangent in zip((state.key, state.value), state.cotangents, strict=True):
+            for state, sums in states:
+                for tensor, summed in zip((state.key, state.value), sums, strict=True):
                     if tensor.requires_grad:
-                        scaled = cotangent[label] * scales[label, :, None].to(cotangent.dtype)
+                        scaled = summed[label] * scales[label, :, None].to(summed.dtype)
                         pairs.append((tensor, scaled.unsqueeze(0).to(tensor.dtype)))
             if before.requires_grad:
-                pairs.append((before, _above_prefixes(layout, before, signals, weights[label], scales[label])))
+                pairs.append((before, _above_prefixes(layout, before, cotangent, label, scales[label])))
             if not pairs:
                 return
             inverse = torch.zeros_like(scales)
             inverse[label] = 1.0 / scales[label]
             gradients.expect_packed(_runs(layout.groups, tails=False), inverse)
             torch.autograd.backward(
-                [tensor for tensor, _ in pairs], [above for _, above in pairs], retain_graph=label != labels[-1]
+                [tensor for tensor, _ in pairs], [above for _, above in pairs], retain_graph=more or label != labels[-1]
             )
 
 
-def _put_above_tails(layout: PackedLayout, above: Tensor, signals: OutputSignals) -> None:
-    """The gradient of Σ_i S_i at the tail tokens that predict another one, into ``above`` [1, Q or more, H]."""
+def _put_above_tails(layout: PackedLayout, above: Tensor, cotangent: Cotangent) -> None:
+    """What goes back at the tail tokens that predict another one, into ``above`` [1, Q or more, H]."""
     by_tail = layout.source < layout.tail_ids.shape[1]
-    above[0, layout.source[by_tail]] = signals.unit_gradients[by_tail].to(above.dtype)
+    above[0, layout.source[by_tail]] = cotangent.gradients[by_tail].to(above.dtype)
 
 
 def _prefix_scales(layout: PackedLayout, weights: Tensor) -> Tensor:
@@ -262,13 +281,12 @@ def _scored(layout: PackedLayout, before: Tensor, after: Tensor) -> Tensor:
     return torch.cat([after[0], last]).index_select(0, layout.source)
 
 
-def _above_prefixes(
-    layout: PackedLayout, before: Tensor, signals: OutputSignals, weights: Tensor, scales: Tensor
-) -> Tensor:
-    """[1, P, H] Σ_i of a coefficient and ∂S_i/∂h_p, scaled, at the last token of every prefix."""
+def _above_prefixes(layout: PackedLayout, before: Tensor, cotangent: Cotangent, label: int, scales: Tensor) -> Tensor:
+    """[1, P, H] what goes back at the last token of every prefix: its responses' parts, summed with weights, and scaled."""
+    weights = cotangent.weights[label]
     n_tail = layout.tail_ids.shape[1]
     by_prefix = layout.source >= n_tail
-    units = signals.unit_gradients[by_prefix]
+    units = cotangent.gradients[by_prefix]
     last = _last(layout, before.device)
     member = torch.nn.functional.one_hot(layout.source[by_prefix] - n_tail, len(layout.groups)).to(units.dtype)
     factor = (weights[layout.scored_row[by_prefix]] * scales[last[layout.source[by_prefix] - n_tail]]).to(units.dtype)

@@ -47,6 +47,11 @@ class PrefixStates:
             self.cotangents = key, value
         return self.cotangents
 
+    def take_sums(self) -> tuple[Tensor, Tensor] | None:
+        """The cotangents, which the next backward starts anew; None where none has come."""
+        found, self.cotangents = self.cotangents, None
+        return found
+
     def put(self, group: PackedGroup, weights: Tensor, key: Tensor, value: Tensor) -> None:
         """Sum up a group's ∂S_i/∂K_p and ∂S_i/∂V_p [G, heads, P of the group, D] with ``weights`` [2, G] c and a."""
         begin, end = group.prefix

@@ -72,7 +72,7 @@ def check_against_reverse_mode(
     direction, scale = scaled_direction(gradient.tensors, parameters)
     found = ForwardWithTangents(components.registry.module, parameters, context, batch).run(batch, direction)
     # The random state has moved on between the two, so randomness that nobody switched off shows.
-    components.check_repeatable(first, found.sequence_logprobs.double().cpu(), rows)
+    components.check_repeatable(first, found.values.sequence_logprobs.double().cpu(), rows)
     value = float(found.tokens.double().sum()) / scale
     on_cpu = components.device.type == "cpu"
     allowed = _AGREEMENT_IN_16_BITS if coarse else _AGREEMENT if on_cpu else _AGREEMENT_IN_TF32

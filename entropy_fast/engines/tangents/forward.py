@@ -18,6 +18,7 @@ from entropy_fast.engines.tangents.quantized import quantized_modules, quantized
 from entropy_fast.engines.tangents.refusals import naming_the_operator
 from entropy_fast.errors import ForwardDerivativeError
 from entropy_fast.teacher_forcing import (
+    ForwardResult,
     OutputLayer,
     PackedBatch,
     find_output_layer,
@@ -37,13 +38,16 @@ class ForwardDerivatives:
     """n sequences, without a graph.
 
     Attributes:
-        sequence_logprobs: [n] S_i, nats.
+        values: log-probs and, where wanted, entropies.
         tokens: [n, T - 1] derivative of the log-prob of the token in column t + 1, nats per unit step along the direction;
             0 outside the loss mask.
+        entropies: [n, T - 1] derivative of the entropy of the distribution that token was drawn from, likewise; None unless
+            wanted.
     """
 
-    sequence_logprobs: Tensor
+    values: ForwardResult
     tokens: Tensor
+    entropies: Tensor | None
 
 
 class ForwardWithTangents:
@@ -75,12 +79,15 @@ class ForwardWithTangents:
         kind = "trained output layer, its own derivative added in blocks" if trained else "frozen output layer"
         return f"log-probs and their derivatives from hidden states without logits ({kind})"
 
-    def run(self, batch: PackedBatch, direction: Sequence[Tensor]) -> ForwardDerivatives:
+    def run(
+        self, batch: PackedBatch, direction: Sequence[Tensor], *, want_entropies: bool = False
+    ) -> ForwardDerivatives:
         """Log-probs and their derivatives.
 
         Args:
             batch: the sequences.
             direction: one tensor a parameter, in its shape, dtype and device.
+            want_entropies: whether entropies of the response tokens' distributions and their derivatives are wanted too.
 
         Raises:
             ForwardDerivativeError: an operation of the model has no forward derivative, or a derivative is not finite.
@@ -93,21 +100,28 @@ class ForwardWithTangents:
             layer = self.output_layer
             if layer is None:
                 out = model_logits(self._module, batch)
-                values, derivatives = derivatives_of_logits(out[scored], targets)
+                found = derivatives_of_logits(out[scored], targets, want_entropies=want_entropies)
             else:
                 out = hidden_states(layer, batch)
-                values, derivatives = derivatives_of_hidden(
-                    out[scored], layer, targets, along.get(id(layer.weight)), along.get(id(layer.bias))
+                found = derivatives_of_hidden(
+                    out[scored],
+                    layer,
+                    targets,
+                    along.get(id(layer.weight)),
+                    along.get(id(layer.bias)),
+                    want_entropies=want_entropies,
                 )
-        found = result_of_values(values, scored, out, batch)
-        if not bool(derivatives.isfinite().all()):
-            raise ForwardDerivativeError(
-                f"engine 'jvp': {int((~derivatives.isfinite()).sum())} of {derivatives.numel()} derivatives of token log-probs "
-                "are not finite although the log-probs are.",
-                fix="use bfloat16 in place of float16, or engine='one_pass'.",
-            )
-        tokens = result_of_values(derivatives, scored, out, batch).token_logprobs
-        return ForwardDerivatives(found.sequence_logprobs, tokens)
+        values = result_of_values(found.logprobs, scored, out, batch, found.entropies)
+        for name, derivatives in (("log-probs", found.of_logprobs), ("entropies", found.of_entropies)):
+            if derivatives is not None and not bool(derivatives.isfinite().all()):
+                bad = int((~derivatives.isfinite()).sum())
+                raise ForwardDerivativeError(
+                    f"engine 'jvp': {bad} of {derivatives.numel()} derivatives of token {name} are not finite although the "
+                    "log-probs are.",
+                    fix="use bfloat16 in place of float16, or engine='one_pass'.",
+                )
+        along_direction = result_of_values(found.of_logprobs, scored, out, batch, found.of_entropies)
+        return ForwardDerivatives(values, along_direction.token_logprobs, along_direction.token_entropies)
 
     @contextlib.contextmanager
     def _tangents(self, direction: Sequence[Tensor], along: dict[int, Tensor]) -> Iterator[None]:

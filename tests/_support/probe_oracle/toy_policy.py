@@ -77,24 +77,30 @@ class ToyPolicy:
 
     def logprobs(self, theta: Tensor) -> Tensor:
         """[P, R] S of every response to every prompt."""
+        return self.token_values(theta)[0].sum(-1)
+
+    def token_values(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """[P, R, limit] log-prob of every token of every response, and entropy of what it was drawn from; 0 after the end."""
         sizes = [math.prod(shape) for shape in self._shapes]
         parts = [part.view(shape) for part, shape in zip(theta.split(sizes), self._shapes, strict=True)]
         first, second, bias = parts
         rows = []
+        nothing = theta.new_zeros(())
         for prompt in range(self.prompts):
-            sums = []
             for response in self.responses:
-                total = theta.new_zeros(())
+                values = []
                 previous = self.vocabulary  # nothing yet
                 for position, token in enumerate(response):
                     hidden = (
                         first[prompt] + first[self.prompts + position] + first[self.prompts + self.limit + previous]
                     )
-                    total = total + (torch.tanh(hidden) @ second + bias).log_softmax(-1)[token]
+                    following = (torch.tanh(hidden) @ second + bias).log_softmax(-1)
+                    values.append(torch.stack([following[token], -(following.exp() * following).sum()]))
                     previous = token
-                sums.append(total)
-            rows.append(torch.stack(sums))
-        return torch.stack(rows)
+                values += [torch.stack([nothing, nothing])] * (self.limit - len(response))
+                rows.append(torch.stack(values))
+        table = torch.stack(rows).view(self.prompts, len(self.responses), self.limit, 2)
+        return table[..., 0], table[..., 1]
 
     @cached_property
     def scores(self) -> Tensor:

@@ -1,0 +1,34 @@
+"""Options under which coefficients differ from token to token, and what they are tried on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from exactness import model_of, widened
+from probe_models.batches import Sample, pack
+from probe_models.token_kernel import draw_old_logprobs
+from torch import nn
+
+from entropy_fast import Rollouts
+
+CLIP = (0.2, 0.3)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "token entropies": {"entropy_estimator": "rao_blackwell"},
+    "ratios": {"importance_ratio": "token"},
+    "clipped ratios": {"importance_ratio": "token", "clip_range": CLIP},
+    "both": {"entropy_estimator": "rao_blackwell", "importance_ratio": "token", "clip_range": CLIP},
+}
+
+
+def rollouts_of(samples: list[Sample], **fields: Any) -> Rollouts:
+    """With log-probs of an old policy; NaN where nothing is scored, which nobody may read."""
+    plain = pack(samples, **fields)
+    table = torch.full(plain.loss_mask.shape, torch.nan, dtype=torch.float64)
+    old = draw_old_logprobs(samples)
+    table[plain.loss_mask == 1] = torch.tensor([v for s in samples for v in old[s]], dtype=torch.float64)
+    return pack(samples, **{**fields, "old_logprobs": table})
+
+
+def wide_model(family: str, adapter: bool) -> nn.Module:
+    return widened(model_of(family, "lora" if adapter else "full, tied"))
