@@ -38,11 +38,11 @@ class ProbeConfig:
     Args:
         weighting: length weight w_i of a sequence log-prob: ``dr_grpo`` 1/L_max, ``per_token`` 1/L_i, ``sequence`` 1.
         entropy_estimator: how the entropy gradient is estimated: ``score_function`` from log-probs, with a leave-one-out
-            baseline; ``rao_blackwell`` from the entropy of the model's distribution at every token, which has a smaller
-            variance and costs another backward.
+            baseline; ``rao_blackwell`` from the entropy of the model's distribution at every token, which usually varies less
+            from sample to sample and costs another backward.
         importance_ratio: ``token`` multiplies the update's gradient at every token by πθ/π_old, from the rollouts'
-            ``old_logprobs``, as the clipped surrogate of PPO and GRPO does once θ has moved on from what sampled; ``none``
-            takes the ratio to be 1.
+            ``old_logprobs``, as the clipped surrogate of PPO and GRPO does once θ has moved on from what sampled, and costs
+            another backward; ``none`` takes the ratio to be 1.
         clip_range: ε_low and ε_high: with ``importance_ratio="token"``, tokens whose ratio is above 1 + ε_high under a positive
             advantage, or below 1 - ε_low under a negative one, send nothing back; None clips nothing.
         mode: ``exact`` takes every prompt as a unit of the U-statistic, ``blocks`` takes blocks of prompts (fewer
@@ -144,10 +144,12 @@ class ProbeConfig:
                 f"ProbeConfig: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",
                 fix="pass importance_ratio='token', or leave clip_range out.",
             )
-        if len(self.clip_range) != 2 or not (0 <= self.clip_range[0] <= 1 and 0 <= self.clip_range[1] < math.inf):
+        given: object = self.clip_range  # whatever somebody passed
+        pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(type(e) in (int, float) for e in given)
+        if not pair or not (0 <= self.clip_range[0] <= 1 and 0 <= self.clip_range[1] < math.inf):
             raise ConfigError(
-                f"ProbeConfig: `clip_range` is {self.clip_range!r}.",
-                fix="use (ε_low, ε_high) with ε_low in [0, 1] and ε_high >= 0, such as (0.2, 0.2).",
+                f"ProbeConfig: `clip_range` is {given!r}.",
+                fix="use (ε_low, ε_high) with ε_low in [0, 1] and ε_high >= 0, such as (0.2, 0.2) for 0.2 on both sides.",
             )
 
     @property

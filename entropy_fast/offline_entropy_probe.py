@@ -163,6 +163,7 @@ class OfflineEntropyProbe:
             warnings.warn(one_pass.note, EntropyFastWarning, stacklevel=3)
 
     def _check_old_logprobs(self, update: Rollouts) -> None:
+        """Before the work, and not in the middle of it."""
         if self.config.importance_ratio == "token" and update.old_logprobs is None:
             raise RolloutsError(
                 "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",

@@ -120,8 +120,10 @@ class ProbeComponents:
         self._assert_grad_context("ProbeComponents._compute_aligned_batch_logprobs")
         return self._teacher_force_logprobs(pack_rows(rollouts, rows, self.device))
 
-    def _coefficients(self, forward: ForwardResult, rollouts: Rollouts, rows: Tensor) -> Coefficients:
-        return coefficients_of(self.config, rollouts, rows, ScoredTokens.of(forward))
+    def _coefficients(
+        self, forward: ForwardResult, rollouts: Rollouts, rows: Tensor, labels: str = "XY"
+    ) -> Coefficients:
+        return coefficients_of(self.config, rollouts, rows, ScoredTokens.of(forward), labels)
 
     def _build_probe_loss(self, which: str, forward: ForwardResult, coefficients: Coefficients) -> Tensor:
         """L_X or L_Y, also where coefficients differ within a sequence and S does not tell enough."""
@@ -236,7 +238,7 @@ class ProbeComponents:
                 prompt = entropy.prompt_index[rows]
                 found = alpha_trick.alpha_projections(
                     forward,
-                    self._coefficients(forward, entropy, rows),
+                    self._coefficients(forward, entropy, rows, "X"),
                     (prompt - prompt.min()).to(self.device),
                     self.registry.tensors,
                     y_mean,
@@ -313,7 +315,7 @@ class ProbeComponents:
                 torch.rand(1, device=self.device)
             for rows in self._iter_prompt_microbatches(rollouts, prompts):
                 forward = self._compute_aligned_batch_logprobs(rollouts, rows)
-                coefficients = self._coefficients(forward, rollouts, rows)
+                coefficients = self._coefficients(forward, rollouts, rows, which)
                 scale = power_of_two_scale(coefficients.largest("XY".index(which)))
                 loss = self._build_probe_loss(which, forward, coefficients) * scale
                 if which == "Y" and self.config.y_pass == "autograd_grad":
@@ -348,7 +350,7 @@ class ProbeComponents:
 
     def new_table(self, label: str, rollouts: Rollouts) -> SequenceTable:
         """An empty table of the sequences of pass ``label``, which the result will show."""
-        self.sequences[label] = SequenceTable.empty(rollouts.n_sequences)
+        self.sequences[label] = SequenceTable.of(rollouts)
         return self.sequences[label]
 
     def compare_sums(self, x_sum: GradientSum, y_sum: GradientSum) -> float:

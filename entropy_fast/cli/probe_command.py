@@ -91,11 +91,12 @@ def probe(
     """Forecast the entropy change of the next update from a run folder, or from single files."""
     quiet_libraries()
     from entropy_fast.cli.inputs import resolve
-    from entropy_fast.probe.front_door import fast_delta_h1
+    from entropy_fast.probe.front_door import check_engine, fast_delta_h1
     from entropy_fast.report.picture import write_picture
     from entropy_fast.report.terminal import print_result
     from entropy_fast.run_folder.result_files import prepare_folder, write_result
 
+    chosen = check_engine(engine)
     target = out or run
     if target is None:
         raise ConfigError("probe: no run folder and no --out, so there is nowhere to write.", fix="pass --out DIR.")
@@ -126,6 +127,9 @@ def probe(
         "max_excluded_share": max_excluded_share,
     }
     given = {key: value for key, value in changes.items() if value is not None}
+    if importance_ratio == "none" or clip is not None:
+        # What a run folder says about clipping goes with what it belongs to.
+        given = {"clip": None, "clip_high": None, **given}
     inputs = dataclasses.replace(inputs, settings=dataclasses.replace(inputs.settings, **given))
     config = inputs.config()
     update, entropy = inputs.read_rollouts()
@@ -139,7 +143,7 @@ def probe(
             state,
             update,
             entropy,
-            engine=engine,  # type: ignore[arg-type]  # checked there, with a message that lists the engines
+            engine=chosen,
             learning_rate=inputs.settings.learning_rate,
             config=config,
             on_progress=report,

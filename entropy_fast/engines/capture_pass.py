@@ -23,7 +23,7 @@ from entropy_fast.engines.capture.shared_prefix import (
     prefix_length,
     same_with_shared_prefix,
 )
-from entropy_fast.engines.coefficients import Coefficients, SequenceTable, power_of_two_scale
+from entropy_fast.engines.coefficients import Coefficients, SequenceTable, labels_of, power_of_two_scale
 from entropy_fast.engines.packed import PackedPass
 from entropy_fast.engines.packed.trial import plain_logprobs, refuse_interaction, same_packed, sees_a_window, trial_rows
 from entropy_fast.engines.probe_losses import padded_backwards, sequence_losses
@@ -200,12 +200,11 @@ class CapturePass:
                 self._n_whole += not shared
                 if shared:
                     return self._refused(gradients)
-            forward = self.forward(rollouts, rows)
-            coefficients = components._coefficients(forward, rollouts, rows)
+            forward = self.forward(rollouts, rows, labels)
+            coefficients = components._coefficients(forward, rollouts, rows, labels)
             self._put(tables, rows, forward.sequence_logprobs, coefficients)
             self._slower_path(forward, coefficients, unit, gradients, labels)
-            backwards = padded_backwards(forward, coefficients, labels)
-            for loss, weights, more in backwards:
+            for loss, weights, more in padded_backwards(forward, coefficients, labels):
                 gradients.expect(unit, (weights[0], weights[1]), _positions(forward))
                 torch.autograd.backward(loss, retain_graph=more)
             gradients.pause()
@@ -259,10 +258,10 @@ class CapturePass:
             gradients.pause()
             with components.autocast():
                 forward = forward_with_shared_prefix(
-                    self._output_layer, batch, length, want_entropies=components.config.wants_token_entropies
+                    self._output_layer, batch, length, want_entropies=self._want_entropies(labels)
                 )
             assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
-            coefficients = coefficients_of(components.config, rollouts, own, ScoredTokens.of(forward))
+            coefficients = coefficients_of(components.config, rollouts, own, ScoredTokens.of(forward), labels)
             self._put(tables, own, forward.sequence_logprobs, coefficients)
             for loss, weights, more in padded_backwards(forward, coefficients, labels):
                 both = (weights[0], weights[1])
@@ -279,14 +278,17 @@ class CapturePass:
         with torch.no_grad(), self._components.autocast():
             return same_with_shared_prefix(self._output_layer, batch, length)
 
-    def forward(self, rollouts: Rollouts, rows: Tensor) -> ForwardResult:
+    def _want_entropies(self, labels: str) -> bool:
+        return self._components.config.wants_token_entropies and "X" in labels
+
+    def forward(self, rollouts: Rollouts, rows: Tensor, labels: str = "XY") -> ForwardResult:
         """Log-probs of the given rows with their graph, without logits where the output layer allows that."""
         components = self._components
         if self._output_layer is None:
             return components._compute_aligned_batch_logprobs(rollouts, rows)
         batch = pack_rows(rollouts, rows, components.device)
         with components.autocast():
-            forward = hidden_logprobs(self._output_layer, batch, want_entropies=components.config.wants_token_entropies)
+            forward = hidden_logprobs(self._output_layer, batch, want_entropies=self._want_entropies(labels))
         assert_attached("hidden states", forward.logits, "CapturePass", DETACHED_FIX)
         assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
         return forward
@@ -305,7 +307,7 @@ class CapturePass:
         ]
         if not left:
             return
-        losses = [sequence_losses(forward, coefficients, label) for label in range(2)]
+        losses = {label: sequence_losses(forward, coefficients, label) for label in labels_of(labels)}
         for term in gradients.terms(unit, labels):
             members = term.members.to(coefficients.entropy.device)
             scale = power_of_two_scale(members * coefficients.largest(term.label))

@@ -14,7 +14,9 @@ it and says what it estimates when w_i depends on the sample's own length.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +27,15 @@ from entropy_fast.rollouts import Rollouts
 
 __all__ = [
     "Coefficients",
+    "RatioTable",
     "SequenceTable",
     "TokenCoefficients",
     "check_group_sizes",
+    "labels_of",
     "length_weights",
     "power_of_two_scale",
     "power_of_two_scales",
+    "scales_of",
     "sequence_coefficients",
 ]
 
@@ -57,18 +62,71 @@ class TokenCoefficients:
 
 
 @dataclasses.dataclass(frozen=True)
+class RatioTable:
+    """How far πθ has moved from ``old_logprobs``, by sequence; log r_t = s_t - s_t^old. All [N], fp64, CPU.
+
+    Attributes:
+        mean_log_ratio: mean |log r_t| over the response, nats per token.
+        largest_log_ratio: the largest, nats.
+        clipped: share of the response's tokens that ``clip_range`` leaves out of the update.
+    """
+
+    mean_log_ratio: Tensor
+    largest_log_ratio: Tensor
+    clipped: Tensor
+
+    @classmethod
+    def empty(cls, n: int) -> RatioTable:
+        """A table of n sequences, all unknown."""
+        return cls(*(torch.full((n,), torch.nan, dtype=torch.float64) for _ in range(3)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Coefficients:
     """Coefficients of n sequences (whole prompts), detached, fp64.
 
     Attributes:
-        entropy: [n] c_i; where coefficients differ from token to token, their mean over the sequence.
-        update: [n] a_i; likewise.
+        entropy: [n] c_i; where coefficients differ from token to token, the mean of c_t (without e_t) over the sequence.
+        update: [n] a_i; likewise that of a_t.
         tokens: those of the tokens; None where a sequence's tokens share one.
+        ratios: how far the policy has moved since it sampled, [n]; None where the rollouts do not say.
     """
 
     entropy: Tensor
     update: Tensor
     tokens: TokenCoefficients | None = None
+    ratios: RatioTable | None = None
+
+    def rows(self, labels: str) -> Tensor:
+        """[2, n] c and a, zero where X or Y is not among the ``labels``."""
+        both = (("X", self.entropy), ("Y", self.update))
+        return torch.stack([values if label in labels else torch.zeros_like(values) for label, values in both])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Coefficients]) -> Coefficients:
+        """Of successive sequences."""
+
+        def put(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat(list(tensors))
+
+        starts = [0, *itertools.accumulate(len(part.entropy) for part in parts)]
+        tokens, ratios = [p.tokens for p in parts if p.tokens], [p.ratios for p in parts if p.ratios]
+        direct = [t.entropy_direct for t in tokens if t.entropy_direct is not None]
+        return cls(
+            put([part.entropy for part in parts]),
+            put([part.update for part in parts]),
+            TokenCoefficients(
+                put([t.sequence + start for t, start in zip(tokens, starts, strict=False)]),
+                put([t.entropy for t in tokens]),
+                put(direct) if direct else None,
+                put([t.update for t in tokens]),
+            )
+            if tokens
+            else None,
+            RatioTable(*(put(columns) for columns in zip(*(vars(r).values() for r in ratios), strict=True)))
+            if ratios
+            else None,
+        )
 
     def largest(self, label: int) -> Tensor:
         """[n] the largest |coefficient| of every sequence in X (``label`` 0) or g (1)."""
@@ -79,6 +137,22 @@ class Coefficients:
             if values is not None:
                 largest = largest.scatter_reduce(0, self.tokens.sequence, values.abs(), "amax")
         return largest
+
+
+def labels_of(labels: str) -> list[int]:
+    """0 and 1 for what is there of X and Y."""
+    return [number for number, label in enumerate("XY") if label in labels]
+
+
+def scales_of(coefficients: Coefficients, label: int) -> tuple[Tensor, Tensor]:
+    """[n] what a sequence's part of X (``label`` 0) or g (1) is scaled by on its way back, and what undoes it.
+
+    The second is [2, n], as rows of coefficients are: 1 over the scales in the row of the label, 0 in the other.
+    """
+    scales = power_of_two_scales(coefficients.largest(label))
+    inverse = scales.new_zeros(2, len(scales))
+    inverse[label] = 1.0 / scales
+    return scales, inverse
 
 
 def power_of_two_scales(largest: Tensor) -> Tensor:
@@ -104,24 +178,31 @@ class SequenceTable:
 
     Attributes:
         sequence_logprobs: S_i, nats.
-        entropy: c_i.
-        update: a_i.
+        entropy: c_i; where coefficients differ from token to token, the mean of c_t (without e_t).
+        update: a_i; likewise the mean of a_t.
+        ratios: None where the rollouts have no ``old_logprobs``.
     """
 
     sequence_logprobs: Tensor
     entropy: Tensor
     update: Tensor
+    ratios: RatioTable | None = None
 
     @classmethod
-    def empty(cls, n: int) -> SequenceTable:
-        """A table of n sequences, all unknown."""
-        return cls(*(torch.full((n,), torch.nan, dtype=torch.float64) for _ in range(3)))
+    def of(cls, rollouts: Rollouts) -> SequenceTable:
+        """A table of all sequences, all unknown."""
+        n = rollouts.n_sequences
+        unknown = (torch.full((n,), torch.nan, dtype=torch.float64) for _ in range(3))
+        return cls(*unknown, None if rollouts.old_logprobs is None else RatioTable.empty(n))
 
     def put(self, rows: Tensor, sequence_logprobs: Tensor, coefficients: Coefficients) -> None:
         """Write the values of the given rows."""
         self.sequence_logprobs[rows] = sequence_logprobs.detach().to(device="cpu", dtype=torch.float64)
         self.entropy[rows] = coefficients.entropy.cpu()
         self.update[rows] = coefficients.update.cpu()
+        if self.ratios is not None and coefficients.ratios is not None:
+            for kept, found in zip(vars(self.ratios).values(), vars(coefficients.ratios).values(), strict=True):
+                kept[rows] = found
 
 
 def check_group_sizes(rollouts: Rollouts) -> None:

@@ -89,19 +89,20 @@ class ForwardModeEngine:
         direction, scale = scaled_direction(y_sum.tensors, components.registry.tensors)
         table = components.new_table("X", rollouts)
         config, largest = components.config, 0.0
-        tokens, entropies, parts = (torch.zeros(rollouts.input_ids.shape, dtype=torch.float64) for _ in range(3))
+        tokens, parts = (torch.zeros(rollouts.input_ids.shape, dtype=torch.float64) for _ in range(2))
+        entropies = torch.zeros_like(tokens) if config.wants_token_entropies else None
         for rows in components._iter_prompt_microbatches(rollouts):
             components.registry.check("ForwardModeEngine")
             batch = pack_rows(rollouts, rows, components.device)
             found = forward.run(batch, direction, want_entropies=config.wants_token_entropies)
-            coefficients = coefficients_of(config, rollouts, rows, ScoredTokens.of(found.values))
+            coefficients = coefficients_of(config, rollouts, rows, ScoredTokens.of(found.values), "X")
             table.put(rows, found.values.sequence_logprobs, coefficients)
             scored = _scored(rollouts, rows)
             of_tokens = found.tokens[found.values.scored].double() / scale
             of_entropies = None if found.entropies is None else found.entropies[found.values.scored].double() / scale
             own = _parts(coefficients, batch.loss_mask.sum(1), of_tokens, of_entropies)
             for kept, values in ((tokens, of_tokens), (entropies, of_entropies), (parts, own)):
-                if values is not None:
+                if kept is not None and values is not None:
                     kept[rows] = kept[rows].masked_scatter(scored, values.cpu())
             largest = max(largest, float(coefficients.largest(0).max()))
             components.report("X", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
@@ -116,9 +117,9 @@ class ForwardModeEngine:
             column_sums=None,
             derivatives=DirectionalDerivatives(
                 sequences=tokens.sum(1) / n_update,
-                tokens=tokens / n_update,
-                token_shares=parts * (components.preconditioner.learning_rate / (n_update * rollouts.n_prompts)),
-                entropies=entropies / n_update if config.wants_token_entropies else None,
+                tokens=tokens.div_(n_update),
+                token_shares=parts.mul_(components.preconditioner.learning_rate / (n_update * rollouts.n_prompts)),
+                entropies=None if entropies is None else entropies.div_(n_update),
             ),
         )
 

@@ -24,7 +24,7 @@ from entropy_fast.engines.gradient_stack import GradientStack, kernel_of
 from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
 from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.engines.planner import CostModel, Plan
-from entropy_fast.engines.sweep import Found, SweepReport, prompt_tokens, sweep
+from entropy_fast.engines.sweep import Found, MicrobatchLimit, SweepReport, prompt_tokens, sweep
 from entropy_fast.engines.units import prompt_units
 from entropy_fast.guards.grad_context import assert_grad_context
 from entropy_fast.ops import precondition_accumulate
@@ -49,6 +49,7 @@ class OnePassEngine:
         self._components = components
         self._capture = CapturePass(components)
         self._costs = CostModel.of(components.model, components.registry.module, components.device)
+        self._limit = MicrobatchLimit.of(components.config, self._costs)
         self._reports: list[tuple[SweepReport, float]] = []  # and operations, of every sweep
         self._stored = 0
         self._backwards = 1  # of the sweep that takes most
@@ -304,7 +305,7 @@ class OnePassEngine:
         """One `sweep`, counted in the plan."""
         components, capture, costs = self._components, self._capture, self._costs
         options |= {"labels": labels, "shared": shared}
-        report = sweep(components, capture, costs, rollouts, units, recorder, visit, **options)
+        report = sweep(components, capture, self._limit, rollouts, units, recorder, visit, **options)
         shared = shared and capture.shares
         tokens = sum(prompt_tokens(rollouts, shared=shared))
         scored = int(rollouts.response_lengths.sum())

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from entropy_fast.engines.coefficients import Coefficients, power_of_two_scales
+from entropy_fast.engines.coefficients import Coefficients, labels_of, scales_of
 
 __all__ = ["ScoredForward", "padded_backwards", "sequence_losses"]
 
@@ -61,15 +61,12 @@ def padded_backwards(
     ``labels`` (X, Y) with its weights in the loss, scaled sequence by sequence.
     """
     if coefficients.tokens is None:
-        yield forward.sequence_logprobs.sum(), torch.stack([coefficients.entropy, coefficients.update]), False
+        yield forward.sequence_logprobs.sum(), coefficients.rows(labels), False
         return
-    for label in range(2):
-        if "XY"[label] in labels:
-            losses = sequence_losses(forward, coefficients, label)
-            scales = power_of_two_scales(coefficients.largest(label))
-            inverse = scales.new_zeros(2, len(scales))
-            inverse[label] = 1.0 / scales
-            yield (scales.to(losses.dtype) * losses).sum(), inverse, label == 0 and "Y" in labels
+    for label in labels_of(labels):
+        losses = sequence_losses(forward, coefficients, label)
+        scales, inverse = scales_of(coefficients, label)
+        yield (scales.to(losses.dtype) * losses).sum(), inverse, label == 0 and "Y" in labels
 
 
 def _table(scored: Tensor, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import torch
 
+from entropy_fast.config import ProbeConfig
 from entropy_fast.engines.capture import SignalRows
 from entropy_fast.engines.capture_pass import CapturePass
 from entropy_fast.engines.planner import CostModel, cut
@@ -16,9 +17,28 @@ from entropy_fast.errors import ProbeMemoryError
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["Found", "SweepReport", "prompt_tokens", "sweep"]
+__all__ = ["Found", "MicrobatchLimit", "SweepReport", "prompt_tokens", "sweep"]
 
 Found = TypeVar("Found", bound=SignalRows)  # the recorder of a sweep
+
+
+@dataclasses.dataclass
+class MicrobatchLimit:
+    """How much goes into one forward, lowered where memory runs out; one for all sweeps of a probe.
+
+    Attributes:
+        tokens: where microbatches are cut by tokens.
+        prompts: where a number of prompts was asked for; None elsewhere.
+    """
+
+    tokens: int
+    prompts: int | None
+
+    @classmethod
+    def of(cls, config: ProbeConfig, costs: CostModel) -> MicrobatchLimit:
+        """As many tokens as products need for their full rate, if their activations fit the budget."""
+        fitting = config.memory_bytes // max(1, costs.bytes_per_token)
+        return cls(max(1, min(costs.full_rate_tokens, fitting)), config.prompts_per_microbatch)
 
 
 @dataclasses.dataclass
@@ -39,7 +59,7 @@ class SweepReport:
 def sweep(
     components: ProbeComponents,
     capture: CapturePass,
-    costs: CostModel,
+    limit: MicrobatchLimit,
     rollouts: Rollouts,
     units: list[list[int]],
     recorder: Callable[[list[int]], Found],
@@ -56,7 +76,7 @@ def sweep(
     Args:
         components: model and options.
         capture: what runs a microbatch.
-        costs: of the model.
+        limit: of a microbatch; lowered in place where memory runs out.
         rollouts: the batch.
         units: prompts of every unit.
         recorder: makes what takes in the signals of the given units, which are successive.
@@ -76,7 +96,7 @@ def sweep(
     # Compiled modules run as they were written: what is exchanged in them is not what was compiled.
     with components.probe_state(), torch.compiler.set_stance("force_eager"):
         capture.choose(rollouts)
-        cutter = _Cutter(components, capture, costs, prompt_tokens(rollouts, shared=shared and capture.shares))
+        cutter = _Cutter(capture, limit, prompt_tokens(rollouts, shared=shared and capture.shares))
         waiting = cutter.groups(units)
         done = 0
         while waiting:
@@ -143,11 +163,8 @@ def prompt_tokens(rollouts: Rollouts, *, shared: bool) -> list[int]:
 class _Cutter:
     """Groups of units and parts of groups: as many prompts in a forward as were asked for, else by tokens."""
 
-    def __init__(self, components: ProbeComponents, capture: CapturePass, costs: CostModel, tokens: list[int]) -> None:
-        self._capture, self._tokens = capture, tokens
-        self._count = components.config.prompts_per_microbatch
-        fitting = components.config.memory_bytes // max(1, costs.bytes_per_token)
-        self._limit = max(1, min(costs.full_rate_tokens, fitting))
+    def __init__(self, capture: CapturePass, limit: MicrobatchLimit, tokens: list[int]) -> None:
+        self._capture, self._limit, self._tokens = capture, limit, tokens
 
     def size(self, prompts: Sequence[int]) -> int:
         """Tokens of the given prompts."""
@@ -155,12 +172,12 @@ class _Cutter:
 
     def groups(self, units: list[list[int]]) -> list[list[int]]:
         """Unit numbers of every group."""
-        if self._count is None and self._capture.packs:
-            return cut([self.size(unit) for unit in units], self._limit)
+        if self._by_tokens:
+            return cut([self.size(unit) for unit in units], self._limit.tokens)
         groups: list[list[int]] = []
         held = 0
         for number, unit in enumerate(units):
-            if groups and held + len(unit) <= (self._count or 1):
+            if groups and held + len(unit) <= (self._limit.prompts or 1):
                 groups[-1].append(number)
                 held += len(unit)
             else:
@@ -170,9 +187,9 @@ class _Cutter:
 
     def parts(self, prompts: list[int]) -> list[list[int]]:
         """Prompts of every forward."""
-        if self._count is None and self._capture.packs:
-            return [[prompts[n] for n in part] for part in cut([self._tokens[p] for p in prompts], self._limit)]
-        count = self._count or 1
+        if self._by_tokens:
+            return [[prompts[n] for n in part] for part in cut([self._tokens[p] for p in prompts], self._limit.tokens)]
+        count = self._limit.prompts or 1
         return [prompts[start : start + count] for start in range(0, len(prompts), count)]
 
     def halve(self, parts: list[list[int]]) -> bool:
@@ -180,10 +197,14 @@ class _Cutter:
         most = max(len(part) for part in parts)
         if most == 1:
             return False
-        self._limit = max(1, max(self.size(part) for part in parts) // 2)
-        if self._count is not None:
-            self._count = most // 2
+        self._limit.tokens = max(1, max(self.size(part) for part in parts) // 2)
+        if self._limit.prompts is not None:
+            self._limit.prompts = most // 2
         return True
+
+    @property
+    def _by_tokens(self) -> bool:
+        return self._limit.prompts is None and self._capture.packs
 
 
 def _out_of_memory(error: RuntimeError | MemoryError) -> bool:

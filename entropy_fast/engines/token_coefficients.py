@@ -28,11 +28,20 @@ import torch
 from torch import Tensor
 
 from entropy_fast.config import ProbeConfig
-from entropy_fast.engines.coefficients import Coefficients, TokenCoefficients, length_weights, sequence_coefficients
+from entropy_fast.engines.coefficients import (
+    Coefficients,
+    RatioTable,
+    TokenCoefficients,
+    length_weights,
+    sequence_coefficients,
+)
 from entropy_fast.engines.probe_losses import ScoredForward
+from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 
 __all__ = ["ScoredTokens", "coefficients_of"]
+
+LARGEST_LOG_RATIO = 20.0  # nats; what is above it is no policy that sampled this token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,40 +69,73 @@ class ScoredTokens:
         )
 
 
-def coefficients_of(config: ProbeConfig, rollouts: Rollouts, rows: Tensor, scored: ScoredTokens) -> Coefficients:
+def coefficients_of(
+    config: ProbeConfig, rollouts: Rollouts, rows: Tensor, scored: ScoredTokens, labels: str = "XY"
+) -> Coefficients:
     """Coefficients of the given rows, which must be all the rows of their prompts; by token where ``config`` asks for that.
+
+    What is not wanted may stay unknown, and is NaN: c_t without entropies, a_t without ``old_logprobs``.
 
     Args:
         config: estimator, weighting and importance ratios.
         rollouts: where advantages, groups and the log-probs of π_old are.
         rows: [n] row indices.
         scored: what the forward of these rows said; detached here.
+        labels: which of X and Y is wanted.
+
+    Raises:
+        RolloutsError: the update is wanted with importance ratios, and ``old_logprobs`` are missing or cannot be meant.
     """
     weights = length_weights(rollouts, config.weighting)
     whole = sequence_coefficients(scored.sequence_logprobs, rows, rollouts, weights)
-    if not config.coefficients_by_token:
+    if rollouts.old_logprobs is None and not config.coefficients_by_token:
         return whole
-    places = _Places.of(rollouts, rows, scored.logprobs.device)
-    entropy, direct = whole.entropy[places.sequence], None
-    if config.wants_token_entropies:
-        assert scored.entropies is not None
-        table = places.table(scored.entropies.detach().to(torch.float64))
-        own = weights[rows].to(table.device)
-        entropy, direct = _rao_blackwell(table, places, own, to_go=config.weighting != "per_token")
-    update = whole.update[places.sequence]
+    device = scored.logprobs.device
+    places = _Places.of(rollouts, rows)
+    plain = whole.update.cpu()[places.sequence]  # what a_t is where the ratio is 1; its sign is the advantage's
+    log_ratios = clipped = ratios = None
+    if rollouts.old_logprobs is not None:
+        now = scored.logprobs.detach().to(device="cpu", dtype=torch.float64)
+        log_ratios = now - rollouts.old_response_logprobs(rows)
+        clipped = _clipped(config, log_ratios, plain)
+        ratios = RatioTable(
+            places.means(log_ratios.abs()), places.table(log_ratios.abs()).amax(1), places.means(clipped.double())
+        )
+    if not config.coefficients_by_token:
+        return dataclasses.replace(whole, ratios=ratios)
+    # For one response the leave-one-out baseline of the score function is 0/0; token entropies need none.
+    entropy, direct = whole.entropy.cpu()[places.sequence], None
+    if config.wants_token_entropies and scored.entropies is not None:
+        table = places.table(scored.entropies.detach().to(device="cpu", dtype=torch.float64))
+        entropy, direct = _rao_blackwell(table, places, weights[rows], to_go=config.weighting != "per_token")
+    elif config.wants_token_entropies:
+        entropy = torch.full_like(entropy, torch.nan)
+    update = plain
     if config.importance_ratio == "token":
-        logprobs = scored.logprobs.detach().to(torch.float64)
-        # An entropy batch need not say what sampled it: its update coefficients are not used, and not known.
-        known = rollouts.old_logprobs is not None
-        ratios = _ratios(config, rollouts, rows, logprobs, update) if known else torch.full_like(update, torch.nan)
-        update = update * ratios
-    tokens = TokenCoefficients(places.sequence, entropy, direct, update)
-    return Coefficients(places.means(entropy), places.means(update), tokens)
+        if "Y" in labels:
+            _refuse_ratios(rollouts, rows, places, log_ratios, scored.logprobs)
+        update = torch.full_like(update, torch.nan)
+        if log_ratios is not None and clipped is not None:
+            ratio = torch.where(log_ratios > LARGEST_LOG_RATIO, torch.nan, log_ratios.exp())
+            update = torch.where(clipped | (plain == 0), 0.0, plain * ratio)
+    return Coefficients(
+        places.means(entropy).to(device),
+        places.means(update).to(device),
+        TokenCoefficients(
+            places.sequence.to(device),
+            entropy.to(device),
+            None if direct is None else direct.to(device),
+            update.to(device),
+        ),
+        ratios,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Places:
-    """Where the M tokens stand in a table [n, longest], and which sequences share a prompt.
+    """Where the M tokens stand in a table [n, longest], and which sequences share a prompt; on the CPU.
+
+    There a sum along a row has one order; a running sum on CUDA need not.
 
     Attributes:
         sequence, column: [M].
@@ -107,13 +149,12 @@ class _Places:
     longest: int
 
     @classmethod
-    def of(cls, rollouts: Rollouts, rows: Tensor, device: torch.device) -> _Places:
+    def of(cls, rollouts: Rollouts, rows: Tensor) -> _Places:
         lengths = rollouts.response_lengths[rows]
         column = torch.cat([torch.arange(length) for length in lengths.tolist()])
         sequence = torch.repeat_interleave(torch.arange(len(rows)), lengths)
         _, local = torch.unique(rollouts.prompt_index[rows], return_inverse=True)
-        member = torch.nn.functional.one_hot(local).to(torch.float64)
-        return cls(sequence.to(device), column.to(device), member.to(device), int(lengths.max()))
+        return cls(sequence, column, torch.nn.functional.one_hot(local).to(torch.float64), int(lengths.max()))
 
     def table(self, values: Tensor) -> Tensor:
         """[n, longest] of values [M]; 0 elsewhere."""
@@ -130,25 +171,41 @@ def _rao_blackwell(entropies: Tensor, places: _Places, weights: Tensor, *, to_go
     """[M] c_t and e_t from a table [n, longest] of entropies and weights [n]; with what is to come, or with the whole sum."""
     exists = places.table(entropies.new_ones(len(places.sequence)))
     total = entropies.sum(1, keepdim=True)
-    following = total - entropies.cumsum(1) if to_go else total.expand_as(entropies)
-    weighted = weights.unsqueeze(1) * following * exists
+    # What one response is compared with must not depend on it. Where others have ended nothing is to come: they are left out.
+    compared = exists if to_go else torch.ones_like(exists)
+    weighted = weights.unsqueeze(1) * (total - entropies.cumsum(1) if to_go else total) * compared
     others = places.member @ places.member.T
     size = others.sum(1)
     others.fill_diagonal_(0.0)
-    # What one response is compared with must not depend on it: where it ends, the others may go on, and are left out.
-    compared = exists if to_go else torch.ones_like(exists)
-    weighted_others = weighted if to_go else weights.unsqueeze(1) * following
-    count = others @ compared
-    baseline = (others @ weighted_others) / count.clamp_min(1.0)
+    baseline = (others @ weighted) / (others @ compared).clamp_min(1.0)
     coefficients = (weighted - baseline) / size.unsqueeze(1)
     return coefficients[places.sequence, places.column], (weights / size)[places.sequence]
 
 
-def _ratios(config: ProbeConfig, rollouts: Rollouts, rows: Tensor, logprobs: Tensor, update: Tensor) -> Tensor:
-    """[M] r_t, and 0 where it is clipped; the sign of ``update`` is that of the advantage."""
-    ratio = (logprobs - rollouts.old_response_logprobs(rows).to(logprobs)).exp()
+def _clipped(config: ProbeConfig, log_ratios: Tensor, plain: Tensor) -> Tensor:
+    """[M] bool, whether clipping leaves a token out."""
     if config.clip_range is None:
-        return ratio
+        return torch.zeros_like(log_ratios, dtype=torch.bool)
     low, high = config.clip_range
-    clipped = ((ratio > 1 + high) & (update > 0)) | ((ratio < 1 - low) & (update < 0))
-    return torch.where(clipped, 0.0, ratio)
+    ratio = log_ratios.exp()
+    return ((ratio > 1 + high) & (plain > 0)) | ((ratio < 1 - low) & (plain < 0))
+
+
+def _refuse_ratios(
+    rollouts: Rollouts, rows: Tensor, places: _Places, log_ratios: Tensor | None, logprobs: Tensor
+) -> None:
+    if log_ratios is None:
+        raise RolloutsError(
+            "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
+            fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1, or importance_ratio='none'.",
+        )
+    worst = int(log_ratios.argmax())
+    if float(log_ratios[worst]) > LARGEST_LOG_RATIO:
+        row, now = int(rows[places.sequence[worst]]), float(logprobs[worst])
+        group = rollouts.group_order[int(rollouts.prompt_index[row])]
+        raise RolloutsError(
+            f"Rollouts: `old_logprobs` is {now - float(log_ratios[worst]):.6g} at response token {int(places.column[worst])} "
+            f"of a response to group {group} (row {row}, empty responses not counted), where the model's log-prob is "
+            f"{now:.6g}: a ratio of e^{float(log_ratios[worst]):.3g}.",
+            fix="pass the log-prob that the sampler gave to this very token, in its own column; no placeholder such as -9999.",
+        )

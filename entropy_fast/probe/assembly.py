@@ -28,7 +28,7 @@ from entropy_fast.statistics import two_batch_estimate, u_estimate
 __all__ = ["empty_response_message", "same_batch_result", "two_batch_result"]
 
 ADDS_UP = 1e-6  # relative; what shares may miss without a note
-OFF_POLICY = 0.01  # nats a token that the policy may have moved since sampling without a note
+OFF_POLICY = 0.05  # nats a token that the policy may have moved since sampling without a note: more than 16 bits round
 
 
 def same_batch_result(
@@ -221,16 +221,18 @@ def _notes(
         if message is not None:
             notes.append(message)
             warnings.warn(message, EntropyFastWarning, stacklevel=4)
-        notes.extend(_old_logprobs_messages(components, name, batch))
+        notes.extend(_old_logprobs_messages(components, name))
         flat = _prompts_without_spread(batch)
         if flat:
             notes.append(
                 f"{name}: {flat} of {batch.n_prompts} prompts have advantage 0 throughout: no update comes from them."
             )
         if components.config.weighting == "dr_grpo" and not batch.max_lengths_given:
+            score_function = components.config.entropy_estimator == "score_function"
+            known = " (about 20% at 8 responses a prompt, 4% at 32)" if score_function else ""
             notes.append(
-                f"{name}: L_max is the longest sampled response of each prompt, which depends on the samples and biases X "
-                "(about 20% at 8 responses a prompt, 4% at 32); pass max_lengths, the generation budget."
+                f"{name}: L_max is the longest sampled response of each prompt, which depends on the samples and biases X"
+                f"{known}; pass max_lengths, the generation budget."
             )
     for label, what in (("X", "entropy"), ("Y", "update")):
         if components.coverage[label].norm == 0:
@@ -269,22 +271,27 @@ def _sampling_message(name: str, batch: Rollouts) -> str | None:
     return None
 
 
-def _old_logprobs_messages(components: ProbeComponents, name: str, batch: Rollouts) -> list[str]:
-    """What has to be known where the rollouts say which policy sampled them."""
-    if batch.old_logprobs is None:
+def _old_logprobs_messages(components: ProbeComponents, name: str) -> list[str]:
+    """What has to be known where the rollouts of one batch say which policy sampled them, and it is not this one."""
+    found = components.sequences["Y" if name == "update" else "X"].ratios
+    if found is None:
         return []
+    moved, largest = _mean(found.mean_log_ratio), float(found.largest_log_ratio.max())
+    if not moved > OFF_POLICY:
+        return []
+    distance = (
+        f"{name}: log-probs are {moved:.3g} nats a token away from old_logprobs on average, and {largest:.3g} at most"
+    )
     messages = []
-    if components.config.importance_ratio == "none" and name != "entropy":
-        messages.append(f"{name}: old_logprobs are there and were not used; pass importance_ratio='token' to use them.")
     if name != "update":
-        now = components.sequences["X"].sequence_logprobs
-        old = batch.old_logprobs.to(device="cpu", dtype=torch.float64).sum(1)  # 0 outside the responses
-        moved = float(((now - old).abs() / batch.response_lengths).mean())
-        if moved > OFF_POLICY:
-            messages.append(
-                f"{name}: log-probs are {moved:.3g} nats a token away from old_logprobs; the entropy gradient takes responses "
-                "as drawn from the current policy, and is biased where they were not."
-            )
+        messages.append(
+            f"{distance}; the entropy gradient takes responses as drawn from the current policy, and is biased where they were "
+            "not. Is column t of old_logprobs about the token in column t?"
+        )
+    if name != "entropy" and components.config.importance_ratio == "none":
+        messages.append(f"{distance}; importance_ratio='token' would put that into the update.")
+    if name != "entropy" and components.config.clip_range is not None:
+        messages.append(f"{name}: clipping leaves out {_mean(found.clipped):.1%} of a response's tokens on average.")
     return messages
 
 

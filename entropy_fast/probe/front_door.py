@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -18,9 +18,20 @@ from entropy_fast.probe.result import DeltaH1Result
 from entropy_fast.probe_components import ProgressCallback
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["Engine", "fast_delta_h1"]
+__all__ = ["Engine", "check_engine", "fast_delta_h1"]
 
 Engine = Literal["auto", "jvp", "one_pass", "two_pass"]
+
+
+def check_engine(engine: str) -> Engine:
+    """The engine of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if engine not in get_args(Engine):
+        raise ConfigError(f"engine is {engine!r}.", fix=f"use one of {', '.join(map(repr, get_args(Engine)))}.")
+    return cast(Engine, engine)
 
 
 def fast_delta_h1(
@@ -69,10 +80,7 @@ def fast_delta_h1(
             be probed as it is.
     """
     assert_grad_context("fast_delta_h1")
-    if engine not in get_args(Engine):
-        raise ConfigError(
-            f"fast_delta_h1: engine is {engine!r}.", fix=f"use one of {', '.join(map(repr, get_args(Engine)))}."
-        )
+    check_engine(engine)
     for name, batch in (("rollouts", rollouts), ("entropy_rollouts", entropy_rollouts)):
         if not isinstance(batch, Rollouts) and not (name == "entropy_rollouts" and batch is None):
             raise RolloutsError(

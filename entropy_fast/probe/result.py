@@ -123,7 +123,8 @@ class DeltaH1Result:
         learning_rate: lr.
         estimate: ``same_batch`` or ``two_batch``.
         engine: how X and Y were obtained.
-        geometry: ``adam_static``: the step lr · P g with P from the stored second moments (no momentum, decay, clipping).
+        geometry: ``adam_static``: the step lr · P g with P from the stored second moments (no momentum, no decay, no clipping
+            of the gradient's norm).
         entropy_functional: which entropy is meant.
         unit: of δH₁ and of every share of it.
         x_dot_y: X_sum · Y_sum.

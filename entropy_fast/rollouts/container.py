@@ -52,8 +52,8 @@ class Rollouts:
         max_lengths: generation budget L_max in tokens, one number or [B] (prompts in order of first appearance). Omitted,
             the longest sampled response of each prompt stands in and the result says so: that choice makes the estimate
             slightly biased because the length weight then depends on the samples.
-        old_logprobs: [N, T] log-probs of the tokens, in nats at temperature 1, under the policy that sampled them (or whatever
-            policy importance ratios refer to), read at response tokens alone. Only ``importance_ratio="token"`` uses them.
+        old_logprobs: [N, T] log-probs in nats at temperature 1 under the policy that sampled (or whatever policy importance
+            ratios refer to): in column t that of the token in column t. Read at response tokens alone.
         temperature, top_p: how the responses were sampled; None means unknown. They are recorded, never used for scoring.
         prompts: B prompt texts, for reports only.
         responses: N response texts, for reports only.

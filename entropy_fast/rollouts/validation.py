@@ -120,7 +120,8 @@ def token_logprobs(field: str, value: Any, loss_mask: Tensor) -> Tensor:
     if tensor.shape != loss_mask.shape:
         raise RolloutsError(
             f"Rollouts: `{field}` has shape {list(tensor.shape)}, but input_ids is {list(loss_mask.shape)}.",
-            fix="give one log-prob per token, in the column of the token; what stands over prompt and padding is not read.",
+            fix="give one log-prob per token, in the token's own column: shifted ones [N, T - 1] lack a column in front, those "
+            "of responses alone belong in the responses' columns. What stands over prompt and padding is not read.",
         )
     if not tensor.is_floating_point():
         raise RolloutsError(
@@ -252,7 +253,8 @@ def unpack_padded_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
                 fix="give one log-prob per token, in the token's own column.",
             )
         fields["old_logprobs"] = value.reshape(b * g, t)
-    fields.update({key: batch[key] for key in PADDED_OPTIONAL[3:] if batch.get(key) is not None})
+    others = [key for key in PADDED_OPTIONAL if key not in ("advantages", "rewards", "old_logprobs")]
+    fields.update({key: batch[key] for key in others if batch.get(key) is not None})
     return fields
 
 

@@ -87,7 +87,8 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
 
     Derivatives of single tokens, which would be most of the file, are left out.
     """
-    fields = {f.name: _plain(getattr(result, f.name)) for f in dataclasses.fields(result)}
+    names = [f.name for f in dataclasses.fields(result)]
+    fields = {name: None if name == "derivatives" else _plain(getattr(result, name)) for name in names}
     if result.derivatives is not None:
         of_sequences = {
             "sequences": result.derivatives.sequences,

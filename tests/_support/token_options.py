@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from exactness import model_of, widened
 from probe_models.batches import Sample, pack
-from probe_models.token_kernel import draw_old_logprobs
+from probe_models.token_kernel import TokenKernel, draw_old_logprobs, token_kernel_by_definition
 from torch import nn
 
 from entropy_fast import Rollouts
@@ -32,3 +32,23 @@ def rollouts_of(samples: list[Sample], **fields: Any) -> Rollouts:
 
 def wide_model(family: str, adapter: bool) -> nn.Module:
     return widened(model_of(family, "lora" if adapter else "full, tied"))
+
+
+def definition_of(
+    options: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    samples: list[Sample],
+    *,
+    weighting: str = "dr_grpo",
+) -> TokenKernel:
+    """The kernel by definition under one of `OPTIONS`."""
+    return token_kernel_by_definition(
+        model,
+        optimizer,
+        samples,
+        rao_blackwell="entropy_estimator" in OPTIONS[options],
+        old=draw_old_logprobs(samples) if "importance_ratio" in OPTIONS[options] else None,
+        clip=OPTIONS[options].get("clip_range"),
+        weighting=weighting,
+    )

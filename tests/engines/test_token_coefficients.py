@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from probe_models.architectures import stepped_adamw
 from probe_models.batches import Sample, make_samples
 from probe_models.own_dtype import computing_in_own_dtype
-from probe_models.token_kernel import draw_old_logprobs, token_kernel_by_definition
-from token_options import OPTIONS, rollouts_of, wide_model
+from token_options import OPTIONS, definition_of, rollouts_of, wide_model
 from torch import Tensor
 
 from entropy_fast import ProbeConfig, Rollouts, fast_delta_h1
@@ -130,15 +129,7 @@ def assert_definition(
     optimizer = stepped_adamw(model)
     samples = samples or make_samples((2, 4, 3), seed=8)
     with computing_in_own_dtype(model):
-        expected = token_kernel_by_definition(
-            model,
-            optimizer,
-            samples,
-            rao_blackwell="entropy_estimator" in OPTIONS[options],
-            old=draw_old_logprobs(samples) if "importance_ratio" in OPTIONS[options] else None,
-            clip=OPTIONS[options].get("clip_range"),
-            weighting=weighting,
-        )
+        expected = definition_of(options, model, optimizer, samples, weighting=weighting)
         for engine in ("two_pass", "one_pass"):
             found = observe(engine, model, optimizer, rollouts_of(samples), weighting=weighting, **OPTIONS[options])
             assert relative(found.kernel, expected.matrix) <= 1e-10, engine

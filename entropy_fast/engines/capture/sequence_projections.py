@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture.signal_rows import SignalRows, Term
+from entropy_fast.engines.coefficients import labels_of
 
 __all__ = ["Directions", "SequenceProjections"]
 
@@ -123,9 +124,8 @@ class SequenceProjections(SignalRows):
         for place, number in enumerate(unit):
             members = torch.zeros(len(unit), dtype=torch.float64)
             members[place] = 1.0
-            for label in sorted(set(self._labels)):
-                if "XY"[label] in labels:
-                    yield Term(number, place, label, members)
+            for label in labels_of(labels):
+                yield Term(number, place, label, members)
 
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
         """See `SignalRows.put`."""

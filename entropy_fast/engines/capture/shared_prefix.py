@@ -168,7 +168,7 @@ def backward_through_prefix(
 
     Args:
         forward: from `forward_with_shared_prefix`.
-        coefficients: [G] c and a, fp64.
+        coefficients: [G] what the responses' parts are summed with for X and for g, fp64.
         unit: whose prompt it is.
         gradients: the recorder.
         length: tokens of the prompt.

@@ -59,7 +59,7 @@ class SignalRows(Recorder):
 
         Args:
             unit: [N] unit of every row, rows of one unit next to one another.
-            coefficients: [N] c and a, fp64.
+            coefficients: [N] what signals are multiplied by for X and for g, fp64: c and a, or what undoes a scale.
             positions: T, in each row.
         """
         self._packed_tokens = None
@@ -73,7 +73,7 @@ class SignalRows(Recorder):
 
         Args:
             runs: unit, first token and the one after the last, covering all N tokens in order.
-            coefficients: [2, N] c and a of every token's sequence, fp64.
+            coefficients: [2, N] what every token's signals are multiplied by for X and for g, fp64.
             sequence: [N] the microbatch's sequence that every token belongs to, ascending; None where tokens are shared.
         """
         self._packed_tokens = coefficients.shape[1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.engines.capture.signal_rows import SignalRows, Term
+from entropy_fast.engines.coefficients import labels_of
 from entropy_fast.ops import add_unit_products
 
 __all__ = ["UnitGradients"]
@@ -19,7 +20,8 @@ __all__ = ["UnitGradients"]
 class UnitGradients(SignalRows):
     """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
 
-    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions.
+    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions. Those
+    that differ within a sequence are in the signals already, and what is applied here undoes their scales.
 
     Args:
         parameters: by name.
@@ -99,9 +101,8 @@ class UnitGradients(SignalRows):
         """See `SignalRows.terms`: X and g of every unit, ``which`` 0 and 1."""
         for number in sorted(set(unit)):
             members = (torch.tensor(unit) == number).double()
-            for label in range(2):
-                if "XY"[label] in labels:
-                    yield Term(number, label, label, members)
+            for label in labels_of(labels):
+                yield Term(number, label, label, members)
 
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
         """See `SignalRows.put`."""

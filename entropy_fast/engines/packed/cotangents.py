@@ -13,12 +13,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from entropy_fast.engines.coefficients import Coefficients, power_of_two_scales
+from entropy_fast.engines.coefficients import Coefficients, labels_of, scales_of
 
-__all__ = ["Cotangent", "TokenWeights", "of_units", "token_weights", "wanted_weights"]
+__all__ = ["Cotangent", "TokenWeights", "of_units", "token_weights"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +56,8 @@ def token_weights(coefficients: Coefficients, labels: str) -> Iterator[TokenWeig
     """One a wanted label. Coefficients have to be by token."""
     tokens = coefficients.tokens
     assert tokens is not None
-    for label in range(2):
-        if "XY"[label] not in labels:
-            continue
-        scales = power_of_two_scales(coefficients.largest(label))
-        inverse = scales.new_zeros(2, len(scales))
-        inverse[label] = 1.0 / scales
+    for label in labels_of(labels):
+        scales, inverse = scales_of(coefficients, label)
         by_token = scales[tokens.sequence]
         of_logprob, of_entropy = tokens.of(label)
         yield TokenWeights(label, of_logprob * by_token, None if of_entropy is None else of_entropy * by_token, inverse)
@@ -71,9 +66,7 @@ def token_weights(coefficients: Coefficients, labels: str) -> Iterator[TokenWeig
 def of_units(
     coefficients: Coefficients, labels: str, unit_logprob: Tensor, unit_entropy: Tensor | None
 ) -> Iterator[Cotangent]:
-    """The backwards of a microbatch, from ∂s_t/∂h_t and ∂H_t/∂h_t [M, H].
-
-    One at a time, so that no more than one is held beside the unit gradients.
+    """The backwards of a microbatch, from ∂s_t/∂h_t and ∂H_t/∂h_t [M, H]; one at a time, so that none is held for later.
 
     Args:
         coefficients: of the sequences.
@@ -82,21 +75,15 @@ def of_units(
         unit_entropy: ∂H_t/∂h_t; None where X has no such part.
     """
     if coefficients.tokens is None:
-        yield Cotangent(unit_logprob, wanted_weights(coefficients, labels), None)
+        yield Cotangent(unit_logprob, coefficients.rows(labels), None)
         return
     for found in token_weights(coefficients, labels):
-        gradients = unit_logprob * found.of_logprob.to(unit_logprob.dtype).unsqueeze(1)
-        if found.of_entropy is not None:
-            assert unit_entropy is not None
-            gradients.addcmul_(unit_entropy, found.of_entropy.to(unit_entropy.dtype).unsqueeze(1))
-        yield Cotangent(gradients, found.inverse, found.label)
+        yield Cotangent(_weighted(found, unit_logprob, unit_entropy), found.inverse, found.label)
 
 
-def wanted_weights(coefficients: Coefficients, labels: str) -> Tensor:
-    """[2, n] c and a, zero where X or Y is not wanted."""
-    return torch.stack(
-        [
-            values if label in labels else torch.zeros_like(values)
-            for label, values in (("X", coefficients.entropy), ("Y", coefficients.update))
-        ]
-    )
+def _weighted(weights: TokenWeights, unit_logprob: Tensor, unit_entropy: Tensor | None) -> Tensor:
+    gradients = unit_logprob * weights.of_logprob.to(unit_logprob.dtype).unsqueeze(1)
+    if weights.of_entropy is not None:
+        assert unit_entropy is not None
+        gradients.addcmul_(unit_entropy, weights.of_entropy.to(unit_entropy.dtype).unsqueeze(1))
+    return gradients

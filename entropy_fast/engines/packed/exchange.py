@@ -46,6 +46,10 @@ class PackedRun:
         self._tails = AttentionGroups(layout.groups, tails=True, device=device, copies=copies)
         self._prefixes = AttentionGroups(layout.groups, tails=False, device=device)
 
+    def copy(self, place: int) -> slice:
+        """Where the prefixes of a copy stand in the row of the tails."""
+        return self._tails.copy(place)
+
     def attention(
         self,
         module: nn.Module,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entropy_fast.engines.capture import SignalRows
 from entropy_fast.engines.coefficients import Coefficients
-from entropy_fast.engines.packed.cotangents import Cotangent, of_units, token_weights, wanted_weights
+from entropy_fast.engines.packed.cotangents import Cotangent, of_units, token_weights
 from entropy_fast.engines.packed.layout import PackedLayout
 from entropy_fast.engines.token_coefficients import ScoredTokens, coefficients_of
 from entropy_fast.ops import TokenLogprobs, linear_token_logprobs_with_units, token_logprobs
@@ -76,11 +76,9 @@ def output_signals(
     Raises:
         GraphDetachedError: a log-prob is NaN.
     """
-    config = components.config
-    backwards = len(labels) if config.coefficients_by_token else 1
     if head.frozen is None:
         return _through_own_head(components, head, hidden, layout, rollouts, gradients, labels)
-    layer = head.frozen
+    config, layer = components.config, head.frozen
     with components.autocast():
         found = linear_token_logprobs_with_units(
             hidden,
@@ -88,14 +86,15 @@ def output_signals(
             layout.targets,
             bias=layer.bias,
             softcap=layer.softcap,
-            want_entropy=config.wants_token_entropies,
+            want_entropy=config.wants_token_entropies and "X" in labels,
         )
     refuse_nan(found.logprob)
     assert found.unit_logprob is not None
     sums = layout.by_sequence(found.logprob)
-    coefficients = coefficients_of(config, rollouts, layout.rows, ScoredTokens(sums, found.logprob, found.entropy))
+    scored = ScoredTokens(sums, found.logprob, found.entropy)
+    coefficients = coefficients_of(config, rollouts, layout.rows, scored, labels)
     cotangents = of_units(coefficients, labels, found.unit_logprob, found.unit_entropy)
-    return OutputSignals(sums, coefficients, cotangents, backwards)
+    return OutputSignals(sums, coefficients, cotangents, len(labels) if coefficients.tokens is not None else 1)
 
 
 def _through_own_head(
@@ -109,19 +108,20 @@ def _through_own_head(
 ) -> OutputSignals:
     """As `output_signals`, by way of logits and their graph, some prompts at a time."""
     config = components.config
+    want_entropies = config.wants_token_entropies and "X" in labels
     cotangents: list[list[Cotangent]] = []
     parts = []
     for own, groups in _chunks(layout):
         leaf = hidden[own].requires_grad_()
         gradients.pause(leaf.shape[0])
         with torch.enable_grad(), components.autocast():
-            found = head_logprobs(head, leaf, layout.targets[own], want_entropies=config.wants_token_entropies)
+            found = head_logprobs(head, leaf, layout.targets[own], want_entropies=want_entropies)
         refuse_nan(found.logprob)
         rows = slice(layout.groups[groups.start].rows[0], layout.groups[groups.stop - 1].rows[1])
         sequence = layout.scored_row[own]
         sums = layout.by_sequence(found.logprob.detach(), own, rows)
         scored = ScoredTokens(sums, found.logprob, found.entropy)
-        coefficients = coefficients_of(config, rollouts, layout.rows[rows], scored)
+        coefficients = coefficients_of(config, rollouts, layout.rows[rows], scored, labels)
         losses = list(_losses(found, coefficients, labels))
         for number, (loss, weights, label) in enumerate(losses):
             gradients.expect_packed(_runs(layout, groups), weights[:, sequence - rows.start], sequence)
@@ -135,7 +135,7 @@ def _through_own_head(
     gradients.pause()
     return OutputSignals(
         torch.cat([sums for sums, _ in parts]),
-        Coefficients(torch.cat([c.entropy for _, c in parts]), torch.cat([c.update for _, c in parts])),
+        Coefficients.joined([coefficients for _, coefficients in parts]),
         [_joined(found) for found in cotangents],
         len(cotangents),
     )
@@ -146,7 +146,7 @@ def _losses(
 ) -> Iterator[tuple[Tensor, Tensor, int | None]]:
     """What is differentiated, and weights and label as a `Cotangent` has them."""
     if coefficients.tokens is None:
-        yield found.logprob.sum(), wanted_weights(coefficients, labels), None
+        yield found.logprob.sum(), coefficients.rows(labels), None
         return
     for own in token_weights(coefficients, labels):
         loss = (own.of_logprob.to(found.logprob.dtype) * found.logprob).sum()

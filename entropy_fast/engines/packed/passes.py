@@ -7,9 +7,10 @@ A response sends back to its prompt what has to be summed with c_i and with a_i:
 the prompt's tokens. There are two ways to that:
 
 - in one row: the prompts stand behind the responses, once for each of the two, and responses continue from the first copy. One
-  forward and one backward.
+  forward and one backward. Where coefficients differ within a sequence, X and g take a backward each (`cotangents`), and the
+  prompts stand in the row once, for both in turn.
 - apart: prompts run forward and keep their graph. Responses continue from detached copies of K_p, V_p and h_p; after the
-  backward of Σ_i S_i through the responses the two sums go back through the prompts' graph one after the other. No token runs
+  backward through the responses the two sums go back through the prompts' graph one after the other. No token runs
   forward twice, at the cost of one more forward and two more backwards.
 """
 
@@ -104,13 +105,17 @@ class PackedPass:
             hidden = _scored(layout, before.detach(), after.detach())
             signals = output_signals(self._components, self._head, hidden, layout, rollouts, gradients, labels)
             del hidden
-            for number, cotangent in enumerate(signals.cotangents, 1):
-                more = number < signals.backwards
+            left = signals.backwards
+            for cotangent in signals.cotangents:
+                left -= 1
+                more = left > 0
                 if whole is not None:
                     self._backward_through_row(layout, run, whole, cotangent, gradients, more=more)
                 else:
                     self._backward_through_tails(layout, run, after, cotangent, gradients, more=more)
                     self._backward_through_prefixes(layout, run, before, cotangent, gradients, more=more)
+                # The next is not made while this one is held.
+                del cotangent
         gradients.pause()
         return signals
 
@@ -175,8 +180,7 @@ class PackedPass:
         """One backward of tails and copies of prefixes; a copy's signals come weighted, and scaled by its scales."""
         if not whole.requires_grad:
             return
-        weights = cotangent.weights
-        n_prefix, n_tail = layout.prefix_ids.shape[1], layout.tail_ids.shape[1]
+        weights, n_tail = cotangent.weights, layout.tail_ids.shape[1]
         scales = _prefix_scales(layout, weights)
         copies = run.copies if cotangent.label is None else (cotangent.label,)
         # Attention knows the copy by the label that the forward gave it.
@@ -188,11 +192,11 @@ class PackedPass:
         of_tokens[:, :n_tail] = weights[:, layout.tail_row]
         runs = _runs(layout.groups, tails=True)
         for place, label in enumerate(copies):
-            begin = n_tail + place * n_prefix
-            copied = slice(begin, begin + n_prefix)
+            copied = run.copy(place)
             above[:, copied] = _above_prefixes(layout, whole[:, copied], cotangent, label, scales[label])
             if bool((weights[label] != 0).any()):
                 of_tokens[label, copied] = 1.0 / scales[label]
+            begin = copied.start
             runs += [(unit, begin + first, begin + last) for unit, first, last in _runs(layout.groups, tails=False)]
         gradients.expect_packed(runs, of_tokens)
         torch.autograd.backward(whole, above, retain_graph=more)

@@ -53,7 +53,7 @@ class PrefixStates:
         return found
 
     def put(self, group: PackedGroup, weights: Tensor, key: Tensor, value: Tensor) -> None:
-        """Sum up a group's ∂S_i/∂K_p and ∂S_i/∂V_p [G, heads, P of the group, D] with ``weights`` [2, G] c and a."""
+        """Sum up a group's ∂S_i/∂K_p and ∂S_i/∂V_p [G, heads, P of the group, D] with ``weights`` [2, G]."""
         begin, end = group.prefix
         for total, found in zip(self.sums(), (key, value), strict=True):
             total[:, :, begin:end] = torch.tensordot(weights.to(self.wide), found.to(self.wide), dims=1)

@@ -96,7 +96,7 @@ def _through_layer(
 ) -> tuple[Tensor, Tensor]:
     """[rows] s_y q_y - Σ_v p_v s_v q_v, and - Σ_v p_v (log p_v + H) s_v q_v (0 without H)."""
     dtype = torch.promote_types(h.dtype, torch.float32)
-    at_target, total, weighted, spread = (torch.zeros(len(h), dtype=dtype, device=h.device) for _ in range(4))
+    at_target, total, weighted, spread, offset = (torch.zeros(len(h), dtype=dtype, device=h.device) for _ in range(5))
     width = max(64, _BLOCK_BYTES // (max(len(h), 1) * dtype.itemsize))
     for begin in range(0, layer.weight.shape[0], width):
         block = slice(begin, begin + width)
@@ -109,7 +109,8 @@ def _through_layer(
             q += of_bias[block].to(dtype)
         if layer.softcap is not None:
             q *= 1.0 - (z / layer.softcap).square()
-        # Divided by their own sum: the lse, of logits that may have been rounded otherwise, only keeps them in range.
+        # Divided by their own sum, and deviations counted from their own mean: lse and entropy, of logits that may have been
+        # rounded otherwise, only keep them in range.
         logprobs = z - lse.to(dtype).unsqueeze(1)
         weights = logprobs.exp()
         total += weights.sum(1)
@@ -117,11 +118,13 @@ def _through_layer(
         if entropy is not None:
             # Where p is 0 its log may be -inf.
             deviation = torch.where(weights > 0, logprobs + entropy.to(dtype).unsqueeze(1), 0.0)
+            offset += (weights * deviation).sum(1)
             spread += (weights * deviation * q).sum(1)
         here = (targets >= begin) & (targets < begin + z.shape[1])
         picked = q.gather(1, (targets - begin).clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
         at_target = torch.where(here, picked, at_target)
-    return at_target - weighted / total, -spread / total
+    mean = weighted / total
+    return at_target - mean, (offset * mean - spread) / total
 
 
 def derivatives_of_logits(logits: Tensor, targets: Tensor, *, want_entropies: bool) -> TokenDerivatives:

@@ -20,11 +20,34 @@ OldLogprobs = Mapping[Sample, Sequence[float]]
 
 @dataclasses.dataclass(frozen=True)
 class TokenKernel:
-    """K, and X_n and g_n of every prompt, parameter by parameter."""
+    """K; X_n and g_n of every prompt, parameter by parameter; and every sequence's part in them, flat, with P.
+
+    Attributes:
+        of_sequences: for every sample its prompt's number, its part in X_n and P times its part in g_n, [D] each.
+        scale: [D] P.
+    """
 
     matrix: Tensor
     x_gradients: list[list[Tensor]]
     g_gradients: list[list[Tensor]]
+    of_sequences: dict[Sample, tuple[int, Tensor, Tensor]]
+    scale: Tensor
+
+    def shares(self, learning_rate: float) -> dict[Sample, tuple[float, float]]:
+        """Every sequence's share of δH₁ as entropy and as update: products with the other prompts' sums."""
+        n = len(self.matrix)
+        x, y = (
+            torch.stack([sum(part[1 + which] for part in self.of_sequences.values() if part[0] == p) for p in range(n)])
+            for which in range(2)
+        )
+        factor = learning_rate / (n * (n - 1))
+        return {
+            sample: (
+                factor * float(own_x @ (y.sum(0) - y[p])),
+                factor * float(own_y @ (x.sum(0) - x[p])),
+            )
+            for sample, (p, own_x, own_y) in self.of_sequences.items()
+        }
 
 
 def token_kernel_by_definition(
@@ -52,7 +75,10 @@ def token_kernel_by_definition(
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     x, g = [], []
-    for group in dict.fromkeys(s.group for s in samples):
+    scale = [_preconditioner(optimizer, p) for p in parameters]
+    flat_scale = torch.cat([s.flatten() for s in scale])
+    of_sequences = {}
+    for number, group in enumerate(dict.fromkeys(s.group for s in samples)):
         members = [s for s in samples if s.group == group]
         weights = [
             {"dr_grpo": 1 / budget, "per_token": 1 / len(s.response), "sequence": 1.0}[weighting] for s in members
@@ -60,8 +86,9 @@ def token_kernel_by_definition(
         scored = [_scored(model, s) for s in members]
         s = [[float(v) for v in values.detach()] for values, _ in scored]
         h = [[float(v) for v in entropies.detach()] for _, entropies in scored]
-        entropy_loss = update_loss = scored[0][0].new_zeros(())
+        parts = []
         for i, (sample, (logprobs, entropies)) in enumerate(zip(members, scored, strict=True)):
+            entropy_loss = update_loss = logprobs.new_zeros(())
             others = [j for j in range(len(members)) if j != i]
             for t in range(len(sample.response)):
                 if not rao_blackwell:
@@ -82,13 +109,16 @@ def token_kernel_by_definition(
                     below = clip is not None and ratio < 1 - clip[0] and sample.advantage < 0
                     factor = 0.0 if above or below else ratio
                 update_loss = update_loss + factor * sample.advantage * weights[i] / len(members) * logprobs[t]
-        x.append(_gradients(entropy_loss, parameters, keep=True))
-        g.append(_gradients(update_loss, parameters, keep=False))
-    scale = [_preconditioner(optimizer, p) for p in parameters]
+            own = _gradients(entropy_loss, parameters, keep=True), _gradients(update_loss, parameters, keep=False)
+            parts.append(own)
+            own_x, own_g = (torch.cat([t.flatten() for t in tensors]) for tensors in own)
+            of_sequences[sample] = number, own_x, flat_scale * own_g
+        for total, gradients in zip((x, g), zip(*parts, strict=True), strict=True):
+            total.append([torch.stack(tensors).sum(0) for tensors in zip(*gradients, strict=True)])
     rows = [
         [sum(float((a * b * c).sum()) for a, b, c in zip(one, other, scale, strict=True)) for other in g] for one in x
     ]
-    return TokenKernel(torch.tensor(rows, dtype=torch.float64), x, g)
+    return TokenKernel(torch.tensor(rows, dtype=torch.float64), x, g, of_sequences, flat_scale)
 
 
 def _mean(values: list[float]) -> float:
