@@ -120,9 +120,7 @@ class ProbeComponents:
         self._assert_grad_context("ProbeComponents._compute_aligned_batch_logprobs")
         return self._teacher_force_logprobs(pack_rows(rollouts, rows, self.device))
 
-    def _coefficients(
-        self, forward: ForwardResult, rollouts: Rollouts, rows: Tensor, labels: str = "XY"
-    ) -> Coefficients:
+    def _coefficients(self, forward: ForwardResult, rollouts: Rollouts, rows: Tensor, labels: str) -> Coefficients:
         return coefficients_of(self.config, rollouts, rows, ScoredTokens.of(forward), labels)
 
     def _build_probe_loss(self, which: str, forward: ForwardResult, coefficients: Coefficients) -> Tensor:

@@ -19,6 +19,8 @@ from benchmarks.probe.padded import Padded
 from benchmarks.probe.setting import Setting
 from benchmarks.probe.sums import Sums
 
+_COLUMNS = 2**18  # of a matrix that are converted at a time
+
 # S [1, G] and ∇S [G, ...] of every trained parameter, for a batch of one prompt.
 PerSample = Callable[[Padded], tuple[Tensor, dict[str, Tensor]]]
 
@@ -42,6 +44,8 @@ def kernel_sums(setting: Setting, per_sample: PerSample) -> Sums:
     X = of_update["X"] if entropy is None else _stacks(setting, entropy, per_sample, "X")["X"]
     kernel = torch.zeros(len(X[0]), len(of_update["Y"][0]), dtype=torch.float64)
     for x, g, scale in zip(X, of_update["Y"], adam_scales(setting.optimizer), strict=True):
-        kernel += (x.flatten(1) @ (g * scale).flatten(1).t()).double()
+        for columns, others in zip(*((t.flatten(1).split(_COLUMNS, 1)) for t in (x, g * scale)), strict=True):
+            # Millions of products of both signs: their sum in fp32 would lose what the comparison looks at.
+            kernel += columns.double() @ others.double().t()
     diagonal = kernel.diagonal() if entropy is None else torch.zeros(0, dtype=torch.float64)
     return Sums(float(kernel.sum()), diagonal, kernel.sum(1), kernel.sum(0))

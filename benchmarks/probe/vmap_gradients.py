@@ -17,11 +17,11 @@ from benchmarks.probe.sums import Sums
 def vmap_sums(setting: Setting) -> Sums:
     """Kernel sums; see `benchmarks.probe.per_sample`."""
     trained = {name: p.detach() for name, p in setting.trained.items()}
-    width = setting.padded.scored.shape[-1]
 
     def sequence_logprob(
         parameters: dict[str, Tensor], ids: Tensor, mask: Tensor, positions: Tensor, scored: Tensor
     ) -> Tensor:
+        width = scored.shape[-1]
         arguments = {
             "input_ids": ids[None],
             "attention_mask": mask[None, None],

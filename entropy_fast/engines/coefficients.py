@@ -147,11 +147,14 @@ def labels_of(labels: str) -> list[int]:
 def scales_of(coefficients: Coefficients, label: int) -> tuple[Tensor, Tensor]:
     """[n] what a sequence's part of X (``label`` 0) or g (1) is scaled by on its way back, and what undoes it.
 
-    The second is [2, n], as rows of coefficients are: 1 over the scales in the row of the label, 0 in the other.
+    The second is [2, n], as rows of coefficients are: 1 over the scales in the row of the label, 0 in the other. It is 0 too
+    where a sequence sends nothing back: a 1 there would be the largest by far, and what a prompt's responses send back to it is
+    scaled by the largest.
     """
-    scales = power_of_two_scales(coefficients.largest(label))
+    largest = coefficients.largest(label)
+    scales = power_of_two_scales(largest)
     inverse = scales.new_zeros(2, len(scales))
-    inverse[label] = 1.0 / scales
+    inverse[label] = torch.where(largest > 0, 1.0 / scales, 0.0)
     return scales, inverse
 
 
@@ -192,8 +195,8 @@ class SequenceTable:
     def of(cls, rollouts: Rollouts) -> SequenceTable:
         """A table of all sequences, all unknown."""
         n = rollouts.n_sequences
-        unknown = (torch.full((n,), torch.nan, dtype=torch.float64) for _ in range(3))
-        return cls(*unknown, None if rollouts.old_logprobs is None else RatioTable.empty(n))
+        S, entropy, update = (torch.full((n,), torch.nan, dtype=torch.float64) for _ in range(3))
+        return cls(S, entropy, update, None if rollouts.old_logprobs is None else RatioTable.empty(n))
 
     def put(self, rows: Tensor, sequence_logprobs: Tensor, coefficients: Coefficients) -> None:
         """Write the values of the given rows."""

@@ -201,7 +201,7 @@ def _refuse_ratios(
         )
     worst = int(log_ratios.argmax())
     if float(log_ratios[worst]) > LARGEST_LOG_RATIO:
-        row, now = int(rows[places.sequence[worst]]), float(logprobs[worst])
+        row, now = int(rows[places.sequence[worst]]), float(logprobs.detach()[worst])
         group = rollouts.group_order[int(rollouts.prompt_index[row])]
         raise RolloutsError(
             f"Rollouts: `old_logprobs` is {now - float(log_ratios[worst]):.6g} at response token {int(places.column[worst])} "

@@ -165,7 +165,8 @@ def test_a_group_whose_second_response_is_empty_is_refused_once_that_one_is_left
 
 def test_the_table_of_sequences_knows_what_has_been_put() -> None:
     rollouts = rollouts_of([0, 1, 0, 1], [1, 2, 4, 5], [1.0, 2.0, 3.0, 4.0])
-    table = SequenceTable.empty(4)
+    table = SequenceTable.of(rollouts)
+    assert table.ratios is None
     rows = rollouts.rows_of_prompt(1)
     logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64)
     found = sequence_coefficients(logprobs, rows, rollouts, length_weights(rollouts, "sequence"))

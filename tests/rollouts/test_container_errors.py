@@ -108,7 +108,7 @@ FIELDS: list[tuple[str, Any, str, str]] = [
         "old_logprobs",
         torch.zeros(3, 2),
         "`old_logprobs` has shape [3, 2], but input_ids is [3, 4]",
-        "column of the token",
+        "lack a column in front",
     ),
     ("old_logprobs", ONES, "`old_logprobs` has dtype torch.int64", "pass nats"),
     ("old_logprobs", ONES * 0.5, "`old_logprobs` is 0.5 at row 0, column 2", "not probabilities"),

@@ -65,7 +65,7 @@ def every_x(
     s, h = (table[prompt][flat] for table in (values.logprobs, values.entropies))
     config = ProbeConfig(entropy_estimator=estimator, importance_ratio="token", weighting=weighting)
     scored = ScoredTokens(s.sum(1), s[exists], h[exists])
-    tokens = coefficients_of(config, rollouts, torch.arange(len(flat)), scored).tokens
+    tokens = coefficients_of(config, rollouts, torch.arange(len(flat)), scored, "X").tokens
     assert tokens is not None
     parts = tokens.entropy[:, None] * values.of_logprobs[prompt][flat][exists]
     if tokens.entropy_direct is not None:
