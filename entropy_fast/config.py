@@ -56,8 +56,9 @@ class ProbeConfig:
             one backward a prompt, or the double backward of the alpha trick.
         strict: an untouched trainable parameter is an error instead of a count.
         autocast_dtype: run forwards under autocast with this dtype; None leaves the caller's autocast state alone.
-        full_kernel: keep every prompt's gradients (2·B copies of the trainable parameters, on the CPU) and return the
-            whole influence kernel K [B, B], which also gives the unbiased variance of U.
+        full_kernel: for the two-pass engine: keep every prompt's gradients (2·B copies of the trainable parameters, on the CPU)
+            and return the whole influence kernel K [B, B], which also gives the unbiased variance of U. The one-pass engine does
+            where they fit ``memory_budget``.
         max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
             (v = 0, no state, not in the optimizer) before the probe refuses to answer.
         memory_budget: bytes, as a number or like "8GiB", that the one-pass engine may spend on keeping every unit's gradients,
@@ -142,7 +143,7 @@ class ProbeConfig:
         if self.importance_ratio == "none":
             raise ConfigError(
                 f"ProbeConfig: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",
-                fix="pass importance_ratio='token', or leave clip_range out.",
+                fix="pass importance_ratio='token' (--importance-ratio token), or leave clip_range (--clip) out.",
             )
         given: object = self.clip_range  # whatever somebody passed
         pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(type(e) in (int, float) for e in given)

@@ -167,7 +167,8 @@ class OfflineEntropyProbe:
         if self.config.importance_ratio == "token" and update.old_logprobs is None:
             raise RolloutsError(
                 "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
-                fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1, or importance_ratio='none'.",
+                fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1 (in a file: `old_logprobs` in every "
+                "row), or importance_ratio='none'.",
             )
 
     def _prepare(self, rollouts: Rollouts) -> tuple[Rollouts, EmptyResponseReport]:

@@ -1,4 +1,4 @@
-"""Forecast before every optimizer step of a small GRPO loop (random tokens and rewards; runs in seconds on a CPU)."""
+"""Forecast before each step of a small GRPO loop, from the third on (random tokens and rewards; seconds on a CPU)."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -24,6 +24,7 @@ optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]
 def sample() -> Rollouts:
     """Responses from the current policy, rewarded for every occurrence of token 7."""
     prompts = torch.randint(1, VOCABULARY, (PROMPTS, PROMPT_LENGTH)).repeat_interleave(RESPONSES, 0)
+    # top_k=0: generate's default of 50 would cut the distribution. A least number of tokens is for this toy alone.
     with torch.inference_mode():
         sequences = model.generate(
             input_ids=prompts, do_sample=True, top_k=0, max_new_tokens=BUDGET, min_new_tokens=BUDGET, pad_token_id=0

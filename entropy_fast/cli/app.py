@@ -63,5 +63,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("ENTROPY_FAST_TRACEBACK") == "1":
             raise
         errors().print(Text(f"error: {error}", style="bold red"))
+        errors().print(Text("what to do: check that the path exists and can be read or written."))
         return 2
     return 0

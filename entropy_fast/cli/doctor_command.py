@@ -38,7 +38,7 @@ def doctor(
     gradient_checkpointing: CheckpointingOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Check the installation and, with a model, every step of a probe on it."""
+    """Check the installation and, with a model, the steps of the reference engine on two prompts."""
     quiet_libraries()
     from entropy_fast.cli.inputs import Inputs, load_policy, resolve
     from entropy_fast.geometry import adam_state_from_file

@@ -59,6 +59,7 @@ class Inputs:
             blocks=s.blocks,
             prompts_per_microbatch=s.prompts_per_microbatch,
             full_kernel=s.full_kernel,
+            **({} if s.memory_budget is None else {"memory_budget": s.memory_budget}),
             by_sequence=s.by_sequence,
             accumulate_on=cast(AccumulateOn, s.accumulate_on),
             conditional_variance=cast(ConditionalVariance, s.conditional_variance),
@@ -124,7 +125,8 @@ def resolve(
         if model is None or optimizer is None or rollouts is None:
             raise RunFolderError(
                 f"no run folder was given, and {', '.join(missing)} is missing.",
-                fix="pass a run folder (entropy-fast probe runs/demo), or all of --model, --optimizer and --rollouts.",
+                fix="pass a run folder (entropy-fast probe runs/demo), or all of --model, --optimizer, --rollouts and, for "
+                "LoRA, --adapter.",
             )
         return Inputs(model, adapter, optimizer, rollouts, entropy_rollouts, ProbeSettings())
     manifest = read_manifest(run)

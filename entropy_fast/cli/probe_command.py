@@ -25,7 +25,10 @@ __all__ = ["probe"]
 def probe(
     run: Annotated[Path | None, typer.Argument(help="Run folder with run.json.", show_default=False)] = None,
     model: ModelOption = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder (safetensors).", show_default=False)] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="LoRA adapter folder (safetensors); every weight is trained without.", show_default=False),
+    ] = None,
     optimizer: Annotated[Path | None, typer.Option(help="optimizer.pt of Adam or AdamW.", show_default=False)] = None,
     rollouts: Annotated[Path | None, typer.Option(help="Update batch, .jsonl or .parquet.", show_default=False)] = None,
     entropy_rollouts: Annotated[
@@ -53,14 +56,21 @@ def probe(
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Instead of the optimizer's.", show_default=False)] = None,
     blocks: Annotated[
-        int | None, typer.Option(help="Blocks of prompts as units (fewer backwards).", show_default=False)
+        int | None, typer.Option(help="Blocks of prompts as units: less work, a coarser error.", show_default=False)
     ] = None,
     prompts_per_microbatch: Annotated[
         int | None, typer.Option(help="Prompts in one forward.", show_default=False)
     ] = None,
     full_kernel: Annotated[
         bool | None,
-        typer.Option("--full-kernel/--no-full-kernel", help="Keep the whole influence kernel K.", show_default=False),
+        typer.Option(
+            "--full-kernel/--no-full-kernel",
+            help="two_pass: keep the influence kernel K. one_pass keeps it where it fits.",
+            show_default=False,
+        ),
+    ] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help='one_pass: for gradients kept, "4GiB" by default.', show_default=False)
     ] = None,
     by_sequence: Annotated[
         bool | None,
@@ -69,14 +79,18 @@ def probe(
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--no-bf16", help="Forwards under bfloat16 autocast.", show_default=False)
     ] = None,
-    accumulate_on: Annotated[str | None, typer.Option(help="device (default) or cpu.", show_default=False)] = None,
+    accumulate_on: Annotated[
+        str | None, typer.Option(help="Gradient sums on: device (default) or cpu.", show_default=False)
+    ] = None,
     conditional_variance: Annotated[
         str | None,
-        typer.Option(help="per_prompt (default) or alpha: the double backward, for two batches.", show_default=False),
+        typer.Option(
+            help="two_pass, two batches: per_prompt (default) or alpha, the double backward.", show_default=False
+        ),
     ] = None,
     strict: Annotated[
         bool | None,
-        typer.Option("--strict/--no-strict", help="An untouched parameter is an error.", show_default=False),
+        typer.Option("--strict/--no-strict", help="A parameter without a gradient is an error.", show_default=False),
     ] = None,
     max_excluded_share: Annotated[
         float | None,
@@ -86,17 +100,23 @@ def probe(
     load_in_4bit: FourBitOption = None,
     gradient_checkpointing: CheckpointingOption = None,
     device: DeviceOption = None,
-    picture: Annotated[bool, typer.Option(help="Draw contributions.png (needs matplotlib).")] = True,
+    picture: Annotated[
+        bool | None,
+        typer.Option(
+            "--picture/--no-picture", help="contributions.png; drawn where matplotlib is.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Forecast the entropy change of the next update from a run folder, or from single files."""
     quiet_libraries()
     from entropy_fast.cli.inputs import resolve
     from entropy_fast.probe.front_door import check_engine, fast_delta_h1
-    from entropy_fast.report.picture import write_picture
+    from entropy_fast.report.picture import require_matplotlib, write_picture
     from entropy_fast.report.terminal import print_result
     from entropy_fast.run_folder.result_files import prepare_folder, write_result
 
     chosen = check_engine(engine)
+    undrawn = require_matplotlib(quiet=picture is None) if picture is not False else None
     target = out or run
     if target is None:
         raise ConfigError("probe: no run folder and no --out, so there is nowhere to write.", fix="pass --out DIR.")
@@ -119,6 +139,7 @@ def probe(
         "prompts_per_microbatch": prompts_per_microbatch,
         "learning_rate": learning_rate,
         "full_kernel": full_kernel,
+        "memory_budget": memory_budget,
         "by_sequence": by_sequence,
         "autocast_bfloat16": bf16,
         "accumulate_on": accumulate_on,
@@ -150,6 +171,8 @@ def probe(
         )
     print_result(result, console)
     paths = write_result(result, target)
-    if picture:
+    if undrawn is not None:
+        console.print(Text(f"note: contributions.png was not drawn: {undrawn}", style="yellow"))
+    elif picture is not False:
         paths.append(write_picture(result, target / "contributions.png"))
     console.print(Text("written: " + ", ".join(map(str, paths))), soft_wrap=True)

@@ -16,16 +16,23 @@ __all__ = ["sample"]
 
 
 def sample(
-    prompts: Annotated[Path, typer.Argument(help="JSONL of objects with `prompt` and, for rewards, `answer`.")],
+    prompts: Annotated[Path, typer.Argument(help="JSONL of objects with `prompt` and `answer`.")],
     model: Annotated[str, typer.Option(help="Model folder, hub id, FILE.gguf, or package:NAME/FILE.gguf.")],
     out: Annotated[Path, typer.Option(help="Rollouts file to write, .jsonl or .parquet.")],
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder (safetensors).", show_default=False)] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="LoRA adapter of the policy that will be probed; the base model without.", show_default=False
+        ),
+    ] = None,
     responses: Annotated[int, typer.Option(help="Responses to each prompt, G.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Generation budget, recorded as L_max.")] = 256,
     temperature: Annotated[float, typer.Option(help="Anything but 1 biases a probe.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Anything but 1 biases a probe.")] = 1.0,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends a response; may be repeated.")] = None,
-    verifier: Annotated[str, typer.Option(help="last-number or exact-text.")] = "last-number",
+    verifier: Annotated[
+        str, typer.Option(help="Right is: last-number in the response equal to the answer, or exact-text.")
+    ] = "last-number",
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
     prompts_per_batch: Annotated[int, typer.Option(help="Prompts generated together.")] = 8,
     dtype: DtypeOption = None,
@@ -46,6 +53,8 @@ def sample(
     )
     tasks = read_tasks(prompts)
     check_rollouts_path(out)
+    if not out.parent.is_dir():
+        raise SamplingError(f"folder {out.parent} of --out does not exist.", fix="make it, or pass another path.")
     source = model_source(None, name=model, dtype=dtype, load_in_4bit=load_in_4bit, device=device)
     assert source is not None
     with errors().status(Text(f"Loading {source.name}")):

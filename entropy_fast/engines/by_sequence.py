@@ -49,8 +49,8 @@ def refuse_without_stack(needed: int, budget: int) -> None:
         raise ConfigError(
             f"by_sequence takes every unit's own gradients out of the sums over all units; they take {needed} bytes and "
             f"memory_budget is {budget} bytes, so they are not kept.",
-            fix=f"pass memory_budget={needed} or more, mode='blocks' with fewer units, or an independent entropy batch, whose "
-            "estimate has no diagonal to take out.",
+            fix=f"pass memory_budget={needed} (--memory-budget) or more, mode='blocks' (--blocks) with fewer units, or an "
+            "independent entropy batch (--entropy-rollouts), whose estimate has no diagonal to take out.",
         )
 
 

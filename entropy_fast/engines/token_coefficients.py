@@ -197,7 +197,8 @@ def _refuse_ratios(
     if log_ratios is None:
         raise RolloutsError(
             "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
-            fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1, or importance_ratio='none'.",
+            fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1 (in a file: `old_logprobs` in every row), "
+            "or importance_ratio='none'.",
         )
     worst = int(log_ratios.argmax())
     if float(log_ratios[worst]) > LARGEST_LOG_RATIO:

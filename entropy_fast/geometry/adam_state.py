@@ -87,7 +87,8 @@ class AdamState:
         if not group_of:
             raise OptimizerStateError(
                 "the optimizer holds none of the model's parameters (they are matched by identity).",
-                fix="build the optimizer from this model's parameters, after adapters were added and wrappers applied.",
+                fix="build the optimizer from this model's parameters, after adapters were added and wrappers applied. "
+                "Sharded or flattened parameters (FSDP, DeepSpeed) cannot be matched.",
             )
         return cls(read_groups(optimizer.param_groups), group_of, moments)
 

@@ -125,7 +125,12 @@ def resolve_backend(wanted: str | None, device: torch.device, offered: tuple[str
             f"{origin} is {wanted!r}; expected one of {', '.join(BACKENDS)} or {AUTO}.",
             fix=f"use one of these names, or leave {origin} unset to have one chosen by device.",
         )
-    why_not = _REASONS[wanted](device.type) if wanted in offered else "it does not have this op"
+    if wanted not in offered:
+        raise BackendUnavailableError(
+            f"{origin} asks for {wanted!r}, which does not have this op; {', '.join(offered)} have it.",
+            fix=f"leave {origin} unset to have a backend chosen by device, or pass backend= to single ops.",
+        )
+    why_not = _REASONS[wanted](device.type)
     if why_not:
         raise BackendUnavailableError(
             f"{origin} asks for {wanted!r}, which cannot run on {device}: {why_not}.",

@@ -60,7 +60,8 @@ class PromptContribution:
         group_ids: the group ids in the unit.
         role: ``both`` in the same-batch estimate; ``entropy`` or ``update`` by batch in the two-batch one.
         delta_h1: its share; shares of one role sum to δH₁.
-        as_entropy: the part by its own entropy changing under the others' updates (None for ``update``).
+        as_entropy: the part by its own entropy changing under the others' updates (None for ``update``). With one batch
+            ``delta_h1`` is the mean of this and ``as_update``; each of the three sums to δH₁.
         as_update: the part by its update changing the others' entropy (None for ``entropy``).
         n_responses: sequences in the unit.
         mean_response_length: tokens.
@@ -199,8 +200,11 @@ class DeltaH1Result:
 
     @property
     def sign_established(self) -> bool | None:
-        """Whether |δH₁| is at least two standard errors (and not 0); None when there is no standard error."""
-        return None if self.std_error is None else abs(self.delta_h1) >= 2 * self.std_error and self.delta_h1 != 0
+        """Whether |δH₁| is at least two standard errors and the 95 % interval leaves out 0; None without a standard error."""
+        interval = self.interval(0.95)
+        if interval is None or self.std_error is None:
+            return None
+        return abs(self.delta_h1) >= 2 * self.std_error and not interval[0] <= 0 <= interval[1]
 
     def __str__(self) -> str:
         error = "no standard error (too few prompts)" if self.std_error is None else f"± {self.std_error:.3g}"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from entropy_fast.config import ProbeConfig
+from entropy_fast.engines.coefficients import check_group_sizes
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.errors import EntropyFastError
 from entropy_fast.geometry import AdamGroup, AdamState
@@ -114,6 +115,7 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
     step("trainable parameters", lambda: f"{len(registry.parameters)} tensors, {registry.numel:,} elements")
     checks.append(_checkpointing(model))
     batch, empty = rollouts.for_autograd().without_empty_responses()
+    check_group_sizes(batch)
     check_rollouts_fit_model(batch, registry.module)
     checks.append(Check("empty responses", None, f"{len(empty.sequences)} of {rollouts.n_sequences}"))
     sampled = None if None in (batch.temperature, batch.top_p) else (batch.temperature, batch.top_p) == (1, 1)
@@ -130,14 +132,22 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
         Check("logits and S attached", True, f"S {first.sequence_logprobs.dtype}, {_grad_name(first.logits)}")
     )
     difference = _distance(first.sequence_logprobs, again.sequence_logprobs)
-    checks.append(Check("dropout off", difference == 0, f"two forwards differ by {difference:.3g} nats"))
+    checks.append(
+        Check(
+            "dropout off",
+            difference == 0,
+            f"two forwards differ by {difference:.3g} nats"
+            + ("; remove dropout or noise from hooks and custom forwards" if difference else ""),
+        )
+    )
     separate = torch.cat([f.sequence_logprobs for f in alone])
     relative = _distance(first.sequence_logprobs, separate) / float(separate.detach().abs().max().clamp_min(1e-30))
     checks.append(
         Check(
             "sequences do not interact",
             relative < INVARIANCE_LIMIT,
-            f"batched and single S differ by {relative:.2e} relative",
+            f"batched and single S differ by {relative:.2e} relative"
+            + ("; remove batch statistics and expert capacity limits" if relative >= INVARIANCE_LIMIT else ""),
         )
     )
     x_sum = components.accumulate_sum_X(few)
@@ -166,7 +176,7 @@ def _coverage(components: ProbeComponents, label: str) -> Check:
         f"{label} gradients",
         not found.untouched,
         f"{found.n_with_gradient} of {found.n_trainable} tensors, {found.numel_share:.1%} of elements, norm {found.norm:.4g}"
-        + (f"; none for '{found.untouched[0]}'" if found.untouched else ""),
+        + (f"; none for '{found.untouched[0]}': use it in the forward or freeze it" if found.untouched else ""),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from entropy_fast.atomic import atomic_path
@@ -9,9 +10,23 @@ from entropy_fast.errors import ConfigError
 from entropy_fast.probe.result import DeltaH1Result
 from entropy_fast.report.terminal import prompt_label
 
-__all__ = ["write_picture"]
+__all__ = ["require_matplotlib", "write_picture"]
 
 BARS = 30
+
+
+def require_matplotlib(*, quiet: bool = False) -> str | None:
+    """Look for matplotlib before the work; None when it is there, and with ``quiet`` a sentence when it is not.
+
+    Raises:
+        ConfigError: it is not there, and not ``quiet``.
+    """
+    if importlib.util.find_spec("matplotlib") is not None:
+        return None
+    problem, fix = "matplotlib is not installed.", "pip install matplotlib, or pass --no-picture."
+    if quiet:
+        return f"{problem} {fix}"
+    raise ConfigError(f"drawing the picture: {problem}", fix=fix)
 
 
 def write_picture(result: DeltaH1Result, path: Path) -> Path:
@@ -20,14 +35,10 @@ def write_picture(result: DeltaH1Result, path: Path) -> Path:
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError(
-            "drawing the picture needs matplotlib, which is not installed.",
-            fix="pip install 'entropy-fast[demo]', or pass --no-picture.",
-        ) from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     ranked = sorted(result.per_prompt, key=lambda p: -abs(p.delta_h1))[:BARS]
     labels = [prompt_label(p, 60) for p in ranked] + ["δH₁, all prompts"]
     values = [p.delta_h1 for p in ranked] + [result.delta_h1]

@@ -24,10 +24,10 @@ def verdict(result: DeltaH1Result) -> str:
         return "The forecast is exactly 0: see the notes."
     if result.sign_established:
         direction = "lower" if result.delta_h1 < 0 else "raise"
-        return f"|δH₁| is at least two standard errors: this update is expected to {direction} the entropy."
+        return f"The sign is established at two standard errors: this update is expected to {direction} the entropy."
     return (
-        "|δH₁| is less than two standard errors: the sign is not established. With this few prompts that is the usual "
-        "case; probe more of them for a narrower interval."
+        "The sign is not established: |δH₁| is below two standard errors, or its 95% interval holds 0. With few prompts that is the usual case; probe "
+        "more of them for a narrower interval."
     )
 
 

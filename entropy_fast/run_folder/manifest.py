@@ -31,6 +31,7 @@ class ProbeSettings:
     blocks: int | None = None
     prompts_per_microbatch: int | None = None
     full_kernel: bool = False
+    memory_budget: str | None = None
     by_sequence: bool = False
     autocast_bfloat16: bool = False
     accumulate_on: str = "device"
@@ -76,12 +77,15 @@ def read_manifest(folder: Path) -> RunManifest:
             is missing or outside the folder.
     """
     path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise RunFolderError(f"run folder {folder} does not exist.", fix="check the path.")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunFolderError(
             f"run folder {folder} has no {MANIFEST_NAME}.",
-            fix="pass a folder made by `entropy-fast demo`, or give --model, --optimizer and --rollouts instead.",
+            fix="pass a folder made by `entropy-fast demo`, or give --model, --optimizer, --rollouts and, for LoRA, "
+            "--adapter instead.",
         ) from error
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} cannot be read as JSON: {error}", fix="make the folder again.") from error

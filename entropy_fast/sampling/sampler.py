@@ -83,6 +83,8 @@ def sample_rollouts(
     """
     if not tasks:
         raise SamplingError("sampling: no prompt was given.", fix="pass at least one prompt.")
+    for task in tasks:
+        verifier("", task)  # refuses a task now that it would refuse after hours of sampling
     generation = _generation_config(tokenizer, settings)
     rows: list[tuple[int, list[int], list[int]]] = []
     base = model.get_base_model() if isinstance(model, PeftModel) else model
