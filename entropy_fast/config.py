@@ -57,8 +57,8 @@ class ProbeConfig:
         strict: an untouched trainable parameter is an error instead of a count.
         autocast_dtype: run forwards under autocast with this dtype; None leaves the caller's autocast state alone.
         full_kernel: for the two-pass engine: keep every prompt's gradients (2·B copies of the trainable parameters, on the CPU)
-            and return the whole influence kernel K [B, B], which also gives the unbiased variance of U. The one-pass engine does
-            where they fit ``memory_budget``.
+            and return the whole influence kernel K [B, B], which also gives the unbiased variance of U. The one-pass engine
+            does where they fit ``memory_budget``.
         max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
             (v = 0, no state, not in the optimizer) before the probe refuses to answer.
         memory_budget: bytes, as a number or like "8GiB", that the one-pass engine may spend on keeping every unit's gradients,

@@ -48,6 +48,22 @@ def test_interval_is_students_t_on_the_number_of_units() -> None:
             result.interval(level)
 
 
+def test_a_sign_is_established_where_the_interval_leaves_out_0_too() -> None:
+    """With few units Student's t is wider than two standard errors."""
+    case = lora_case()
+    result = case.probe().compute_delta_h1(case.rollouts)
+    units, error = len(result.per_prompt), result.std_error
+    t = float(student_t.ppf(0.975, units - 1))
+    assert t > 2.5
+    for times, established in ((1.9, False), (2.1, False), (t - 0.01, False), (t + 0.01, True)):
+        for sign in (1, -1):
+            moved = dataclasses.replace(result, delta_h1=sign * times * error)
+            assert moved.sign_established is established
+            assert ("sign is established" in verdict(moved)) is established
+    many = dataclasses.replace(result, delta_h1=1.99 * error, row_sums=torch.zeros(1000, dtype=torch.float64))
+    assert many.sign_established is False  # 1.96 standard errors are not two
+
+
 def test_two_prompts_give_no_error_bar_and_no_sign() -> None:
     case = lora_case()
     first_two = torch.cat([case.rollouts.rows_of_prompt(n) for n in range(2)])
