@@ -26,8 +26,8 @@ def verdict(result: DeltaH1Result) -> str:
         direction = "lower" if result.delta_h1 < 0 else "raise"
         return f"The sign is established at two standard errors: this update is expected to {direction} the entropy."
     return (
-        "The sign is not established: |δH₁| is below two standard errors, or its 95% interval holds 0. With few prompts that is "
-        "the usual case; probe more of them for a narrower interval."
+        "The sign is not established: |δH₁| is below two standard errors, or its 95% interval holds 0. With few prompts that "
+        "is the usual case; probe more of them for a narrower interval."
     )
 
 
