@@ -50,7 +50,7 @@ class Inputs:
         s = self.settings
         if s.clip is None and s.clip_high is not None:
             raise ConfigError("clip_high is given without clip.", fix="pass both, or clip alone for the two.")
-        return ProbeConfig(
+        config = ProbeConfig(
             weighting=cast(Weighting, s.weighting),
             entropy_estimator=cast(EntropyEstimator, s.entropy_estimator),
             importance_ratio=cast(ImportanceRatio, s.importance_ratio),
@@ -59,7 +59,6 @@ class Inputs:
             blocks=s.blocks,
             prompts_per_microbatch=s.prompts_per_microbatch,
             full_kernel=s.full_kernel,
-            **({} if s.memory_budget is None else {"memory_budget": s.memory_budget}),
             by_sequence=s.by_sequence,
             accumulate_on=cast(AccumulateOn, s.accumulate_on),
             conditional_variance=cast(ConditionalVariance, s.conditional_variance),
@@ -67,6 +66,7 @@ class Inputs:
             max_excluded_share=s.max_excluded_share,
             autocast_dtype=torch.bfloat16 if s.autocast_bfloat16 else None,
         )
+        return config if s.memory_budget is None else dataclasses.replace(config, memory_budget=s.memory_budget)
 
     def read_rollouts(self) -> tuple[Rollouts, Rollouts | None]:
         """Update batch and, where there is one, entropy batch."""

@@ -14,7 +14,6 @@ it and says what it estimates when w_i depends on the sample's own length.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -104,28 +103,12 @@ class Coefficients:
 
     @classmethod
     def joined(cls, parts: Sequence[Coefficients]) -> Coefficients:
-        """Of successive sequences."""
-
-        def put(tensors: Sequence[Tensor]) -> Tensor:
-            return torch.cat(list(tensors))
-
-        starts = [0, *itertools.accumulate(len(part.entropy) for part in parts)]
-        tokens, ratios = [p.tokens for p in parts if p.tokens], [p.ratios for p in parts if p.ratios]
-        direct = [t.entropy_direct for t in tokens if t.entropy_direct is not None]
+        """Of successive sequences, for a `SequenceTable`: without those of tokens."""
+        ratios = [vars(part.ratios).values() for part in parts if part.ratios is not None]
         return cls(
-            put([part.entropy for part in parts]),
-            put([part.update for part in parts]),
-            TokenCoefficients(
-                put([t.sequence + start for t, start in zip(tokens, starts, strict=False)]),
-                put([t.entropy for t in tokens]),
-                put(direct) if direct else None,
-                put([t.update for t in tokens]),
-            )
-            if tokens
-            else None,
-            RatioTable(*(put(columns) for columns in zip(*(vars(r).values() for r in ratios), strict=True)))
-            if ratios
-            else None,
+            torch.cat([part.entropy for part in parts]),
+            torch.cat([part.update for part in parts]),
+            ratios=RatioTable(*map(torch.cat, zip(*ratios, strict=True))) if ratios else None,
         )
 
     def largest(self, label: int) -> Tensor:

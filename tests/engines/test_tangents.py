@@ -153,6 +153,29 @@ def test_derivatives_at_the_output_layer(
     torch.testing.assert_close(without.of_logprobs, derivatives[0], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("off", [0.05, -0.05])
+def test_lse_and_entropy_of_logits_that_were_rounded_otherwise(off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They keep the exponentials in range, and what is added up does not depend on them."""
+    hidden, weight = draw(9, 6, seed=1), draw(203, 6, seed=2)
+    targets = torch.randint(203, (9,), generator=torch.Generator().manual_seed(4))
+    layer = OutputLayer(nn.Identity(), weight, None, None)
+    whole = output.linear_token_logprobs_with_units
+
+    def rounded(*arguments: object, **named: object) -> object:
+        found = whole(*arguments, **named)
+        return found._replace(lse=found.lse + off, entropy=found.entropy - 2 * off)
+
+    def derivatives() -> tuple[Tensor, Tensor]:
+        with rules():
+            dual = forward_ad.make_dual(hidden, draw(9, 6, seed=5))
+            found = output.derivatives_of_hidden(dual, layer, targets, draw(203, 6, seed=6), None, want_entropies=True)
+        return found.of_logprobs, found.of_entropies
+
+    expected = derivatives()
+    monkeypatch.setattr(output, "linear_token_logprobs_with_units", rounded)
+    torch.testing.assert_close(derivatives(), expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("bias_moves", [False, True])
 def test_quantised_linear_maps(bits: int, bias_moves: bool) -> None:

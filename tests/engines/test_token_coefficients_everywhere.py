@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from engine_sums import assert_same_estimate, assert_same_sums, observe, relative
-from exactness import model_of, widened
+from exactness import CHECKPOINTING, checkpointed, model_of, widened
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import Sample, make_samples, pack
 from probe_models.own_dtype import computing_in_own_dtype
@@ -60,6 +60,22 @@ def test_every_way_through_a_microbatch(family: str, options: str, monkeypatch: 
             assert found.result.plan.way.startswith(said)
             assert relative(found.kernel, expected.kernel) <= tolerance, way
             assert abs(found.std_error - expected.std_error) <= tolerance * expected.std_error, way
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING[:2])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_prompts_in_a_row_of_their_own(options: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What came back to them for X is not there any more when that for g comes."""
+    monkeypatch.setattr(PackedPass, "_copies", lambda *_: ())
+    model = wide_model("qwen2", True)
+    optimizer = stepped_adamw(model)
+    rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
+    with computing_in_own_dtype(model), checkpointed(model, checkpointing):
+        expected = observe("two_pass", model, optimizer, rollouts, **OPTIONS[options])
+        found = observe("one_pass", model, optimizer, rollouts, **OPTIONS[options])
+    assert found.result.plan.way.startswith(WAYS["packed"])
+    assert_same_sums(found, expected, 1e-10)
+    assert_same_estimate(found, expected, 1e-10)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
