@@ -163,6 +163,10 @@ class ProbeConfig:
         """Whether the entropy gradient needs the entropy of the model's distribution at every response token."""
         return self.entropy_estimator == "rao_blackwell"
 
+    def wants_token_entropies_for(self, labels: str) -> bool:
+        """Likewise, where only the ``labels`` of X and Y are wanted: an update has no use for them."""
+        return self.wants_token_entropies and "X" in labels
+
     @property
     def memory_bytes(self) -> int:
         """``memory_budget`` as a number of bytes."""

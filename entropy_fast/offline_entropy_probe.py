@@ -12,6 +12,7 @@ from entropy_fast.config import ProbeConfig
 from entropy_fast.engines.coefficients import check_group_sizes
 from entropy_fast.engines.forward_mode import ForwardModeEngine
 from entropy_fast.engines.one_pass import OnePassEngine
+from entropy_fast.engines.token_coefficients import check_old_logprobs
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.geometry import AdamState, adam_state_from_file
 from entropy_fast.guards.grad_context import assert_grad_context
@@ -89,7 +90,7 @@ class OfflineEntropyProbe:
                 fix="pass entropy_rollouts, an independent batch, for the two-batch estimate; or use engine='one_pass' or "
                 "'two_pass'.",
             )
-        self._check_old_logprobs(rollouts)
+        check_old_logprobs(self.config, rollouts)  # now, and not in the middle of the work
         batch, empty = self._prepare(rollouts)
         if batch.n_prompts < 2:
             raise RolloutsError(
@@ -132,7 +133,7 @@ class OfflineEntropyProbe:
                 "biased by the diagonal K_nn.",
                 fix="pass independently sampled batches, or use compute_delta_h1 for one batch.",
             )
-        self._check_old_logprobs(update_rollouts)
+        check_old_logprobs(self.config, update_rollouts)
         entropy, empty_entropy = self._prepare(entropy_rollouts)
         update, empty_update = self._prepare(update_rollouts)
         if self.engine == OnePassEngine.name:
@@ -161,15 +162,6 @@ class OfflineEntropyProbe:
         self.components.notes = notes
         if one_pass.note is not None:
             warnings.warn(one_pass.note, EntropyFastWarning, stacklevel=3)
-
-    def _check_old_logprobs(self, update: Rollouts) -> None:
-        """Before the work, and not in the middle of it."""
-        if self.config.importance_ratio == "token" and update.old_logprobs is None:
-            raise RolloutsError(
-                "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
-                fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1 (in a file: `old_logprobs` in every "
-                "row), or importance_ratio='none'.",
-            )
 
     def _prepare(self, rollouts: Rollouts) -> tuple[Rollouts, EmptyResponseReport]:
         batch, empty = rollouts.for_autograd().without_empty_responses()

@@ -258,7 +258,10 @@ class CapturePass:
             gradients.pause()
             with components.autocast():
                 forward = forward_with_shared_prefix(
-                    self._output_layer, batch, length, want_entropies=self._want_entropies(labels)
+                    self._output_layer,
+                    batch,
+                    length,
+                    want_entropies=components.config.wants_token_entropies_for(labels),
                 )
             assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
             coefficients = coefficients_of(components.config, rollouts, own, ScoredTokens.of(forward), labels)
@@ -278,9 +281,6 @@ class CapturePass:
         with torch.no_grad(), self._components.autocast():
             return same_with_shared_prefix(self._output_layer, batch, length)
 
-    def _want_entropies(self, labels: str) -> bool:
-        return self._components.config.wants_token_entropies and "X" in labels
-
     def forward(self, rollouts: Rollouts, rows: Tensor, labels: str = "XY") -> ForwardResult:
         """Log-probs of the given rows with their graph, without logits where the output layer allows that."""
         components = self._components
@@ -288,7 +288,9 @@ class CapturePass:
             return components._compute_aligned_batch_logprobs(rollouts, rows)
         batch = pack_rows(rollouts, rows, components.device)
         with components.autocast():
-            forward = hidden_logprobs(self._output_layer, batch, want_entropies=self._want_entropies(labels))
+            forward = hidden_logprobs(
+                self._output_layer, batch, want_entropies=components.config.wants_token_entropies_for(labels)
+            )
         assert_attached("hidden states", forward.logits, "CapturePass", DETACHED_FIX)
         assert_attached("S", forward.sequence_logprobs, "CapturePass", DETACHED_FIX)
         return forward

@@ -39,7 +39,7 @@ from entropy_fast.engines.probe_losses import ScoredForward
 from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["ScoredTokens", "coefficients_of"]
+__all__ = ["ScoredTokens", "check_old_logprobs", "coefficients_of"]
 
 LARGEST_LOG_RATIO = 20.0  # nats; what is above it is no policy that sampled this token
 
@@ -69,6 +69,20 @@ class ScoredTokens:
         )
 
 
+def check_old_logprobs(config: ProbeConfig, update: Rollouts) -> None:
+    """Raise unless an update batch has what ``config`` asks for.
+
+    Raises:
+        RolloutsError: importance ratios are asked for, and ``old_logprobs`` are missing.
+    """
+    if config.importance_ratio == "token" and update.old_logprobs is None:
+        raise RolloutsError(
+            "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
+            fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1 (in a file: `old_logprobs` in every row), "
+            "or importance_ratio='none'.",
+        )
+
+
 def coefficients_of(
     config: ProbeConfig, rollouts: Rollouts, rows: Tensor, scored: ScoredTokens, labels: str = "XY"
 ) -> Coefficients:
@@ -86,6 +100,8 @@ def coefficients_of(
     Raises:
         RolloutsError: the update is wanted with importance ratios, and ``old_logprobs`` are missing or cannot be meant.
     """
+    if "Y" in labels:
+        check_old_logprobs(config, rollouts)
     weights = length_weights(rollouts, config.weighting)
     whole = sequence_coefficients(scored.sequence_logprobs, rows, rollouts, weights)
     if rollouts.old_logprobs is None and not config.coefficients_by_token:
@@ -112,7 +128,7 @@ def coefficients_of(
         entropy = torch.full_like(entropy, torch.nan)
     update = plain
     if config.importance_ratio == "token":
-        if "Y" in labels:
+        if "Y" in labels and log_ratios is not None:
             _refuse_ratios(rollouts, rows, places, log_ratios, scored.logprobs)
         update = torch.full_like(update, torch.nan)
         if log_ratios is not None and clipped is not None:
@@ -191,15 +207,7 @@ def _clipped(config: ProbeConfig, log_ratios: Tensor, plain: Tensor) -> Tensor:
     return ((ratio > 1 + high) & (plain > 0)) | ((ratio < 1 - low) & (plain < 0))
 
 
-def _refuse_ratios(
-    rollouts: Rollouts, rows: Tensor, places: _Places, log_ratios: Tensor | None, logprobs: Tensor
-) -> None:
-    if log_ratios is None:
-        raise RolloutsError(
-            "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
-            fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1 (in a file: `old_logprobs` in every row), "
-            "or importance_ratio='none'.",
-        )
+def _refuse_ratios(rollouts: Rollouts, rows: Tensor, places: _Places, log_ratios: Tensor, logprobs: Tensor) -> None:
     worst = int(log_ratios.argmax())
     if float(log_ratios[worst]) > LARGEST_LOG_RATIO:
         row, now = int(rows[places.sequence[worst]]), float(logprobs.detach()[worst])

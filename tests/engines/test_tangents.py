@@ -10,13 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 import torch.nn.functional as F
-from probe_models.architectures import (
-    add_lora,
-    build_model,
-    enable_checkpointing,
-    quantize_nf4,
-    stepped_adamw,
-)
+from probe_models.architectures import add_lora, build_model, enable_checkpointing, quantize_nf4, stepped_adamw
 from probe_models.batches import make_rollouts
 from probe_models.cases import Case, case_of
 from probe_models.snapshot import assert_unchanged, take_snapshot

@@ -86,7 +86,7 @@ def output_signals(
             layout.targets,
             bias=layer.bias,
             softcap=layer.softcap,
-            want_entropy=config.wants_token_entropies and "X" in labels,
+            want_entropy=config.wants_token_entropies_for(labels),
         )
     refuse_nan(found.logprob)
     assert found.unit_logprob is not None
@@ -108,7 +108,7 @@ def _through_own_head(
 ) -> OutputSignals:
     """As `output_signals`, by way of logits and their graph, some prompts at a time."""
     config = components.config
-    want_entropies = config.wants_token_entropies and "X" in labels
+    want_entropies = config.wants_token_entropies_for(labels)
     cotangents: list[list[Cotangent]] = []
     parts = []
     for own, groups in _chunks(layout):
