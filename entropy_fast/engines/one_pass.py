@@ -319,7 +319,7 @@ class OnePassEngine:
             len(labels),
             forwards,
             backwards=capture.backwards(labels),
-            entropies=components.config.wants_token_entropies,
+            entropies=components.config.wants_token_entropies_for(labels),
         )
         self._reports.append((report, operations))
 
