@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from entropy_fast._version import __version__
 
 if TYPE_CHECKING:
+    from entropy_fast.api import fast_delta_h1
     from entropy_fast.config import ProbeConfig
+    from entropy_fast.estimates.result import DeltaH1Result
     from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
-    from entropy_fast.probe.front_door import fast_delta_h1
-    from entropy_fast.probe.result import DeltaH1Result
     from entropy_fast.probe_components import ProbeComponents
     from entropy_fast.rollouts import Rollouts, read_rollouts, write_rollouts
 
@@ -34,12 +34,12 @@ __path__ = extend_path(__path__, __name__)
 
 # Resolved on first use: the command line answers --help, and the compiled library loads, without importing torch.
 _HOME = {
-    "DeltaH1Result": "entropy_fast.probe.result",
+    "DeltaH1Result": "entropy_fast.estimates.result",
     "OfflineEntropyProbe": "entropy_fast.offline_entropy_probe",
     "ProbeComponents": "entropy_fast.probe_components",
     "ProbeConfig": "entropy_fast.config",
     "Rollouts": "entropy_fast.rollouts",
-    "fast_delta_h1": "entropy_fast.probe.front_door",
+    "fast_delta_h1": "entropy_fast.api",
     "read_rollouts": "entropy_fast.rollouts",
     "write_rollouts": "entropy_fast.rollouts",
 }

@@ -8,19 +8,19 @@ import warnings
 import torch
 from torch import nn
 
+from entropy_fast.checks.fit import check_rollouts_fit_model
+from entropy_fast.checks.grad_context import assert_grad_context
+from entropy_fast.columns.coefficients import check_group_sizes
+from entropy_fast.columns.token_coefficients import check_old_logprobs
 from entropy_fast.config import ProbeConfig
-from entropy_fast.engines.coefficients import check_group_sizes
-from entropy_fast.engines.forward_mode import ForwardModeEngine
-from entropy_fast.engines.one_pass import OnePassEngine
-from entropy_fast.engines.token_coefficients import check_old_logprobs
+from entropy_fast.engines.forward_mode.engine import ForwardModeEngine
+from entropy_fast.engines.one_pass.engine import OnePassEngine
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
-from entropy_fast.geometry import AdamState, adam_state_from_file
-from entropy_fast.guards.grad_context import assert_grad_context
-from entropy_fast.probe import assembly
-from entropy_fast.probe.fit import check_rollouts_fit_model
-from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.estimates import assembly
+from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.probe_components import ProbeComponents, ProgressCallback
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
+from entropy_fast.step import AdamState, adam_state_from_file
 
 __all__ = ["ENGINES", "OfflineEntropyProbe"]
 

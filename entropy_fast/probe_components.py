@@ -12,31 +12,31 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from entropy_fast.config import ProbeConfig
-from entropy_fast.engines import alpha_trick
-from entropy_fast.engines.coefficients import (
+from entropy_fast.checks import coverage as coverage_guard
+from entropy_fast.checks.coverage import PassCoverage
+from entropy_fast.checks.grad_context import assert_attached, assert_grad_context
+from entropy_fast.checks.model_state import probe_state, reentrant_checkpointing
+from entropy_fast.checks.parameter_registry import ParameterRegistry
+from entropy_fast.columns.coefficients import (
     Coefficients,
     SequenceTable,
     power_of_two_scale,
 )
-from entropy_fast.engines.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
+from entropy_fast.columns.losses import sequence_losses
+from entropy_fast.columns.token_coefficients import ScoredTokens, coefficients_of
+from entropy_fast.config import ProbeConfig
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products, per_parameter_products
-from entropy_fast.engines.kernel_sums import CrossKernelSums, KernelSums
-from entropy_fast.engines.planner import Plan
-from entropy_fast.engines.probe_losses import sequence_losses
-from entropy_fast.engines.token_coefficients import ScoredTokens, coefficients_of
-from entropy_fast.engines.units import iter_microbatches, prompt_units
+from entropy_fast.engines.one_pass.planner import Plan
+from entropy_fast.engines.two_pass import alpha_trick
+from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
 from entropy_fast.errors import ModelStateError
-from entropy_fast.geometry.adam_state import AdamState
-from entropy_fast.geometry.preconditioner import AdamPreconditioner, ExcludedElements, check_excluded
-from entropy_fast.guards import coverage as coverage_guard
-from entropy_fast.guards.coverage import PassCoverage
-from entropy_fast.guards.grad_context import assert_attached, assert_grad_context
-from entropy_fast.guards.model_state import probe_state, reentrant_checkpointing
-from entropy_fast.guards.parameter_registry import ParameterRegistry
+from entropy_fast.estimates.kernel_sums import CrossKernelSums, KernelSums
 from entropy_fast.ops import precondition_accumulate
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.teacher_forcing import ForwardResult, PackedBatch, align_logprobs, model_logits, pack_rows
+from entropy_fast.rollouts.units import iter_microbatches, prompt_units
+from entropy_fast.step.adam_state import AdamState
+from entropy_fast.step.preconditioner import AdamPreconditioner, ExcludedElements, check_excluded
+from entropy_fast.ways.padded import ForwardResult, PackedBatch, align_logprobs, model_logits, pack_rows
 
 __all__ = ["ProbeComponents", "ProgressCallback"]
 

@@ -28,18 +28,18 @@ def make_tree(root: Path, files: dict[str, str]) -> Path:
 
 
 GOOD = {
-    "__init__.py": "from entropy_fast.probe import front_door\n",
+    "__init__.py": "from entropy_fast import api\n",
     "errors.py": "",
     "config.py": "from entropy_fast.errors import ConfigError\n",
     "reference/plain.py": "import torch\n",
     "ops/native.py": "from entropy_fast import _native\nfrom entropy_fast.kernels import fast\n",
-    "guards/state.py": "from entropy_fast.rollouts import container\n",
+    "checks/state.py": "from entropy_fast.rollouts import container\n",
     "rollouts/container.py": "from ..errors import RolloutsError\n",
-    "engines/sums.py": "from entropy_fast.guards.state import look\n",
-    "truth/importance.py": "from entropy_fast.statistics import spread\n",
-    "statistics/spread.py": "",
-    "probe/front_door.py": "from entropy_fast.engines.sums import add\n",
-    "cli.py": "from entropy_fast.probe.front_door import run\n",
+    "engines/sums.py": "from entropy_fast.checks.state import look\n",
+    "truth/importance.py": "from entropy_fast.estimates import spread\n",
+    "estimates/spread.py": "",
+    "api.py": "from entropy_fast.engines.sums import add\n",
+    "cli.py": "from entropy_fast.api import run\n",
 }
 
 
@@ -50,25 +50,25 @@ def test_a_tree_in_order_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("guards/bad.py", "from entropy_fast.engines.sums import add\n", "guards imports engines from a layer above"),
-        ("guards/bad.py", "import entropy_fast.engines.sums\n", "guards imports engines from a layer above"),
-        ("guards/bad.py", "from entropy_fast import engines\n", "guards imports engines from a layer above"),
-        ("guards/bad.py", "from ..engines import sums\n", "guards imports engines from a layer above"),
-        ("guards/bad.py", "from .. import engines\n", "guards imports engines from a layer above"),
+        ("checks/bad.py", "from entropy_fast.engines.sums import add\n", "checks imports engines from a layer above"),
+        ("checks/bad.py", "import entropy_fast.engines.sums\n", "checks imports engines from a layer above"),
+        ("checks/bad.py", "from entropy_fast import engines\n", "checks imports engines from a layer above"),
+        ("checks/bad.py", "from ..engines import sums\n", "checks imports engines from a layer above"),
+        ("checks/bad.py", "from .. import engines\n", "checks imports engines from a layer above"),
         (
-            "guards/bad.py",
-            "def late():\n    from entropy_fast.probe import x\n",
-            "guards imports probe from a layer above",
+            "checks/bad.py",
+            "def late():\n    from entropy_fast.api import x\n",
+            "checks imports api from a layer above",
         ),
         (
-            "guards/bad.py",
+            "checks/bad.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from entropy_fast.cli import x\n",
-            "guards imports cli from a layer above",
+            "checks imports cli from a layer above",
         ),
         (
-            "guards/bad.py",
-            "from importlib import import_module\nm = import_module('entropy_fast.probe.front_door')\n",
-            "guards imports probe from a layer above",
+            "checks/bad.py",
+            "from importlib import import_module\nm = import_module('entropy_fast.api')\n",
+            "checks imports api from a layer above",
         ),
         ("errors.py", "from entropy_fast.reference import plain\n", "errors imports reference from a layer above"),
         ("reference/bad.py", "from entropy_fast.ops import native\n", "reference imports ops from a layer above"),
@@ -76,13 +76,13 @@ def test_a_tree_in_order_is_accepted(tmp_path: Path) -> None:
         ("cli.py", "import entropy_fast.kernels.fast\n", "cli imports entropy_fast.kernels"),
         ("reference/bad.py", "from entropy_fast._native import run\n", "reference imports entropy_fast._native"),
         ("engines/bad.py", "from entropy_fast.truth.importance import x\n", "the estimate (engines) imports the truth"),
-        ("statistics/bad.py", "from entropy_fast.truth import x\n", "the estimate (statistics) imports the truth"),
-        ("probe/bad.py", "from entropy_fast.truth import x\n", "the estimate (probe) imports the truth"),
+        ("estimates/bad.py", "from entropy_fast.truth import x\n", "the estimate (estimates) imports the truth"),
+        ("api.py", "from entropy_fast.truth import x\n", "the estimate (api) imports the truth"),
         ("probe_components.py", "import entropy_fast.truth\n", "the estimate (probe_components) imports the truth"),
         ("offline_entropy_probe.py", "from . import truth\n", "the estimate (offline_entropy_probe) imports the truth"),
-        ("guards/bad.py", "import entropy_fast\n", "imports entropy_fast itself"),
+        ("checks/bad.py", "import entropy_fast\n", "imports entropy_fast itself"),
         ("novelty/bad.py", "", "'novelty' is in no layer"),
-        ("guards/bad.py", "from entropy_fast.novelty import x\n", "imports 'novelty', which is in no layer"),
+        ("checks/bad.py", "from entropy_fast.novelty import x\n", "imports 'novelty', which is in no layer"),
     ],
 )
 def test_a_tree_out_of_order_is_refused(tmp_path: Path, name: str, text: str, expected: str) -> None:
@@ -91,11 +91,11 @@ def test_a_tree_out_of_order_is_refused(tmp_path: Path, name: str, text: str, ex
 
 
 def test_cycles_are_refused_unless_deferred(tmp_path: Path) -> None:
-    files = GOOD | {"rollouts/container.py": "from entropy_fast.guards import state\n"}
+    files = GOOD | {"rollouts/container.py": "from entropy_fast.checks import state\n"}
     (found,) = violations(make_tree(tmp_path / "cycle", files))
     assert found.startswith("import cycle: ")
-    assert {"entropy_fast.guards.state", "entropy_fast.rollouts.container"} <= set(found[14:].split(" -> "))
-    files = GOOD | {"rollouts/container.py": "def late():\n    from entropy_fast.guards import state\n"}
+    assert {"entropy_fast.checks.state", "entropy_fast.rollouts.container"} <= set(found[14:].split(" -> "))
+    files = GOOD | {"rollouts/container.py": "def late():\n    from entropy_fast.checks import state\n"}
     assert violations(make_tree(tmp_path / "deferred", files)) == []
 
 

@@ -20,9 +20,9 @@ from probe_oracle.oracle import relative_error
 from torch import nn
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeComponents, ProbeConfig, Rollouts
-from entropy_fast.engines.units import prompt_units
 from entropy_fast.errors import GradientCoverageError
-from entropy_fast.geometry import AdamState
+from entropy_fast.rollouts.units import prompt_units
+from entropy_fast.step import AdamState
 
 TOLERANCE = 1e-9
 WEIGHTINGS = ("dr_grpo", "per_token", "sequence")

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.probe.contenders import sums_of, two_pass_result
 from benchmarks.probe.setting import Setting, build
 from benchmarks.probe.sums import Sums
-from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.estimates.result import DeltaH1Result
 
 FLOAT32 = 1e-4  # relative to the norm: sums over all parameters, taken in different orders
 TIMES_THE_REFERENCE_S_OWN = 3.0  # in half precision

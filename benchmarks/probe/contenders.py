@@ -16,8 +16,8 @@ from benchmarks.probe.setting import Setting
 from benchmarks.probe.sums import Sums
 from benchmarks.probe.vmap_gradients import vmap_sums
 from entropy_fast import ProbeConfig, fast_delta_h1
-from entropy_fast.probe.front_door import Engine
-from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.api import Engine
+from entropy_fast.estimates.result import DeltaH1Result
 
 ONE_PASS, TWO_PASS, ALPHA, FROZEN, PLAIN = "one_pass", "two_pass", "alpha", "frozen", "plain_step"
 PROMPTS_AT_A_TIME = 4  # of the two-pass engine; the one-pass engine plans its own

@@ -41,8 +41,8 @@ def doctor(
     """Check the installation and, with a model, the steps of the reference engine on two prompts."""
     quiet_libraries()
     from entropy_fast.cli.inputs import Inputs, load_policy, resolve
-    from entropy_fast.geometry import adam_state_from_file
     from entropy_fast.report.doctor import check_environment, check_model, synthetic_rollouts
+    from entropy_fast.step import adam_state_from_file
 
     checks = check_environment()
     model_options = {

@@ -22,10 +22,10 @@ from entropy_fast.config import (
     Weighting,
 )
 from entropy_fast.errors import ConfigError, MissingTokenizerError, RunFolderError
-from entropy_fast.geometry import AdamState, adam_state_from_file
 from entropy_fast.rollouts import Rollouts, read_rollouts
 from entropy_fast.run_folder.manifest import ProbeSettings, read_manifest
 from entropy_fast.run_folder.model_source import ModelSource, attach_adapter, load_model, load_tokenizer
+from entropy_fast.step import AdamState, adam_state_from_file
 
 __all__ = ["Inputs", "load_policy", "resolve"]
 

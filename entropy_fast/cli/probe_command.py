@@ -109,8 +109,8 @@ def probe(
 ) -> None:
     """Forecast the entropy change of the next update from a run folder, or from single files."""
     quiet_libraries()
+    from entropy_fast.api import check_engine, fast_delta_h1
     from entropy_fast.cli.inputs import resolve
-    from entropy_fast.probe.front_door import check_engine, fast_delta_h1
     from entropy_fast.report.picture import require_matplotlib, write_picture
     from entropy_fast.report.terminal import print_result
     from entropy_fast.run_folder.result_files import prepare_folder, write_result

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from entropy_fast.engines.coefficients import length_weights, sequence_coefficients
-from entropy_fast.engines.units import iter_microbatches
+from entropy_fast.columns.coefficients import length_weights, sequence_coefficients
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.teacher_forcing import align_logprobs, model_logits, pack_rows
+from entropy_fast.rollouts.units import iter_microbatches
+from entropy_fast.ways.padded import align_logprobs, model_logits, pack_rows
 
 __all__ = ["grpo_step"]
 

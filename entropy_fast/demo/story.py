@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from entropy_fast.api import fast_delta_h1
 from entropy_fast.atomic import atomic_path
 from entropy_fast.config import ProbeConfig
 from entropy_fast.demo.arithmetic import arithmetic_tasks
 from entropy_fast.demo.grpo import grpo_step
 from entropy_fast.errors import GradientCoverageError
-from entropy_fast.probe.front_door import fast_delta_h1
-from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.rollouts import Rollouts, write_rollouts
 from entropy_fast.run_folder.manifest import ProbeSettings, RunManifest, write_manifest
 from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer

@@ -10,17 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import nn
 
+from entropy_fast.checks.fit import check_rollouts_fit_model
+from entropy_fast.checks.grad_context import assert_grad_context
+from entropy_fast.checks.model_state import checkpointed_modules, reentrant_checkpointing
+from entropy_fast.columns.coefficients import check_group_sizes
 from entropy_fast.config import ProbeConfig
-from entropy_fast.engines.coefficients import check_group_sizes
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.errors import EntropyFastError
-from entropy_fast.geometry import AdamGroup, AdamState
-from entropy_fast.guards.grad_context import assert_grad_context
-from entropy_fast.guards.model_state import checkpointed_modules, reentrant_checkpointing
 from entropy_fast.ops import backend_report
-from entropy_fast.probe.fit import check_rollouts_fit_model
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
+from entropy_fast.step import AdamGroup, AdamState
 
 __all__ = ["Check", "check_environment", "check_model", "synthetic_rollouts"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from entropy_fast.atomic import atomic_path
 from entropy_fast.errors import ConfigError
-from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.report.terminal import prompt_label
 
 __all__ = ["require_matplotlib", "write_picture"]

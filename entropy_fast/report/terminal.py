@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from entropy_fast.probe.attribution import SequenceContributions
-from entropy_fast.probe.result import DeltaH1Result, PromptContribution
+from entropy_fast.estimates.attribution import SequenceContributions
+from entropy_fast.estimates.result import DeltaH1Result, PromptContribution
 from entropy_fast.report.text import printable
 
 __all__ = ["print_result", "verdict"]

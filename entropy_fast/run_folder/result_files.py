@@ -18,7 +18,7 @@ import torch
 from entropy_fast._version import __version__
 from entropy_fast.atomic import atomic_path
 from entropy_fast.errors import RunFolderError
-from entropy_fast.probe.result import DeltaH1Result
+from entropy_fast.estimates.result import DeltaH1Result
 
 __all__ = ["RESULT_SCHEMA", "prepare_folder", "result_document", "write_result"]
 

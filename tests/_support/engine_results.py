@@ -9,7 +9,7 @@ from probe_models.batches import make_rollouts
 from torch import Tensor, nn
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig
-from entropy_fast.geometry import AdamState
+from entropy_fast.step import AdamState
 
 GROUPS = (2, 3, 2, 4)
 # The norms of these families compute in fp32 whatever the model's dtype is; gemma2 is in fp32 throughout.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, Rollouts
 from entropy_fast.engines.gradient_sum import GradientSum
-from entropy_fast.geometry import AdamState
+from entropy_fast.step import AdamState
 
 Optimizer = torch.optim.Optimizer | AdamState
 

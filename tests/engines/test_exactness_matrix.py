@@ -32,7 +32,7 @@ from probe_models.own_dtype import computing_in_own_dtype
 from torch import nn
 
 from entropy_fast.errors import EntropyFastWarning
-from entropy_fast.geometry import AdamState
+from entropy_fast.step import AdamState
 
 EXACT = combinations(FAMILIES, ADAPTERS, CHECKPOINTING, tuple(BATCHES), paired=(0, 1, 2, 3))
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}

@@ -16,7 +16,7 @@ from probe_models.other_bases import MIXTURES, build_mixture, quantize_int8, smo
 from probe_models.own_dtype import computing_in_own_dtype
 
 from entropy_fast.errors import EntropyFastWarning
-from entropy_fast.geometry import AdamState
+from entropy_fast.step import AdamState
 
 # Routers take their softmax in fp32 whatever the model's dtype is.
 ROUTERS = 2e-6

@@ -17,12 +17,12 @@ from token_options import OPTIONS, definition_of, rollouts_of, wide_model
 from torch import Tensor, nn
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, fast_delta_h1
-from entropy_fast.engines import capture_pass
-from entropy_fast.engines.coefficients import SequenceTable
-from entropy_fast.engines.packed import PackedPass
-from entropy_fast.engines.packed import output as packed_output
+from entropy_fast.columns.coefficients import SequenceTable
+from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.errors import EntropyFastWarning
-from entropy_fast.geometry import AdamState
+from entropy_fast.step import AdamState
+from entropy_fast.ways.packed import PackedPass
+from entropy_fast.ways.packed import output as packed_output
 
 WAYS = {
     "packed": "packed without padding, prompts' tokens shared",

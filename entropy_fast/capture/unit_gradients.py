@@ -1,0 +1,135 @@
+"""Entropy and update gradients of a few units, put together from the signals of one backward.
+
+Legend: c_i and a_i coefficients of sequence i, X_u = Σ_{i in u} c_i ∇S_i, g_u = Σ_{i in u} a_i ∇S_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_fast.capture.signal_rows import SignalRows, Term
+from entropy_fast.columns.coefficients import labels_of
+from entropy_fast.ops import add_unit_products
+
+__all__ = ["UnitGradients"]
+
+
+class UnitGradients(SignalRows):
+    """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
+
+    Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions. Those
+    that differ within a sequence are in the signals already, and what is applied here undoes their scales.
+
+    Args:
+        parameters: by name.
+        n_units: U.
+        storage: by name, zeroed tensors [U, *shape] that X and g are added up in; tensors are made where it has none.
+
+    Attributes:
+        entropy: name to X ``[U, *shape]``, in fp32 or the parameter's dtype, whichever is wider.
+        update: name to g, likewise.
+        touched: names that have received a signal.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        n_units: int,
+        storage: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._n_units = n_units
+        self._storage = storage or {}
+        self.entropy: dict[str, Tensor] = {}
+        self.update: dict[str, Tensor] = {}
+        self.touched: set[str] = set()
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """See `Recorder.product`."""
+        rows = self._by_rows(name, left, right)
+        if rows is None or self._batch is None:
+            return
+        into = self._wanted_sums(name)
+        if into:
+            left, right = (part.flatten(0, 1) for part in rows)
+            add_unit_products(into, left, right, self._scales(name, left.device), self._batch.by_unit)
+
+    def scatter(self, name: str, index: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
+        """See `Recorder.scatter`."""
+        found = self._by_rows(name, index.unsqueeze(-1), rows)
+        if found is None or self._batch is None:
+            return
+        (places, values), scales = found, self._scales(name, rows.device)
+        for total, scale in zip(self._wanted_sums(name), scales, strict=True):
+            for unit, begin, end in self._batch.runs:
+                scaled = (values[begin:end].to(total.dtype) * scale[begin:end, None, None]).flatten(0, 1)
+                chosen = places[begin:end].flatten()
+                into = total[unit].t() if transposed else total[unit]
+                if total.is_cuda:
+                    # index_add is not deterministic there.
+                    into += torch.ops.aten.embedding_dense_backward(scaled, chosen, into.shape[0], -1, False)
+                else:
+                    into.index_add_(0, chosen, scaled)
+
+    def per_position(self, name: str, values: Tensor) -> None:
+        """See `Recorder.per_position`."""
+        found = self._by_rows(name, values)
+        if found is not None:
+            # Sums of 16-bit numbers over positions are taken in the accumulator.
+            self.per_row(name, found[0].sum(1, dtype=self._dtype(name)))
+
+    def per_row(self, name: str, rows: Tensor) -> None:
+        """See `Recorder.per_row`."""
+        if self._batch is None:
+            return
+        if self._batch.positions is None:
+            # [1, N, ..., b] with ones elsewhere: a vector for every token.
+            rows = rows.reshape(-1, *self._parameters[name].shape)
+        if rows.shape[0] != self._batch.n_rows:
+            self.refused.add(name)
+            return
+        for total, scale in zip(self._wanted_sums(name), self._scales(name, rows.device), strict=True):
+            for unit, begin, end in self._batch.runs:
+                wide = rows[begin:end].to(total.dtype).flatten(1)
+                total[unit] += (scale[begin:end] @ wide).view(total.shape[1:])
+
+    def terms(self, unit: Sequence[int], labels: str) -> Iterator[Term]:
+        """See `SignalRows.terms`: X and g of every unit, ``which`` 0 and 1."""
+        for number in sorted(set(unit)):
+            members = (torch.tensor(unit) == number).double()
+            for label in labels_of(labels):
+                yield Term(number, label, label, members)
+
+    def put(self, name: str, term: Term, gradient: Tensor) -> None:
+        """See `SignalRows.put`."""
+        total = self._sums(name)[term.which][term.unit]
+        total += gradient.to(total.dtype)
+
+    def _sums(self, name: str) -> tuple[Tensor, Tensor]:
+        self.touched.add(name)
+        if name not in self.entropy:
+            parameter = self._parameters[name]
+            shape = (self._n_units, *parameter.shape)
+            for made, store in zip(self._storage.get(name, (None, None)), (self.entropy, self.update), strict=True):
+                if made is None:
+                    made = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
+                store[name] = made
+        return self.entropy[name], self.update[name]
+
+    def _wanted_sums(self, name: str) -> list[Tensor]:
+        assert self._batch is not None
+        return [total for total, wanted in zip(self._sums(name), self._batch.wanted, strict=True) if wanted]
+
+    def _scales(self, name: str, device: torch.device) -> Tensor:
+        batch, dtype = self._batch, self._dtype(name)
+        assert batch is not None
+        if (device, dtype) not in batch.scales:
+            batch.scales[device, dtype] = batch.coefficients[batch.wanted].to(device=device, dtype=dtype)
+        return batch.scales[device, dtype]
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return torch.promote_types(self._parameters[name].dtype, torch.float32)

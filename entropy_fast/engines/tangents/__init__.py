@@ -1,5 +1,0 @@
-"""Forwards that carry derivatives along one direction of the parameters, by torch's forward mode and a few rules more."""
-
-from entropy_fast.engines.tangents.forward import ForwardDerivatives, ForwardWithTangents
-
-__all__ = ["ForwardDerivatives", "ForwardWithTangents"]

@@ -1,0 +1,212 @@
+"""The result of a probe: the forecast, its error bar, whose it is, and whether to trust it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from scipy.stats import t as student_t
+from torch import Tensor
+
+from entropy_fast.checks.coverage import PassCoverage
+from entropy_fast.columns.coefficients import SequenceTable
+from entropy_fast.config import EntropyEstimator, ProbeConfig, Weighting
+from entropy_fast.engines.one_pass.planner import Plan
+from entropy_fast.errors import ConfigError
+from entropy_fast.estimates.attribution import SequenceContributions, by_layer
+from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
+from entropy_fast.rollouts import EmptyResponseReport
+from entropy_fast.step.preconditioner import ExcludedElements
+
+__all__ = ["DeltaH1Result", "Diagnostics", "PromptContribution", "StandardError"]
+
+Role = Literal["both", "entropy", "update"]
+
+ENTROPY_FUNCTIONAL: dict[tuple[EntropyEstimator, Weighting], str] = {
+    ("score_function", "dr_grpo"): "sequence entropy divided by L_max, leave-one-out score-function estimate",
+    ("score_function", "per_token"): "E[w(1 - S)] with w = 1/L, leave-one-out score-function estimate",
+    ("score_function", "sequence"): "sequence entropy, leave-one-out score-function estimate",
+    ("rao_blackwell", "dr_grpo"): "sequence entropy divided by L_max, Rao-Blackwell estimate from token entropies",
+    ("rao_blackwell", "per_token"): "mean entropy per response token, Rao-Blackwell estimate from token entropies",
+    ("rao_blackwell", "sequence"): "sequence entropy, Rao-Blackwell estimate from token entropies",
+}
+UNIT: dict[Weighting, str] = {
+    "dr_grpo": "nats per token of generation budget",
+    "per_token": "nats per token",
+    "sequence": "nats per sequence",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardError:
+    """One standard error of δH₁ and what it is about.
+
+    Attributes:
+        name: how it was obtained.
+        value: in the unit of δH₁; None when it is not defined for this batch.
+        covers: the quantity it is the error of.
+    """
+
+    name: str
+    value: float | None
+    covers: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptContribution:
+    """One unit's (a prompt's, or in ``blocks`` mode a block's) part in δH₁.
+
+    Attributes:
+        group_ids: the group ids in the unit.
+        role: ``both`` in the same-batch estimate; ``entropy`` or ``update`` by batch in the two-batch one.
+        delta_h1: its share; shares of one role sum to δH₁.
+        as_entropy: the part by its own entropy changing under the others' updates (None for ``update``). With one batch
+            ``delta_h1`` is the mean of this and ``as_update``; each of the three sums to δH₁.
+        as_update: the part by its update changing the others' entropy (None for ``entropy``).
+        n_responses: sequences in the unit.
+        mean_response_length: tokens.
+        mean_sequence_logprob: mean S_i, nats.
+        mean_reward: None when the rollouts carry no rewards.
+        mean_abs_advantage: 0 means that its update is zero, whatever its entropy does.
+        prompt: text, where the rollouts carry it.
+    """
+
+    group_ids: tuple[int, ...]
+    role: Role
+    delta_h1: float
+    as_entropy: float | None
+    as_update: float | None
+    n_responses: int
+    mean_response_length: float
+    mean_sequence_logprob: float
+    mean_reward: float | None
+    mean_abs_advantage: float
+    prompt: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """What to know before believing the number.
+
+    Attributes:
+        standard_errors: every standard error that could be computed, with the quantity it covers.
+        coverage: what the X and the Y pass reached.
+        excluded: elements without a usable second moment.
+        empty_responses: sequences that were left out, per batch (``entropy``, ``update``).
+        leading_products: X_sum · Y_sum of the first few parameters; empty where X_sum was not formed.
+        length_budget: whether L_max was given or is the longest sampled response.
+        sampling: temperature and top-p the rollouts were sampled with, per batch.
+        unbiased_variance: unbiased variance of δH₁ where the whole kernel was kept; it can be negative for few prompts.
+        warnings: everything that deserves a sentence.
+        plan: how the engine went through the batch, and why; None for the two-pass engine.
+    """
+
+    standard_errors: tuple[StandardError, ...]
+    coverage: dict[str, PassCoverage]
+    excluded: ExcludedElements
+    empty_responses: dict[str, EmptyResponseReport]
+    leading_products: dict[str, float]
+    length_budget: str
+    sampling: dict[str, tuple[float | None, float | None]]
+    unbiased_variance: float | None
+    warnings: tuple[str, ...]
+    plan: Plan | str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DeltaH1Result:
+    """Forecast of the entropy change by the next update, exact to first order in the learning rate.
+
+    Attributes:
+        delta_h1: δH₁ = lr · U (one batch) or lr · X̄·Ȳ (two batches), in ``unit``.
+        std_error: lr · jackknife (one batch) or the conditional standard error over the entropy batch (two batches);
+            None when there are too few units.
+        learning_rate: lr.
+        estimate: ``same_batch`` or ``two_batch``.
+        engine: how X and Y were obtained.
+        geometry: ``adam_static``: the step lr · P g with P from the stored second moments (no momentum, no decay, no clipping
+            of the gradient's norm).
+        entropy_functional: which entropy is meant.
+        unit: of δH₁ and of every share of it.
+        x_dot_y: X_sum · Y_sum.
+        diagonal: [M] K_nn; None for two batches.
+        row_sums: [M] (or [B_E]) Σ_m K_nm.
+        column_sums: [M] (or [B_U]) Σ_n K_nm; None where the engine did not form X_sum.
+        kernel: [M, M] K, None where the engine did not keep it.
+        per_prompt: one record per unit, in batch order; entropy prompts alone where the update's shares are not known.
+        sequences: S_i, c_i and a_i by pass (``X``: entropy batch, ``Y``: update batch); where coefficients differ from token to
+            token, their means.
+        config: the options it was computed with.
+        diagnostics: what to know before believing it.
+        derivatives: of every sequence's and token's log-prob along the update; None where the engine has only sums.
+        by_parameter: share of δH₁ by parameter name, in model order, adding up to δH₁; None where the engine did not take its
+            sums apart.
+        by_sequence: shares of sequences by the role of their batch (``both`` in the same-batch estimate; ``entropy`` and
+            ``update`` in the two-batch one); None unless ``ProbeConfig.by_sequence`` asked for them.
+    """
+
+    delta_h1: float
+    std_error: float | None
+    learning_rate: float
+    estimate: Literal["same_batch", "two_batch"]
+    engine: str
+    geometry: str
+    entropy_functional: str
+    unit: str
+    x_dot_y: float
+    diagonal: Tensor | None
+    row_sums: Tensor
+    column_sums: Tensor | None
+    kernel: Tensor | None
+    per_prompt: tuple[PromptContribution, ...]
+    sequences: dict[str, SequenceTable]
+    config: ProbeConfig
+    diagnostics: Diagnostics
+    derivatives: DirectionalDerivatives | None = None
+    by_parameter: dict[str, float] | None = None
+    by_sequence: dict[Role, SequenceContributions] | None = None
+
+    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+        """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.
+
+        Args:
+            level: coverage aimed at, between 0 and 1.
+
+        Returns:
+            Lower and upper end in ``unit``, or None when there is no standard error.
+
+        Raises:
+            ConfigError: ``level`` is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ConfigError(f"interval: level is {level}.", fix="use a number between 0 and 1, such as 0.95.")
+        if self.std_error is None:
+            return None
+        half = float(student_t.ppf((1 + level) / 2, self.row_sums.shape[0] - 1)) * self.std_error
+        return self.delta_h1 - half, self.delta_h1 + half
+
+    @property
+    def by_layer(self) -> dict[str, float] | None:
+        """``by_parameter`` added up by decoder layer; what is in no layer (embeddings, the final norm) by its module.
+
+        In model order; None where ``by_parameter`` is.
+        """
+        return None if self.by_parameter is None else by_layer(self.by_parameter)
+
+    @property
+    def plan(self) -> Plan | str | None:
+        """How the engine went through the batch, and why; with costs for the one-pass engine, None for the two-pass one."""
+        return self.diagnostics.plan
+
+    @property
+    def sign_established(self) -> bool | None:
+        """Whether |δH₁| is at least two standard errors and the 95 % interval leaves out 0; None without a standard error."""
+        interval = self.interval(0.95)
+        if interval is None or self.std_error is None:
+            return None
+        return abs(self.delta_h1) >= 2 * self.std_error and not interval[0] <= 0 <= interval[1]
+
+    def __str__(self) -> str:
+        error = "no standard error (too few prompts)" if self.std_error is None else f"± {self.std_error:.3g}"
+        verdict = {True: "", False: "; the sign is not established", None: ""}[self.sign_established]
+        return f"δH₁ = {self.delta_h1:.17g} {error} {self.unit}{verdict} ({self.engine}, {self.geometry})"

@@ -1,1 +1,0 @@
-"""The front door: from rollouts to a result, through an engine and statistics."""

@@ -1,6 +1,0 @@
-"""What may be concluded from the influence kernel: the estimate and its standard errors."""
-
-from entropy_fast.statistics.two_batch import TwoBatchEstimate, two_batch_estimate
-from entropy_fast.statistics.u_statistic import UEstimate, u_estimate
-
-__all__ = ["TwoBatchEstimate", "UEstimate", "two_batch_estimate", "u_estimate"]

@@ -1,0 +1,251 @@
+"""Adam's diagonal preconditioner, frozen at the stored second moments (geometry ``adam_static``).
+
+P = (lr_group / lr) / (sqrt(v / (1 - β2^step)) + ε), elementwise: v is bias-corrected before the root and ε is added after
+it, as torch.optim.Adam does; lr is that of the first group. Elements with v = 0 (or without state) would be divided by ε
+alone, so that one untouched row could outweigh everything: they are left out and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from entropy_fast.checks.parameter_registry import ParameterRegistry
+from entropy_fast.errors import GradientCoverageError, LearningRateError, OptimizerStateError
+from entropy_fast.step.adam_state import AdamState
+
+__all__ = ["AdamPreconditioner", "ExcludedElements", "SecondMoments"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExcludedElements:
+    """Elements with a gradient but no usable second moment; they are zero in Y.
+
+    Attributes:
+        zero_moment: elements with v = 0 and g != 0.
+        without_state: elements (g != 0) of parameters the optimizer holds but has never stepped.
+        not_in_optimizer: elements (g != 0) of trainable parameters the optimizer does not hold.
+        share: their share of ‖g‖².
+        below_eps: elements that are used, but with sqrt(v̂) < ε (counted, nothing more).
+    """
+
+    zero_moment: int
+    without_state: int
+    not_in_optimizer: int
+    share: float
+    below_eps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SecondMoments:
+    """What `entropy_fast.ops.precondition_accumulate` needs of an optimizer, one entry per registered parameter.
+
+    Attributes:
+        tensors: v in the parameter's shape, None where there is no state.
+        bias_correction: 1 / (1 - β2^step).
+        eps: ε.
+        ratio: the group's learning rate relative to the first group's.
+    """
+
+    tensors: list[Tensor | None]
+    bias_correction: list[float]
+    eps: list[float]
+    ratio: list[float]
+
+
+class AdamPreconditioner:
+    """Maps raw gradients to Adam-preconditioned ones.
+
+    Args:
+        state: what the optimizer knows.
+        registry: the parameters, in the order gradients will come in.
+        learning_rate: rescales all groups alike, so that the first group has this rate; None takes the optimizer's.
+
+    Raises:
+        LearningRateError: the rate is 0, negative or not finite, given or found.
+    """
+
+    geometry = "adam_static"
+
+    def __init__(self, state: AdamState, registry: ParameterRegistry, learning_rate: float | None = None) -> None:
+        self._state = state
+        self._registry = registry
+        self._versions = self._current_versions()
+        self._moments: dict[tuple[torch.device, ...], SecondMoments] = {}
+        self._unusual: dict[str, tuple[int, int]] = {}  # by name: elements where v is 0, and where sqrt(v̂) is below ε
+        first = state.groups[0].learning_rate
+        self.learning_rate = _check_rate(first if learning_rate is None else learning_rate, learning_rate is None)
+        rates = [group.learning_rate for group in state.groups]
+        if len(set(rates)) == 1:
+            self._ratios = [1.0] * len(rates)
+        elif first > 0:
+            self._ratios = [rate / first for rate in rates]
+        else:
+            raise LearningRateError(
+                f"the optimizer's groups have learning rates {rates}: the first is 0 and others are not, so there is no "
+                "common scale for the step.",
+                fix="probe at a step where the scheduler's rate is above 0.",
+            )
+
+    def apply_preconditioner(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """P g for one gradient per registered parameter.
+
+        Args:
+            gradients: raw gradients in registry order, each in its parameter's shape, any device.
+
+        Returns:
+            New tensors of the same dtypes and devices; zero where P is not defined.
+
+        Raises:
+            OptimizerStateError: the optimizer has stepped since this preconditioner was made.
+        """
+        self._check_current()
+        preconditioned = []
+        for gradient, scale in zip(gradients, self._scales, strict=True):
+            if scale is None:
+                preconditioned.append(torch.zeros_like(gradient))
+            else:
+                preconditioned.append(gradient * scale.to(device=gradient.device, dtype=gradient.dtype))
+        return preconditioned
+
+    def precondition_in_place(self, stacks: Sequence[Tensor]) -> None:
+        """As `apply_preconditioner`, for stacks [units, *shape] of raw gradients, which become P g.
+
+        Raises:
+            OptimizerStateError: the optimizer has stepped since this preconditioner was made.
+        """
+        self._check_current()
+        for stack, scale in zip(stacks, self._scales, strict=True):
+            if scale is None:
+                stack.zero_()
+            else:
+                stack.mul_(scale.to(device=stack.device, dtype=stack.dtype))
+
+    def second_moments(self, gradients: Sequence[Tensor]) -> SecondMoments:
+        """The second moments and factors for gradients like these, on their devices and in their dtypes.
+
+        Args:
+            gradients: one per registered parameter, in fp32 or fp64.
+
+        Raises:
+            OptimizerStateError: the optimizer has stepped since this preconditioner was made.
+        """
+        self._check_current()
+        devices = tuple(gradient.device for gradient in gradients)
+        if devices not in self._moments:
+            found = SecondMoments([], [], [], [])
+            for parameter, gradient in zip(self._registry.parameters, gradients, strict=True):
+                moments = self._state.moments.get(parameter.name)
+                if moments is None or parameter.group is None:
+                    tensor, bias_correction, eps, ratio = None, 1.0, 1.0, 0.0
+                else:
+                    group = self._state.groups[parameter.group]
+                    tensor = moments.second_moment.to(device=gradient.device, dtype=gradient.dtype)
+                    bias_correction = 1.0 / (1.0 - math.pow(group.beta2, moments.step))
+                    eps, ratio = group.eps, self._ratios[parameter.group]
+                found.tensors.append(tensor)
+                found.bias_correction.append(bias_correction)
+                found.eps.append(eps)
+                found.ratio.append(ratio)
+            self._moments[devices] = found
+        return self._moments[devices]
+
+    def excluded(self, gradients: Sequence[Tensor]) -> ExcludedElements:
+        """Count what `apply_preconditioner` leaves out of these gradients."""
+        total = lost = 0.0
+        zero_moment = without_state = not_in_optimizer = below_eps = 0
+        for gradient, parameter, scale in zip(gradients, self._registry.parameters, self._scales, strict=True):
+            flat = gradient.reshape(-1).to(torch.float64)
+            norm = float(flat @ flat)
+            total += norm
+            if scale is not None:
+                zeros, small = self._unusual[parameter.name]
+                below_eps += small
+                if zeros:
+                    root = self._root(parameter.name)
+                    assert root is not None
+                    undefined = (root == 0).to(gradient.device)
+                    zero_moment += int((undefined & (gradient != 0)).sum())
+                    lost += float(gradient[undefined].to(torch.float64).square().sum())
+                continue
+            lost += norm
+            if parameter.group is None:
+                not_in_optimizer += int((gradient != 0).sum())
+            else:
+                without_state += int((gradient != 0).sum())
+        share = lost / total if total > 0 else 0.0
+        return ExcludedElements(zero_moment, without_state, not_in_optimizer, share, below_eps)
+
+    @cached_property
+    def _scales(self) -> list[Tensor | None]:
+        """P per parameter (0 where v is 0), None for parameters without state; a group with rate 0 is really 0."""
+        scales: list[Tensor | None] = []
+        for parameter in self._registry.parameters:
+            root = self._root(parameter.name)
+            if root is None or parameter.group is None:
+                scales.append(None)
+                continue
+            group = self._state.groups[parameter.group]
+            zeros = int((root == 0).sum())
+            self._unusual[parameter.name] = zeros, int((root < group.eps).sum()) - zeros
+            scale = self._ratios[parameter.group] / (root + group.eps)
+            scales.append(torch.where(root > 0, scale, torch.zeros_like(scale)))
+        return scales
+
+    def _check_current(self) -> None:
+        if self._current_versions() != self._versions:
+            raise OptimizerStateError(
+                "the optimizer has stepped since the probe read its second moments and step counts.",
+                fix="build the probe again after every optimizer step (fast_delta_h1 does).",
+            )
+
+    def _current_versions(self) -> dict[str, int]:
+        """How often each second moment has been written to; torch counts in-place changes."""
+        return {name: moments.second_moment._version for name, moments in self._state.moments.items()}
+
+    def _root(self, name: str) -> Tensor | None:
+        """sqrt(v̂), in fp32 or wider."""
+        moments = self._state.moments.get(name)
+        if moments is None:
+            return None
+        group = self._state.groups[self._state.group_of[name]]
+        moment = moments.second_moment
+        moment = moment.to(torch.promote_types(moment.dtype, torch.float32))
+        bias_correction = 1.0 - math.pow(group.beta2, moments.step)
+        return (moment / bias_correction).sqrt()
+
+
+def check_excluded(excluded: ExcludedElements, limit: float) -> None:
+    """Raise when too much of the gradient has no second moment.
+
+    Raises:
+        GradientCoverageError: ``excluded.share`` is above ``limit``.
+    """
+    if excluded.share <= limit:
+        return
+    raise GradientCoverageError(
+        f"{excluded.share:.1%} of ‖g‖² sits in elements the optimizer has no second moment for ({excluded.zero_moment} with "
+        f"v = 0, {excluded.without_state} never stepped, {excluded.not_in_optimizer} not in the optimizer); the limit is "
+        f"{limit:.1%}.",
+        fix="probe after the optimizer has stepped on all trainable parameters, with the optimizer that trains them. In full "
+        "fine-tuning the rows of tokens not seen in training yet (embedding, position) have v = 0: freeze the embedding, probe "
+        "later, or raise ProbeConfig.max_excluded_share if their part of the step does not matter.",
+    )
+
+
+def _check_rate(rate: float, from_optimizer: bool) -> float:
+    if not isinstance(rate, (int, float)):
+        raise LearningRateError(f"learning rate: {rate!r} is a {type(rate).__name__}.", fix="pass a number.")
+    if math.isfinite(rate) and rate > 0:
+        return float(rate)
+    source = "the optimizer's first group has" if from_optimizer else "the given value is"
+    consequence = "0 whatever the policy does" if rate == 0 else "undefined"
+    raise LearningRateError(
+        f"learning rate: {source} {rate}; with it δH₁ = lr · U is {consequence}.",
+        fix="pass learning_rate=... (schedulers start, and end, at 0), or probe at a step with a rate above 0.",
+    )
