@@ -10,7 +10,7 @@ from entropy_fast._version import __version__
 
 if TYPE_CHECKING:
     from entropy_fast.api import fast_delta_h1
-    from entropy_fast.config import ProbeConfig
+    from entropy_fast.config import EstimateOptions, RunOptions
     from entropy_fast.estimates.result import DeltaH1Result
     from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
     from entropy_fast.probe_components import ProbeComponents
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DeltaH1Result",
+    "EstimateOptions",
     "OfflineEntropyProbe",
     "ProbeComponents",
-    "ProbeConfig",
     "Rollouts",
+    "RunOptions",
     "__version__",
     "fast_delta_h1",
     "read_rollouts",
@@ -35,10 +36,11 @@ __path__ = extend_path(__path__, __name__)
 # Resolved on first use: the command line answers --help, and the compiled library loads, without importing torch.
 _HOME = {
     "DeltaH1Result": "entropy_fast.estimates.result",
+    "EstimateOptions": "entropy_fast.config",
     "OfflineEntropyProbe": "entropy_fast.offline_entropy_probe",
     "ProbeComponents": "entropy_fast.probe_components",
-    "ProbeConfig": "entropy_fast.config",
     "Rollouts": "entropy_fast.rollouts",
+    "RunOptions": "entropy_fast.config",
     "fast_delta_h1": "entropy_fast.api",
     "read_rollouts": "entropy_fast.rollouts",
     "write_rollouts": "entropy_fast.rollouts",

@@ -1,41 +1,89 @@
-"""Options of a probe, checked once. They are data: nothing here touches a model."""
+"""Options of a probe, in two objects: what is estimated, and how it is run. They are data: nothing here touches a model.
+
+An option is written down once, as a field: its type, its default, and what `option` says of it. The checks here, the command
+line, ``run.json`` and the texts of errors are made from that.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
-from typing import Literal, get_args
-
-import torch
+import types
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from entropy_fast.errors import ConfigError
 
-__all__ = [
-    "AccumulateOn",
-    "ConditionalVariance",
-    "EntropyEstimator",
-    "ImportanceRatio",
-    "Mode",
-    "ProbeConfig",
-    "Weighting",
-    "YPass",
-]
+if TYPE_CHECKING:
+    import torch
+
+    AutocastDtype = Literal["bfloat16", "float16"] | torch.dtype | None
+else:
+    # torch is not imported for a command's help; a torch.dtype is taken by its name.
+    AutocastDtype = Literal["bfloat16", "float16"] | None
+
+__all__ = ["EstimateOptions", "OptionField", "ProbeConfig", "RunOptions", "default_of", "option_fields"]
 
 Weighting = Literal["dr_grpo", "per_token", "sequence"]
 EntropyEstimator = Literal["score_function", "rao_blackwell"]
 ImportanceRatio = Literal["none", "token"]
-Mode = Literal["exact", "blocks"]
 AccumulateOn = Literal["device", "cpu"]
 YPass = Literal["backward", "autograd_grad"]
 ConditionalVariance = Literal["per_prompt", "alpha"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ProbeConfig:
-    """How a probe is run.
+def option(default: Any, help: str, *, least: float | None = None, most: float | None = None) -> Any:
+    """A field of options: its default, a line of help, and the range of a number, ends included."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
 
-    Args:
+
+@dataclasses.dataclass(frozen=True)
+class OptionField:
+    """One option as the command line and ``run.json`` see it.
+
+    Attributes:
+        name: of the field.
+        kind: what a value is: ``str``, ``int``, ``float`` or ``bool``; a `MemoryBudget` is a str here, a `ClipRange` too.
+        choices: the words a value may be; empty where there are none.
+        optional: whether None is a value.
+        default: the value where none is given.
+        help: a line.
+    """
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    default: Any
+    help: str
+
+
+class _Options:
+    """Checks every field against its type and range on construction."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            object.__setattr__(self, field.name, _checked(self, field, getattr(self, field.name)))
+
+    def changed(self) -> tuple[str, ...]:
+        """Names of the options that are not what they are by default."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return tuple(field.name for field in fields if getattr(self, field.name) != field.default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()  # type: ignore[call-overload]
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimateOptions(_Options):
+    """What is estimated: which entropy, which update, with which estimator.
+
+    Attributes:
         weighting: length weight w_i of a sequence log-prob: ``dr_grpo`` 1/L_max, ``per_token`` 1/L_i, ``sequence`` 1.
         entropy_estimator: how the entropy gradient is estimated: ``score_function`` from log-probs, with a leave-one-out
             baseline; ``rao_blackwell`` from the entropy of the model's distribution at every token, which usually varies less
@@ -43,129 +91,79 @@ class ProbeConfig:
         importance_ratio: ``token`` multiplies the update's gradient at every token by πθ/π_old, from the rollouts'
             ``old_logprobs``, as the clipped surrogate of PPO and GRPO does once θ has moved on from what sampled, and costs
             another backward; ``none`` takes the ratio to be 1.
-        clip_range: ε_low and ε_high: with ``importance_ratio="token"``, tokens whose ratio is above 1 + ε_high under a positive
-            advantage, or below 1 - ε_low under a negative one, send nothing back; None clips nothing.
-        mode: ``exact`` takes every prompt as a unit of the U-statistic, ``blocks`` takes blocks of prompts (fewer
-            backward passes, a coarser error bar).
-        blocks: number of blocks M for ``mode="blocks"``, at least 2.
-        prompts_per_microbatch: prompts in one forward; None leaves that to the engine: one for the two-pass engine, and as
-            many tokens as matrix products need to run at full rate for the one-pass engine.
-        accumulate_on: where X_sum and Y_sum are kept; ``cpu`` costs a copy per microbatch and frees device memory.
-        y_pass: how the update gradient is taken; ``autograd_grad`` is the route some scripts use, kept to compare with.
-        conditional_variance: how the per-prompt projections of the entropy batch are obtained in the two-batch estimate:
-            one backward a prompt, or the double backward of the alpha trick.
-        strict: an untouched trainable parameter is an error instead of a count.
-        autocast_dtype: run forwards under autocast with this dtype; None leaves the caller's autocast state alone.
-        full_kernel: for the two-pass engine: keep every prompt's gradients (2·B copies of the trainable parameters, on the CPU)
-            and return the whole influence kernel K [B, B], which also gives the unbiased variance of U. The one-pass engine
-            does where they fit ``memory_budget``.
-        max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
-            (v = 0, no state, not in the optimizer) before the probe refuses to answer.
-        memory_budget: bytes, as a number or like "8GiB", that the one-pass engine may spend on keeping every unit's gradients,
-            which gives the whole influence kernel; above it the kernel's diagonal, row and column sums come from a second
-            sweep over the batch. A microbatch's activations are held to it too.
-        by_sequence: give every sequence's share of δH₁ too, by one more sweep a batch; for the one-pass engine alone. With one
-            batch, every unit's gradients have to fit ``memory_budget``.
+        clip_range: ε_low and ε_high, or one number for both: with ``importance_ratio="token"``, tokens whose ratio is above
+            1 + ε_high under a positive advantage, or below 1 - ε_low under a negative one, send nothing back; None clips
+            nothing.
+        blocks: number of blocks of prompts that are the units of the same-batch estimate (fewer backward passes, a coarser
+            error bar); None takes every prompt by itself.
+        learning_rate: the step's; all groups of the optimizer are rescaled alike. None takes the optimizer's.
 
     Raises:
         ConfigError: an option has a value outside what is listed.
     """
 
-    weighting: Weighting = "dr_grpo"
-    entropy_estimator: EntropyEstimator = "score_function"
-    importance_ratio: ImportanceRatio = "none"
-    clip_range: tuple[float, float] | None = None
-    mode: Mode = "exact"
-    blocks: int | None = None
-    prompts_per_microbatch: int | None = None
-    accumulate_on: AccumulateOn = "device"
-    y_pass: YPass = "backward"
-    conditional_variance: ConditionalVariance = "per_prompt"
-    strict: bool = False
-    autocast_dtype: torch.dtype | None = None
-    full_kernel: bool = False
-    max_excluded_share: float = 0.01
-    memory_budget: int | str = 4 * 2**30
-    by_sequence: bool = False
+    weighting: Weighting = option("dr_grpo", "length weight of a sequence: 1/L_max, 1/L_i or 1")
+    entropy_estimator: EntropyEstimator = option(
+        "score_function", "entropy gradient from log-probs, or from token entropies"
+    )
+    importance_ratio: ImportanceRatio = option("none", "ratios in the update: none, or by token from old_logprobs")
+    clip_range: tuple[float, float] | None = option(None, "clip range of ratios: E, or LOW,HIGH where they differ")
+    blocks: int | None = option(None, "blocks of prompts as units: less work, a coarser error", least=2)
+    learning_rate: float | None = option(None, "instead of the optimizer's")
 
     def __post_init__(self) -> None:
-        for field, choices in (
-            ("weighting", get_args(Weighting)),
-            ("entropy_estimator", get_args(EntropyEstimator)),
-            ("importance_ratio", get_args(ImportanceRatio)),
-            ("mode", get_args(Mode)),
-            ("accumulate_on", get_args(AccumulateOn)),
-            ("y_pass", get_args(YPass)),
-            ("conditional_variance", get_args(ConditionalVariance)),
-        ):
-            if getattr(self, field) not in choices:
-                raise ConfigError(
-                    f"ProbeConfig: `{field}` is {getattr(self, field)!r}.", fix=f"use one of {', '.join(choices)}."
-                )
-        self._check_clip_range()
-        for field in ("prompts_per_microbatch", "blocks"):
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"ProbeConfig: `{field}` is {value!r}.", fix="use a whole number.")
-        if self.mode == "blocks" and (self.blocks is None or self.blocks < 2):
+        super().__post_init__()
+        if self.clip_range is not None and self.importance_ratio == "none":
             raise ConfigError(
-                f"ProbeConfig: mode='blocks' with blocks={self.blocks}; the U-statistic needs at least 2 blocks.",
-                fix="pass blocks=M with 2 <= M <= number of prompts.",
-            )
-        if self.mode == "exact" and self.blocks is not None:
-            raise ConfigError(
-                f"ProbeConfig: blocks={self.blocks} has no meaning in mode='exact'.",
-                fix="pass mode='blocks', or leave it out.",
-            )
-        if self.prompts_per_microbatch is not None and self.prompts_per_microbatch < 1:
-            raise ConfigError(
-                f"ProbeConfig: `prompts_per_microbatch` is {self.prompts_per_microbatch}.", fix="use 1 or more."
-            )
-        if _bytes(self.memory_budget) is None:
-            raise ConfigError(
-                f"ProbeConfig: `memory_budget` is {self.memory_budget!r}.",
-                fix='use a number of bytes, such as 8 * 2**30, or a text such as "8GiB", "500 MB".',
-            )
-        if not 0 <= self.max_excluded_share <= 1:
-            raise ConfigError(
-                f"ProbeConfig: `max_excluded_share` is {self.max_excluded_share}; it is a share.",
-                fix="use a number in [0, 1].",
-            )
-        if self.autocast_dtype not in (None, torch.bfloat16, torch.float16):
-            raise ConfigError(
-                f"ProbeConfig: `autocast_dtype` is {self.autocast_dtype}.",
-                fix="use torch.bfloat16, torch.float16 or None.",
+                f"EstimateOptions: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",
+                fix="pass importance_ratio='token' (--importance-ratio token), or leave clip_range (--clip-range) out.",
             )
 
-    def _check_clip_range(self) -> None:
-        if self.clip_range is None:
-            return
-        if self.importance_ratio == "none":
-            raise ConfigError(
-                f"ProbeConfig: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",
-                fix="pass importance_ratio='token' (--importance-ratio token), or leave clip_range (--clip) out.",
-            )
-        given: object = self.clip_range  # whatever somebody passed
-        pair = isinstance(given, (tuple, list)) and len(given) == 2 and all(type(e) in (int, float) for e in given)
-        if not pair or not (0 <= self.clip_range[0] <= 1 and 0 <= self.clip_range[1] < math.inf):
-            raise ConfigError(
-                f"ProbeConfig: `clip_range` is {given!r}.",
-                fix="use (ε_low, ε_high) with ε_low in [0, 1] and ε_high >= 0, such as (0.2, 0.2) for 0.2 on both sides.",
-            )
 
-    @property
-    def coefficients_by_token(self) -> bool:
-        """Whether coefficients differ within a sequence, so that X and g are no multiples of one ∇S_i."""
-        return self.wants_token_entropies or self.importance_ratio == "token"
+@dataclasses.dataclass(frozen=True)
+class RunOptions(_Options):
+    """How it is run: by which engine, within which memory, in which precision, and what is kept.
 
-    @property
-    def wants_token_entropies(self) -> bool:
-        """Whether the entropy gradient needs the entropy of the model's distribution at every response token."""
-        return self.entropy_estimator == "rao_blackwell"
+    Attributes:
+        engine: name of an engine (`entropy_fast.engines`); ``auto`` is ``one_pass``, or ``two_pass`` where an option asks for
+            what it alone has.
+        memory_budget: bytes, as a number or like "8GiB", that may be spent on keeping every unit's gradients, which gives the
+            whole influence kernel; above it the kernel's diagonal, row and column sums come from a second sweep over the batch.
+            A microbatch's activations are held to it too.
+        prompts_per_microbatch: prompts in one forward; None leaves that to the engine: one for the two-pass engine, and as
+            many tokens as matrix products need to run at full rate for the one-pass engine.
+        autocast_dtype: run forwards under autocast with this dtype (a torch.dtype is taken too); None leaves the caller's
+            autocast state alone.
+        accumulate_on: where X_sum and Y_sum are kept; ``cpu`` costs a copy per microbatch and frees device memory.
+        full_kernel: the whole influence kernel K [units, units] is wanted, which also gives the unbiased variance of U. The
+            one-pass engine keeps it wherever ``memory_budget`` allows; with this it is an error where that does not.
+        by_sequence: give every sequence's share of δH₁ too, by one more sweep a batch. With one batch, every unit's gradients
+            have to fit ``memory_budget``.
+        max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
+            (v = 0, no state, not in the optimizer) before the probe refuses to answer.
+        strict: an untouched trainable parameter is an error instead of a count.
+        y_pass: how the two-pass engine takes the update gradient; ``autograd_grad`` is the route some scripts use, kept to
+            compare with.
+        conditional_variance: how the two-pass engine obtains the per-prompt projections of the entropy batch in the two-batch
+            estimate: one backward a prompt, or the double backward of the alpha trick.
 
-    def wants_token_entropies_for(self, labels: str) -> bool:
-        """Likewise, where only the ``labels`` of X and Y are wanted: an update has no use for them."""
-        return self.wants_token_entropies and "X" in labels
+    Raises:
+        ConfigError: an option has a value outside what is listed.
+    """
+
+    engine: str = option("auto", "auto, one_pass, two_pass, or jvp (two batches)")
+    memory_budget: int | str = option("4GiB", "for every unit's gradients, and for a microbatch's activations")
+    prompts_per_microbatch: int | None = option(None, "prompts in one forward", least=1)
+    autocast_dtype: AutocastDtype = option(None, "forwards under autocast")
+    accumulate_on: AccumulateOn = option("device", "where gradient sums are kept")
+    full_kernel: bool = option(False, "the whole influence kernel K is wanted")
+    by_sequence: bool = option(False, "shares of sequences (one_pass)")
+    max_excluded_share: float = option(
+        0.01, "largest share of the squared gradient without second moment", least=0, most=1
+    )
+    strict: bool = option(False, "a parameter without a gradient is an error")
+    y_pass: YPass = option("backward", "two_pass: route of the update gradient")
+    conditional_variance: ConditionalVariance = option("per_prompt", "two_pass, two batches: or the double backward")
 
     @property
     def memory_bytes(self) -> int:
@@ -174,13 +172,135 @@ class ProbeConfig:
         assert found is not None
         return found
 
+    @property
+    def torch_autocast_dtype(self) -> torch.dtype | None:
+        """``autocast_dtype`` as torch names it."""
+        import torch
+
+        dtype: torch.dtype | None = None if self.autocast_dtype is None else getattr(torch, str(self.autocast_dtype))
+        return dtype
+
+
+class ProbeConfig:
+    """Both objects in one, while callers move over to the two."""
+
+    def __init__(self, estimate: EstimateOptions | None = None, run: RunOptions | None = None, **flat: Any) -> None:
+        names = {field.name for field in dataclasses.fields(EstimateOptions)}
+        flat.pop("mode", None)
+        self.estimate = estimate or EstimateOptions(**{k: v for k, v in flat.items() if k in names})
+        self.run = run or RunOptions(**{k: v for k, v in flat.items() if k not in names})
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("estimate", "run"):
+            raise AttributeError(name)
+        if name == "mode":
+            return "exact" if self.estimate.blocks is None else "blocks"
+        if name == "autocast_dtype":
+            return self.run.torch_autocast_dtype
+        return getattr(self.estimate, name) if hasattr(self.estimate, name) else getattr(self.run, name)
+
+    @property
+    def coefficients_by_token(self) -> bool:
+        """Whether coefficients differ within a sequence, so that X and g are no multiples of one ∇S_i."""
+        return self.wants_token_entropies or self.estimate.importance_ratio == "token"
+
+    @property
+    def wants_token_entropies(self) -> bool:
+        """Whether the entropy gradient needs the entropy of the model's distribution at every response token."""
+        return self.estimate.entropy_estimator == "rao_blackwell"
+
+    def wants_token_entropies_for(self, labels: str) -> bool:
+        """Likewise, where only the ``labels`` of X and Y are wanted: an update has no use for them."""
+        return self.wants_token_entropies and "X" in labels
+
+
+def option_fields(options: type[_Options]) -> list[OptionField]:
+    """The options of `EstimateOptions` or `RunOptions`, in order."""
+    hints = get_type_hints(options)
+    found = []
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        kinds, choices, optional = _taken_apart(hints[field.name])
+        kind = str if choices or str in kinds or tuple in kinds else kinds[0]
+        found.append(OptionField(field.name, kind, choices, optional, field.default, field.metadata["help"]))
+    return found
+
+
+def default_of(options: type[_Options], name: str) -> Any:
+    """The default of one option."""
+    return next(field.default for field in dataclasses.fields(options) if field.name == name)  # type: ignore[arg-type]
+
+
+def _taken_apart(hint: Any) -> tuple[list[type], tuple[str, ...], bool]:
+    """The types a value may have, the words it may be, and whether it may be None."""
+    parts = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    choices = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+    kinds = [get_origin(part) or part for part in parts if get_origin(part) is not Literal and part is not type(None)]
+    return kinds, choices, type(None) in parts
+
+
+def _checked(options: Any, field: dataclasses.Field[Any], value: Any) -> Any:
+    """The value in the form in which it is kept.
+
+    Raises:
+        ConfigError: it is none that the option takes.
+    """
+    kinds, choices, optional = _taken_apart(get_type_hints(type(options))[field.name])
+
+    def refused(fix: str) -> ConfigError:
+        return ConfigError(f"{type(options).__name__}: `{field.name}` is {value!r}.", fix=f"use {fix}.")
+
+    if value is None and optional:
+        return None
+    if choices:
+        named = str(value).removeprefix("torch.")
+        if named not in choices or isinstance(value, bool):
+            raise refused(f"one of {', '.join(choices)}" + (", or leave it out" if optional else ""))
+        return named
+    if field.name == "clip_range":
+        return _clip_range(value, refused)
+    if field.name == "memory_budget":
+        if _bytes(value) is None:
+            raise refused('a number of bytes, such as 8 * 2**30, or a text such as "8GiB", "500 MB"')
+        return value
+    (kind,) = kinds
+    if kind is bool or kind is str:
+        if not isinstance(value, kind):
+            raise refused("True or False" if kind is bool else "a name")
+        return value
+    return _number(kind, field.metadata, value, refused)
+
+
+def _number(kind: type, limits: Mapping[str, Any], value: Any, refused: Callable[[str], ConfigError]) -> int | float:
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        value = value.item()  # of numpy, or a tensor
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
+        raise refused("a whole number" if kind is int else "a number")
+    least, most = limits["least"], limits["most"]
+    if (least is not None and not value >= least) or (most is not None and not value <= most):
+        raise refused(f"{least} or more" if most is None else f"a number in [{least}, {most}]")
+    number: int | float = value
+    return number
+
+
+def _clip_range(value: Any, refused: Callable[[str], ConfigError]) -> tuple[float, float]:
+    """(ε_low, ε_high) from a pair, from one number for both, or from either as text."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else (value,)
+    fix = "(ε_low, ε_high) with ε_low in [0, 1] and ε_high >= 0, such as (0.2, 0.2) or 0.2 for both"
+    try:
+        numbers = [math.nan if isinstance(part, bool) else float(part) for part in parts]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise refused(fix) from error
+    if len(numbers) not in (1, 2) or not (0 <= numbers[0] <= 1 and 0 <= numbers[-1] < math.inf):
+        raise refused(fix)
+    return numbers[0], numbers[-1]
+
 
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{i}B": (1024 if i else 1000) ** power for power, prefix in enumerate("KMGT", start=1) for i in ("", "i")
 }
 
 
-def _bytes(budget: int | str) -> int | None:
+def _bytes(budget: Any) -> int | None:
     """A number of bytes, None where it is not one."""
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)

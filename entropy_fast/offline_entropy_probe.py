@@ -12,7 +12,7 @@ from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.columns.coefficients import check_group_sizes
 from entropy_fast.columns.token_coefficients import check_old_logprobs
-from entropy_fast.config import ProbeConfig
+from entropy_fast.config import EstimateOptions, ProbeConfig, RunOptions
 from entropy_fast.engines.forward_mode.engine import ForwardModeEngine
 from entropy_fast.engines.one_pass.engine import OnePassEngine
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
@@ -33,12 +33,9 @@ class OfflineEntropyProbe:
     Args:
         model: a causal language model, possibly wrapped.
         optimizer: live Adam/AdamW, path of an ``optimizer.pt``, or `AdamState`.
-        config: options; None takes the defaults.
-        learning_rate: overrides the optimizer's, rescaling all groups alike.
+        estimate: what is estimated; None takes the defaults.
+        run: how it is run; None takes the defaults.
         on_progress: called with stage, prompts done and prompts in all.
-        engine: ``one_pass``, everything from one forward and one backward; ``two_pass``, the reference; ``jvp``, the two-batch
-            estimate alone, the entropy batch by forwards without a backward; ``auto``, the first, or the second where options
-            ask for what it alone has (``conditional_variance="alpha"``, ``y_pass="autograd_grad"``).
 
     Raises:
         ConfigError: there is no such engine, or it cannot do what ``config`` asks for.
@@ -50,17 +47,18 @@ class OfflineEntropyProbe:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str],
         *,
-        config: ProbeConfig | None = None,
-        learning_rate: float | None = None,
+        estimate: EstimateOptions | None = None,
+        run: RunOptions | None = None,
         on_progress: ProgressCallback | None = None,
-        engine: str = "auto",
     ) -> None:
+        config = ProbeConfig(estimate, run)
+        engine, learning_rate = config.run.engine, config.estimate.learning_rate
         if engine not in ENGINES:
             raise ConfigError(
                 f"OfflineEntropyProbe: engine is {engine!r}.", fix=f"use one of {', '.join(map(repr, ENGINES))}."
             )
-        self.engine = _chosen(config or ProbeConfig()) if engine == "auto" else engine
-        if config is not None and config.by_sequence and self.engine != OnePassEngine.name:
+        self.engine = _chosen(config) if engine == "auto" else engine
+        if config.by_sequence and self.engine != OnePassEngine.name:
             raise ConfigError(
                 f"OfflineEntropyProbe: by_sequence with engine {self.engine!r}, which does not take sums apart by sequence.",
                 fix="pass engine='one_pass'.",
@@ -108,7 +106,7 @@ class OfflineEntropyProbe:
             sums = components._compute_delta_h1_exact(batch)
         return assembly.same_batch_result(components, self.engine, batch, empty, sums)
 
-    def run_mixed_probe(self, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
+    def run_mixed_probe(self, *, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
         """Two-batch estimate: δH₁ = lr · X̄_E · Ȳ_U, its error conditional on the update batch.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from entropy_fast import ProbeConfig
+from entropy_fast import RunOptions
 from entropy_fast.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ from entropy_fast.errors import ConfigError
     ],
 )
 def test_memory_budget(given: int | str, expected: int) -> None:
-    assert ProbeConfig(memory_budget=given).memory_bytes == expected
+    assert RunOptions(memory_budget=given).memory_bytes == expected
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,6 @@ def test_memory_budget(given: int | str, expected: int) -> None:
 )
 def test_memory_budgets_that_say_nothing(given: object) -> None:
     with pytest.raises(ConfigError, match="`memory_budget` is ") as caught:
-        ProbeConfig(memory_budget=given)  # type: ignore[arg-type]
+        RunOptions(memory_budget=given)  # type: ignore[arg-type]
     assert repr(given) in caught.value.problem
     assert '"8GiB"' in caught.value.fix

@@ -76,7 +76,7 @@ def test_two_batches(family: str) -> None:
     case = case_of(add_lora(build_model(family)))
     update = make_samples((2, 4), seed=31)
     expected = kernel_by_definition(case.model, case.optimizer, case.samples, update)
-    result = fast_delta_h1(case.model, case.optimizer, pack(update), case.rollouts)
+    result = fast_delta_h1(case.model, case.optimizer, pack(update), entropy_rollouts=case.rollouts)
     scale = float(expected.matrix.abs().max())
     torch.testing.assert_close(result.row_sums, expected.matrix.sum(1), rtol=0, atol=3e-5 * scale)
     torch.testing.assert_close(result.column_sums, expected.matrix.sum(0), rtol=0, atol=3e-5 * scale)

@@ -14,12 +14,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from probe_options import options_of
 from probe_oracle import models, oracle, u_statistics
 from probe_oracle.batches import Shape, make_rollouts
 from probe_oracle.oracle import relative_error
 from torch import nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeComponents, ProbeConfig, Rollouts
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeComponents, Rollouts
+from entropy_fast.config import ProbeConfig
 from entropy_fast.errors import GradientCoverageError
 from entropy_fast.rollouts.units import prompt_units
 from entropy_fast.step import AdamState
@@ -56,7 +58,7 @@ def setups() -> dict[str, Setup]:
 
 
 def probe(setup: Setup, **options: Any) -> OfflineEntropyProbe:
-    return OfflineEntropyProbe(*setup, config=ProbeConfig(**options), engine="two_pass")
+    return OfflineEntropyProbe(*setup, **options_of(engine="two_pass", **options))
 
 
 def check_same_batch(
@@ -167,7 +169,7 @@ def test_accumulated_sums_tensor_by_tensor(
     rollouts = make_rollouts(Shape(budget=2), models.VOCABULARY, seed=4)
     expected = oracle.prompt_gradients(model, optimizer, rollouts, "dr_grpo")
     state = AdamState.from_optimizer(optimizer, model)
-    config = ProbeConfig(prompts_per_microbatch=2, accumulate_on=accumulate_on, y_pass=y_pass)  # type: ignore[arg-type]
+    config = {"prompts_per_microbatch": 2, "accumulate_on": accumulate_on, "y_pass": y_pass}  # type: ignore[arg-type]
     components = ProbeComponents(model, state, config)
     x_sum, y_sum = components.accumulate_sum_X(rollouts), components.accumulate_sum_Y(rollouts)
     shapes = [p.shape for p in model.parameters()]
@@ -193,7 +195,7 @@ def test_blocks_of_equal_and_unequal_sizes(setups: dict[str, Setup], blocks: int
     starts = [sum(sizes[:block]) for block in range(blocks)]
     units = [list(range(start, start + size)) for start, size in zip(starts, sizes, strict=True)]
     assert prompt_units(8, blocks) == units
-    options: dict[str, Any] = {"mode": "blocks", "blocks": blocks, "weighting": weighting, "prompts_per_microbatch": 2}
+    options: dict[str, Any] = {"blocks": blocks, "weighting": weighting, "prompts_per_microbatch": 2}
     result = probe(setups["tiny"], **options, full_kernel=True).compute_delta_h1(rollouts)
     check_same_batch(result, expected, units, lr=1e-3)
 
@@ -216,7 +218,9 @@ def test_two_batches_by_a_backward_per_prompt_and_by_the_alpha_trick(
     v_x, v_y = u_statistics.standard_error(s) ** 2, u_statistics.standard_error(t) ** 2
     for route in ("per_prompt", "alpha"):
         options: dict[str, Any] = {"weighting": weighting, "prompts_per_microbatch": size}
-        result = probe(setups[name], **options, conditional_variance=route).run_mixed_probe(entropy, update)
+        result = probe(setups[name], **options, conditional_variance=route).run_mixed_probe(
+            entropy_rollouts=entropy, update_rollouts=update
+        )
         check(result.delta_h1, lr * math.fsum(s) / b_entropy, f"{route}: δH₁ = lr · X̄ · Ȳ")
         check(result.x_dot_y, kernel.sum(), f"{route}: X_sum · Y_sum")
         check(result.row_sums, [b_update * value for value in s], f"{route}: s_n")
@@ -259,7 +263,9 @@ def test_learning_rate_given_or_scheduled_scales_the_estimate_and_nothing_else(s
     rollouts = make_rollouts(Shape(budget=2), models.VOCABULARY, seed=7)
     model, optimizer = setups["tiny"]
     expected = oracle.prompt_gradients(model, optimizer, rollouts, "dr_grpo")
-    result = OfflineEntropyProbe(model, optimizer, learning_rate=0.25, engine="two_pass").compute_delta_h1(rollouts)
+    result = OfflineEntropyProbe(
+        model, optimizer, **options_of(learning_rate=0.25, engine="two_pass")
+    ).compute_delta_h1(rollouts)
     check_same_batch(result, expected, u_statistics.singles(expected.x), lr=0.25)
 
 

@@ -23,7 +23,7 @@ def both_estimates(case: Case) -> list[Callable[[], object]]:
     other = make_rollouts((2, 2), seed=9)
     return [
         lambda: probe.compute_delta_h1(case.rollouts),
-        lambda: probe.run_mixed_probe(other, case.rollouts),
+        lambda: probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=case.rollouts),
         lambda: probe.components.compute_conditional_variance_over_E_alpha(other, [torch.zeros(())]),
     ]
 
@@ -114,10 +114,10 @@ def test_two_batches_report_the_sampling_of_each() -> None:
     case = lora_case()
     hot = make_rollouts((2, 2), seed=9, temperature=1.5)
     with pytest.warns(EntropyFastWarning, match="entropy: sampled at temperature 1.5"):
-        found = case.probe().run_mixed_probe(hot, case.rollouts)
+        found = case.probe().run_mixed_probe(entropy_rollouts=hot, update_rollouts=case.rollouts)
     assert found.diagnostics.sampling == {"entropy": (1.5, 1.0), "update": (1.0, 1.0)}
     assert sum("temperature" in note for note in found.diagnostics.warnings) == 1
-    cool = case.probe().run_mixed_probe(make_rollouts((2, 2), seed=9), case.rollouts)
+    cool = case.probe().run_mixed_probe(entropy_rollouts=make_rollouts((2, 2), seed=9), update_rollouts=case.rollouts)
     assert (found.delta_h1, found.std_error) == (cool.delta_h1, cool.std_error)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -15,8 +15,7 @@ from benchmarks.probe.plain_step import plain_step
 from benchmarks.probe.setting import Setting
 from benchmarks.probe.sums import Sums
 from benchmarks.probe.vmap_gradients import vmap_sums
-from entropy_fast import ProbeConfig, fast_delta_h1
-from entropy_fast.api import Engine
+from entropy_fast import RunOptions, fast_delta_h1
 from entropy_fast.estimates.result import DeltaH1Result
 
 ONE_PASS, TWO_PASS, ALPHA, FROZEN, PLAIN = "one_pass", "two_pass", "alpha", "frozen", "plain_step"
@@ -46,11 +45,10 @@ class Contender:
     why_not: Callable[[], str | None] = lambda: None
 
 
-def probe(setting: Setting, engine: Engine, config: ProbeConfig) -> DeltaH1Result:
+def probe(setting: Setting, engine: str, **options: Any) -> DeltaH1Result:
     """One call of the front door, on one batch or two."""
-    return fast_delta_h1(
-        setting.model, setting.optimizer, setting.update, setting.entropy, engine=engine, config=config
-    )
+    run = RunOptions(engine=engine, autocast_dtype=setting.autocast_dtype, **options)
+    return fast_delta_h1(setting.model, setting.optimizer, setting.update, entropy_rollouts=setting.entropy, run=run)
 
 
 def sums_of(result: DeltaH1Result) -> Sums:
@@ -60,21 +58,16 @@ def sums_of(result: DeltaH1Result) -> Sums:
 
 def two_pass_result(setting: Setting) -> DeltaH1Result:
     """The reference."""
-    config = ProbeConfig(autocast_dtype=setting.autocast_dtype, prompts_per_microbatch=PROMPTS_AT_A_TIME)
-    return probe(setting, "two_pass", config)
+    return probe(setting, "two_pass", prompts_per_microbatch=PROMPTS_AT_A_TIME)
 
 
 def one_pass_result(setting: Setting) -> DeltaH1Result:
-    return probe(setting, "one_pass", ProbeConfig(autocast_dtype=setting.autocast_dtype))
+    return probe(setting, "one_pass")
 
 
 def _alpha(setting: Setting) -> Sums:
-    config = ProbeConfig(
-        autocast_dtype=setting.autocast_dtype,
-        prompts_per_microbatch=PROMPTS_AT_A_TIME,
-        conditional_variance="alpha",
-    )
-    return sums_of(probe(setting, "two_pass", config))
+    options = {"prompts_per_microbatch": PROMPTS_AT_A_TIME, "conditional_variance": "alpha"}
+    return sums_of(probe(setting, "two_pass", **options))
 
 
 def _frozen(setting: Setting) -> Sums:

@@ -7,20 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from entropy_fast.cli.model_options import model_source
-from entropy_fast.config import (
-    AccumulateOn,
-    ConditionalVariance,
-    EntropyEstimator,
-    ImportanceRatio,
-    Mode,
-    ProbeConfig,
-    Weighting,
-)
+from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError, MissingTokenizerError, RunFolderError
 from entropy_fast.rollouts import Rollouts, read_rollouts
 from entropy_fast.run_folder.manifest import ProbeSettings, read_manifest
@@ -41,7 +32,7 @@ class Inputs:
     entropy_rollouts: Path | None
     settings: ProbeSettings
 
-    def config(self) -> ProbeConfig:
+    def options(self) -> tuple[EstimateOptions, RunOptions]:
         """The probe options.
 
         Raises:
@@ -50,23 +41,25 @@ class Inputs:
         s = self.settings
         if s.clip is None and s.clip_high is not None:
             raise ConfigError("clip_high is given without clip.", fix="pass both, or clip alone for the two.")
-        config = ProbeConfig(
-            weighting=cast(Weighting, s.weighting),
-            entropy_estimator=cast(EntropyEstimator, s.entropy_estimator),
-            importance_ratio=cast(ImportanceRatio, s.importance_ratio),
+        estimate = EstimateOptions(
+            weighting=cast(Any, s.weighting),
+            entropy_estimator=cast(Any, s.entropy_estimator),
+            importance_ratio=cast(Any, s.importance_ratio),
             clip_range=None if s.clip is None else (s.clip, s.clip if s.clip_high is None else s.clip_high),
-            mode=cast(Mode, s.mode),
             blocks=s.blocks,
+            learning_rate=s.learning_rate,
+        )
+        run = RunOptions(
             prompts_per_microbatch=s.prompts_per_microbatch,
             full_kernel=s.full_kernel,
             by_sequence=s.by_sequence,
-            accumulate_on=cast(AccumulateOn, s.accumulate_on),
-            conditional_variance=cast(ConditionalVariance, s.conditional_variance),
+            accumulate_on=cast(Any, s.accumulate_on),
+            conditional_variance=cast(Any, s.conditional_variance),
             strict=s.strict,
             max_excluded_share=s.max_excluded_share,
-            autocast_dtype=torch.bfloat16 if s.autocast_bfloat16 else None,
+            autocast_dtype="bfloat16" if s.autocast_bfloat16 else None,
         )
-        return config if s.memory_budget is None else dataclasses.replace(config, memory_budget=s.memory_budget)
+        return estimate, run if s.memory_budget is None else dataclasses.replace(run, memory_budget=s.memory_budget)
 
     def read_rollouts(self) -> tuple[Rollouts, Rollouts | None]:
         """Update batch and, where there is one, entropy batch."""

@@ -109,13 +109,12 @@ def probe(
 ) -> None:
     """Forecast the entropy change of the next update from a run folder, or from single files."""
     quiet_libraries()
-    from entropy_fast.api import check_engine, fast_delta_h1
+    from entropy_fast.api import fast_delta_h1
     from entropy_fast.cli.inputs import resolve
     from entropy_fast.report.picture import require_matplotlib, write_picture
     from entropy_fast.report.terminal import print_result
     from entropy_fast.run_folder.result_files import prepare_folder, write_result
 
-    chosen = check_engine(engine)
     undrawn = require_matplotlib(quiet=picture is None) if picture is not False else None
     target = out or run
     if target is None:
@@ -152,7 +151,8 @@ def probe(
         # What a run folder says about clipping goes with what it belongs to.
         given = {"clip": None, "clip_high": None, **given}
     inputs = dataclasses.replace(inputs, settings=dataclasses.replace(inputs.settings, **given))
-    config = inputs.config()
+    estimate, options = inputs.options()
+    options = dataclasses.replace(options, engine=engine)
     update, entropy = inputs.read_rollouts()
     prepare_folder(target)
     console = output()
@@ -163,10 +163,9 @@ def probe(
             policy,
             state,
             update,
-            entropy,
-            engine=chosen,
-            learning_rate=inputs.settings.learning_rate,
-            config=config,
+            entropy_rollouts=entropy,
+            estimate=estimate,
+            run=options,
             on_progress=report,
         )
     print_result(result, console)

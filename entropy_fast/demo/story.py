@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from entropy_fast.api import fast_delta_h1
 from entropy_fast.atomic import atomic_path
-from entropy_fast.config import ProbeConfig
+from entropy_fast.config import RunOptions
 from entropy_fast.demo.arithmetic import arithmetic_tasks
 from entropy_fast.demo.grpo import grpo_step
 from entropy_fast.errors import GradientCoverageError
@@ -115,8 +115,7 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     rollouts = sample(settings.optimizer_steps)
     announce(f"Rollouts for the next update: {_describe(rollouts)}")
     _save(folder, source, model, optimizer, rollouts)
-    config = ProbeConfig(full_kernel=True)
-    return fast_delta_h1(model, optimizer, rollouts, config=config, on_progress=on_progress)
+    return fast_delta_h1(model, optimizer, rollouts, run=RunOptions(full_kernel=True), on_progress=on_progress)
 
 
 def _save(

@@ -14,15 +14,16 @@ import torch.distributed as dist
 from probe_models.architectures import add_lora, build_model
 from probe_models.batches import make_rollouts
 from probe_models.cases import case_of
+from probe_options import options_of
 from torch.nn.parallel import DistributedDataParallel
 
-from entropy_fast import OfflineEntropyProbe, ProbeConfig
+from entropy_fast import OfflineEntropyProbe
 
 
 def numbers(probe: OfflineEntropyProbe, rank: int) -> list[float]:
     own = make_rollouts((2, 3, 2) if rank == 0 else (3, 2), seed=40 + rank)  # not even the number of passes agrees
     other = make_rollouts((2, 2), seed=50 + rank)
-    one, two = probe.compute_delta_h1(own), probe.run_mixed_probe(other, own)
+    one, two = probe.compute_delta_h1(own), probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=own)
     return [one.delta_h1, float(one.std_error or 0.0), two.delta_h1, float(two.std_error or 0.0)]
 
 
@@ -31,7 +32,9 @@ def main(rank: int, world: int, rendezvous: str, result: str) -> None:
     case = case_of(add_lora(build_model()))
     found: dict[str, object] = {}
     found["unwrapped"] = numbers(case.probe(), rank)
-    found["one_pass_unwrapped"] = numbers(OfflineEntropyProbe(case.model, case.optimizer, engine="one_pass"), rank)
+    found["one_pass_unwrapped"] = numbers(
+        OfflineEntropyProbe(case.model, case.optimizer, **options_of(engine="one_pass")), rank
+    )
 
     reductions = 0
 
@@ -49,11 +52,11 @@ def main(rank: int, world: int, rendezvous: str, result: str) -> None:
         if stage in ("X", "Y", "XY"):  # reported from inside the pass
             during.add(wrapped.require_backward_grad_sync)
 
-    probe = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look, engine="two_pass")
+    probe = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look, **options_of(engine="two_pass"))
     found["wrapped"] = numbers(probe, rank)
-    alpha = OfflineEntropyProbe(wrapped, case.optimizer, config=ProbeConfig(conditional_variance="alpha"))
+    alpha = OfflineEntropyProbe(wrapped, case.optimizer, **options_of(conditional_variance="alpha"))
     found["alpha"] = numbers(alpha, rank)
-    one_pass = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look, engine="one_pass")
+    one_pass = OfflineEntropyProbe(wrapped, case.optimizer, on_progress=look, **options_of(engine="one_pass"))
     found["one_pass"] = numbers(one_pass, rank)
     found["reductions_in_probe"] = reductions
     if rank == 0:  # a probe by one rank alone must not wait for the others

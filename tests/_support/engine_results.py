@@ -6,9 +6,10 @@ import pytest
 import torch
 from probe_models.architectures import stepped_adamw
 from probe_models.batches import make_rollouts
+from probe_options import options_of
 from torch import Tensor, nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe
 from entropy_fast.step import AdamState
 
 GROUPS = (2, 3, 2, 4)
@@ -30,9 +31,9 @@ def results(
     """By engine. Without an ``optimizer`` one is made, which steps and so changes the model."""
     rollouts = make_rollouts(GROUPS, seed=seed)
     optimizer = optimizer or stepped_adamw(model)
-    config = ProbeConfig(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
+    config = dict(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
     return {
-        engine: OfflineEntropyProbe(model, optimizer, config=config, engine=engine).compute_delta_h1(rollouts)
+        engine: OfflineEntropyProbe(model, optimizer, **options_of(engine=engine, **config)).compute_delta_h1(rollouts)
         for engine in ("two_pass", "one_pass")
     }
 

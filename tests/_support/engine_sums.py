@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from probe_options import options_of
 from torch import Tensor, nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, Rollouts
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, Rollouts
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.step import AdamState
 
@@ -43,8 +44,8 @@ class Observed:
 
 def observe(engine: str, model: nn.Module, optimizer: Optimizer, rollouts: Rollouts, **options: object) -> Observed:
     """Probe with ``engine`` and keep what `ProbeComponents.finish_sum_X` and `finish_sum_Y` returned."""
-    config = ProbeConfig(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
-    probe = OfflineEntropyProbe(model, optimizer, config=config, engine=engine)
+    config = dict(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
+    probe = OfflineEntropyProbe(model, optimizer, **options_of(engine=engine, **config))
     components = probe.components
     sums: dict[str, dict[str, Tensor]] = {}
 

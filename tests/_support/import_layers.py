@@ -79,7 +79,9 @@ def _folders(graph: dict[str, set[str]]) -> dict[str, set[str]]:
     for name, targets in graph.items():
         for target in targets:
             one, two = name.split("."), target.split(".")
-            common = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+            common = next(
+                (i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two))
+            )
             if common < min(len(one), len(two)):
                 rooms.setdefault(".".join(one[: common + 1]), set()).add(".".join(two[: common + 1]))
     return rooms

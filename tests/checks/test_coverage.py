@@ -68,7 +68,7 @@ def test_diagnostics_hold_the_counts_that_can_be_counted_by_hand() -> None:
 def test_two_batches_are_counted_each_on_its_own() -> None:
     case = lora_case()
     update = make_samples((2, 2), seed=21)
-    result = case.probe().run_mixed_probe(case.rollouts, pack(update))
+    result = case.probe().run_mixed_probe(entropy_rollouts=case.rollouts, update_rollouts=pack(update))
     for label, samples in (("X", case.samples), ("Y", update)):
         mean_length = sum(len(s.response) for s in samples) / len(samples)
         assert result.diagnostics.coverage[label].mean_response_length == pytest.approx(mean_length)
@@ -102,7 +102,9 @@ def test_passes_that_reach_different_parameters_are_warned_about_with_both_count
     assert result.diagnostics.coverage["X"].n_with_gradient == n
     assert result.diagnostics.coverage["Y"].n_with_gradient == 1
     with pytest.warns(EntropyFastWarning, match=message):
-        case.probe(y_pass="autograd_grad").run_mixed_probe(case.rollouts, pack(make_samples((2, 2), seed=21)))
+        case.probe(y_pass="autograd_grad").run_mixed_probe(
+            entropy_rollouts=case.rollouts, update_rollouts=pack(make_samples((2, 2), seed=21))
+        )
 
 
 def test_equal_counts_of_different_parameters_differ_too() -> None:
@@ -174,4 +176,4 @@ def test_only_empty_responses_are_an_error() -> None:
     with pytest.raises(RolloutsError, match="empty response region"):
         case.probe().compute_delta_h1(case.rollouts)
     with pytest.raises(RolloutsError, match="empty response region"):
-        case.probe().run_mixed_probe(whole.rollouts, case.rollouts)
+        case.probe().run_mixed_probe(entropy_rollouts=whole.rollouts, update_rollouts=case.rollouts)

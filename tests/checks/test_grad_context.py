@@ -38,10 +38,10 @@ def call_with_nonsense(name: str) -> None:
     """Call with arguments, and where there is one a ``self``, that fail as soon as anything is asked of them."""
     function, owner = FUNCTIONS[name]
     required = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty and p.name != "self"]
-    arguments: list[object] = [object() for _ in required]
+    arguments: list[object] = [object() for p in required if p.kind is not p.KEYWORD_ONLY]
     if owner is not None:
         arguments.insert(0, owner.__new__(owner))
-    function(*arguments)
+    function(*arguments, **{p.name: object() for p in required if p.kind is p.KEYWORD_ONLY})
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -107,11 +107,14 @@ def rollouts_built_in_inference_mode() -> Rollouts:
 def test_inference_mode_rollouts_give_the_same_bits(case: Case, make: Callable[[], Rollouts], alpha: bool) -> None:
     probe = case.probe(conditional_variance="alpha" if alpha else "per_prompt")
     other = make_rollouts((2, 2), seed=8)
-    expected = probe.run_mixed_probe(other, make_rollouts())
-    found = probe.run_mixed_probe(other, make())
+    expected = probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=make_rollouts())
+    found = probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=make())
     assert found.delta_h1 == expected.delta_h1
     assert found.std_error == expected.std_error
-    assert probe.run_mixed_probe(make(), other).delta_h1 == probe.run_mixed_probe(make_rollouts(), other).delta_h1
+    assert (
+        probe.run_mixed_probe(entropy_rollouts=make(), update_rollouts=other).delta_h1
+        == probe.run_mixed_probe(entropy_rollouts=make_rollouts(), update_rollouts=other).delta_h1
+    )
     assert probe.compute_delta_h1(make()).delta_h1 == probe.compute_delta_h1(make_rollouts()).delta_h1
 
 

@@ -11,9 +11,10 @@ from probe_models.architectures import add_lora, build_model, enable_checkpointi
 from probe_models.batches import make_rollouts
 from probe_models.cases import Case, case_of
 from probe_models.snapshot import assert_unchanged, take_snapshot
+from probe_options import options_of
 from torch import nn
 
-from entropy_fast import OfflineEntropyProbe, ProbeConfig
+from entropy_fast import OfflineEntropyProbe
 from entropy_fast.offline_entropy_probe import ENGINES
 
 ROUTES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -55,14 +56,13 @@ def run(case: Case, route: str, on_progress: Callable[[str, int, int], None] | N
     probe = OfflineEntropyProbe(
         case.model,
         case.optimizer,
-        config=ProbeConfig(**options),
         on_progress=on_progress,
-        engine=route if route in ENGINES else "two_pass",
+        **options_of(engine=route if route in ENGINES else "two_pass", **options),
     )
     if batches == 1:
         probe.compute_delta_h1(case.rollouts)
     else:
-        probe.run_mixed_probe(make_rollouts((2, 2, 2), seed=9), case.rollouts)
+        probe.run_mixed_probe(entropy_rollouts=make_rollouts((2, 2, 2), seed=9), update_rollouts=case.rollouts)
 
 
 @pytest.mark.parametrize("route", [*ROUTES, "jvp"])

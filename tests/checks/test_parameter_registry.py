@@ -9,10 +9,11 @@ import pytest
 import torch
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import make_rollouts
-from probe_models.cases import case_of, lora_case, mute_adapters
+from probe_models.cases import case_of, estimate_of, lora_case, mute_adapters
+from probe_options import options_of
 from torch import nn
 
-from entropy_fast import OfflineEntropyProbe, ProbeConfig
+from entropy_fast import OfflineEntropyProbe
 from entropy_fast.checks.parameter_registry import ParameterRegistry, unwrap_model
 from entropy_fast.errors import GraphDetachedError, ModelStateError, ParameterRegistryError
 
@@ -70,9 +71,8 @@ def test_a_model_changed_after_building_is_refused(
     probe.compute_delta_h1(case.rollouts)
     change(case.model)
     other = [make_rollouts((2, 2), seed=9)] if batches == 2 else []
-    estimate = probe.run_mixed_probe if other else probe.compute_delta_h1
     with pytest.raises(ParameterRegistryError) as caught:
-        estimate(*other, case.rollouts)
+        estimate_of(probe, *other, case.rollouts)
     assert message in str(caught.value)
     assert "build the probe again" in caught.value.fix
 
@@ -90,8 +90,8 @@ def test_a_change_in_the_middle_of_a_probe_is_refused() -> None:
     probe = OfflineEntropyProbe(
         case.model,
         case.optimizer,
-        config=ProbeConfig(prompts_per_microbatch=1),
         on_progress=lambda stage, done, total: reassign_parameter(case.model),
+        **options_of(prompts_per_microbatch=1),
     )
     with pytest.raises(ParameterRegistryError, match="was replaced"):
         probe.compute_delta_h1(case.rollouts)
@@ -170,7 +170,9 @@ def test_a_compiled_wrapper_is_taken_off() -> None:
     wrapped = Compiled(case.model)
     assert unwrap_model(wrapped) is case.model
     assert unwrap_model(Compiled(wrapped)) is case.model
-    found = OfflineEntropyProbe(wrapped, case.optimizer, engine="two_pass").compute_delta_h1(case.rollouts)
+    found = OfflineEntropyProbe(wrapped, case.optimizer, **options_of(engine="two_pass")).compute_delta_h1(
+        case.rollouts
+    )
     assert found.delta_h1 == expected.delta_h1
     assert found.std_error == expected.std_error
 

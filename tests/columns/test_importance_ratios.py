@@ -10,10 +10,11 @@ import torch
 from engine_sums import relative
 from probe_models.architectures import build_model, stepped_adamw
 from probe_models.batches import Sample, make_samples, pack
+from probe_options import options_of
 from token_options import OPTIONS, rollouts_of, wide_model
 from torch import Tensor, nn
 
-from entropy_fast import OfflineEntropyProbe, ProbeConfig, Rollouts, fast_delta_h1
+from entropy_fast import EstimateOptions, OfflineEntropyProbe, Rollouts, fast_delta_h1
 from entropy_fast.errors import ConfigError, RolloutsError
 from entropy_fast.run_folder.result_files import result_document
 from entropy_fast.step import AdamState
@@ -42,7 +43,7 @@ def test_what_was_used_and_what_was_not_is_said() -> None:
     assert "importance_ratio='token' would put that into the update" in notes
     assert "the entropy gradient takes responses as drawn from the current policy" in notes
     assert "score-function" in plain.entropy_functional
-    used = fast_delta_h1(model, state, rollouts, config=ProbeConfig(**OPTIONS["both"]))
+    used = fast_delta_h1(model, state, rollouts, **options_of(**OPTIONS["both"]))
     notes = " ".join(used.diagnostics.warnings)
     assert "would put that" not in notes
     clipped = used.sequences["Y"].ratios.clipped
@@ -59,8 +60,8 @@ def test_a_policy_that_has_not_moved() -> None:
     samples = make_samples((2, 3, 2))
     plain = fast_delta_h1(model, state, pack(samples))
     table = old_logprobs_of(model, samples, pack(samples))
-    config = ProbeConfig(importance_ratio="token", clip_range=(0.2, 0.2))
-    on_policy = fast_delta_h1(model, state, pack(samples, old_logprobs=table), config=config)
+    config = {"importance_ratio": "token", "clip_range": (0.2, 0.2)}
+    on_policy = fast_delta_h1(model, state, pack(samples, old_logprobs=table), **options_of(**config))
     assert not any("old_logprobs" in note for note in on_policy.diagnostics.warnings)
     assert relative(on_policy.kernel, plain.kernel) <= 1e-10
     ratios = on_policy.sequences["X"].ratios
@@ -90,14 +91,20 @@ def test_log_probs_in_the_wrong_columns_show() -> None:
 def test_refusals() -> None:
     model = build_model("gpt2")
     state = AdamState.from_optimizer(stepped_adamw(model), model)
-    config = ProbeConfig(importance_ratio="token")
+    config = {"importance_ratio": "token"}
     with pytest.raises(RolloutsError, match="needs the update batch's `old_logprobs`") as caught:
-        fast_delta_h1(model, state, pack(make_samples()), config=config)
+        fast_delta_h1(model, state, pack(make_samples()), **options_of(**config))
     assert "importance_ratio='none'" in caught.value.fix
     with pytest.raises(RolloutsError, match="needs the update batch's"):
-        fast_delta_h1(model, state, pack(make_samples()), rollouts_of(make_samples(seed=9)), config=config)
+        fast_delta_h1(
+            model,
+            state,
+            pack(make_samples()),
+            entropy_rollouts=rollouts_of(make_samples(seed=9)),
+            **options_of(**config),
+        )
     with pytest.raises(RolloutsError, match="needs the update batch's"):
-        OfflineEntropyProbe(model, state, config=config).components.accumulate_sum_Y(pack(make_samples()))
+        OfflineEntropyProbe(model, state, **options_of(**config)).components.accumulate_sum_Y(pack(make_samples()))
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
@@ -113,11 +120,15 @@ def test_a_placeholder_among_old_log_probs(engine: str) -> None:
     with pytest.raises(
         RolloutsError, match=f"-9999 at response token 1 of a response to group {samples[4].group}"
     ) as caught:
-        fast_delta_h1(model, state, bad, engine=engine, config=ProbeConfig(**OPTIONS["both"]))
+        fast_delta_h1(model, state, bad, **options_of(engine=engine, **OPTIONS["both"]))
     assert "no placeholder" in caught.value.fix
     # As an entropy batch it is not read.
     result = fast_delta_h1(
-        model, state, rollouts_of(make_samples(seed=9)), bad, engine=engine, config=ProbeConfig(**OPTIONS["both"])
+        model,
+        state,
+        rollouts_of(make_samples(seed=9)),
+        entropy_rollouts=bad,
+        **options_of(engine=engine, **OPTIONS["both"]),
     )
     assert math.isfinite(result.delta_h1)
     json.dumps(result_document(result), allow_nan=False)
@@ -130,12 +141,12 @@ def test_a_placeholder_among_old_log_probs(engine: str) -> None:
         ({"importance_ratio": "sequence"}, "use one of none, token"),
         ({"clip_range": (0.2, 0.2)}, "pass importance_ratio='token'"),
         *(
-            ({"importance_ratio": "token", "clip_range": clip}, "(0.2, 0.2) for 0.2 on both sides")
-            for clip in (0.2, (1.2, 0.2), (0.2, float("inf")), (0.2,), ("a", "b"), (None, 0.2), (float("nan"), 0.2))
+            ({"importance_ratio": "token", "clip_range": clip}, "(0.2, 0.2) or 0.2 for both")
+            for clip in (True, (1.2, 0.2), (0.2, float("inf")), (), ("a", "b"), (None, 0.2), (float("nan"), 0.2))
         ),
     ],
 )
 def test_options_that_do_not_exist(options: dict[str, object], fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        ProbeConfig(**options)
+        EstimateOptions(**options)
     assert fix in caught.value.fix

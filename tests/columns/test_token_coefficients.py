@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from probe_models.architectures import stepped_adamw
 from probe_models.batches import Sample, make_samples
 from probe_models.own_dtype import computing_in_own_dtype
+from probe_options import options_of
 from token_options import OPTIONS, definition_of, rollouts_of, wide_model
 from torch import Tensor
 
-from entropy_fast import ProbeConfig, Rollouts, fast_delta_h1
+from entropy_fast import Rollouts, fast_delta_h1
 from entropy_fast.columns.coefficients import Coefficients, power_of_two_scale, power_of_two_scales
 from entropy_fast.columns.token_coefficients import ScoredTokens, coefficients_of
+from entropy_fast.config import ProbeConfig
 from entropy_fast.errors import RolloutsError
 from entropy_fast.step import AdamState
 
@@ -159,7 +161,7 @@ def test_clipping_takes_some_tokens_and_not_others() -> None:
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     rollouts = rollouts_of(make_samples((2, 4, 3), seed=8))
     plain, clipped = (
-        fast_delta_h1(model, state, rollouts, config=ProbeConfig(**OPTIONS[options])).sequences["Y"].update
+        fast_delta_h1(model, state, rollouts, **options_of(**OPTIONS[options])).sequences["Y"].update
         for options in ("ratios", "clipped ratios")
     )
     assert bool((plain != clipped).any())

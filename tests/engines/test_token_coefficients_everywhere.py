@@ -13,10 +13,11 @@ from exactness import CHECKPOINTING, checkpointed, model_of, widened
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import make_samples, pack
 from probe_models.own_dtype import computing_in_own_dtype
+from probe_options import options_of
 from token_options import OPTIONS, definition_of, rollouts_of, wide_model
 from torch import Tensor, nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, fast_delta_h1
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, fast_delta_h1
 from entropy_fast.columns.coefficients import SequenceTable
 from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.errors import EntropyFastWarning
@@ -102,7 +103,7 @@ def test_an_output_layer_of_its_own_for_some_prompts_at_a_time(options: str, mon
 @pytest.mark.parametrize(
     "more",
     [
-        {"mode": "blocks", "blocks": 2},
+        {"blocks": 2},
         {"accumulate_on": "cpu", "weighting": "sequence"},
         {"y_pass": "autograd_grad"},
         {"prompts_per_microbatch": 1, "weighting": "per_token"},
@@ -113,9 +114,9 @@ def test_beside_other_options(more: dict[str, object]) -> None:
     model = wide_model("gpt2", True)
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
-    config = ProbeConfig(full_kernel=True, **OPTIONS["both"], **more)
+    config = dict(full_kernel=True, **OPTIONS["both"], **more)
     one, two = (
-        OfflineEntropyProbe(model, state, config=config, engine=engine).compute_delta_h1(rollouts)
+        OfflineEntropyProbe(model, state, **options_of(engine=engine, **config)).compute_delta_h1(rollouts)
         for engine in ("one_pass", "two_pass")
     )
     assert relative(one.kernel, two.kernel) <= 1e-10
@@ -134,9 +135,13 @@ def test_weights_in_16_bits(dtype: torch.dtype) -> None:
     small = [dataclasses.replace(s, advantage=1e-6 * s.advantage) for s in samples]
     entropy, update = rollouts_of(make_samples((3, 2, 2), seed=9)), rollouts_of(small, max_lengths=2**14)
     wide = copy.deepcopy(model).double()
-    truth = fast_delta_h1(wide, state, update, entropy, "two_pass", config=ProbeConfig(**OPTIONS["both"]))
+    truth = fast_delta_h1(
+        wide, state, update, entropy_rollouts=entropy, **options_of(engine="two_pass", **OPTIONS["both"])
+    )
     for engine in ("one_pass", "two_pass", "jvp"):
-        found = fast_delta_h1(model, state, update, entropy, engine, config=ProbeConfig(**OPTIONS["both"]))
+        found = fast_delta_h1(
+            model, state, update, entropy_rollouts=entropy, **options_of(engine=engine, **OPTIONS["both"])
+        )
         assert relative(found.row_sums, truth.row_sums) < 0.1, engine
 
 
@@ -182,7 +187,7 @@ def test_sums_and_diagonal_where_gradients_do_not_fit() -> None:
     with computing_in_own_dtype(model):
         kept, apart = (
             OfflineEntropyProbe(
-                model, optimizer, config=ProbeConfig(memory_budget=budget, **OPTIONS["both"])
+                model, optimizer, **options_of(memory_budget=budget, **OPTIONS["both"])
             ).compute_delta_h1(rollouts)
             for budget in ("1GiB", 0)
         )
@@ -234,11 +239,11 @@ def test_shares_of_sequences(options: str) -> None:
     with computing_in_own_dtype(model):
         expected = definition_of(options, model, optimizer, samples).shares(1e-4)
         probe = OfflineEntropyProbe(
-            model, optimizer, config=ProbeConfig(by_sequence=True, **OPTIONS[options]), engine="one_pass"
+            model, optimizer, **options_of(by_sequence=True, engine="one_pass", **OPTIONS[options])
         )
         result = probe.compute_delta_h1(rollouts_of(samples))
         other = rollouts_of(make_samples((3, 2, 2), seed=9))
-        assert_shares_add_up(probe.run_mixed_probe(other, rollouts_of(samples)))
+        assert_shares_add_up(probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=rollouts_of(samples)))
     assert result.learning_rate == 1e-4
     assert_shares_add_up(result)
     shares = result.by_sequence["both"]
@@ -255,11 +260,17 @@ def test_two_batches_by_every_engine(family: str, adapter: bool, options: str) -
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     samples = make_samples((2, 3, 2), seed=9)
     entropy, update = (rollouts_of if adapter else pack)(samples), rollouts_of(make_samples((2, 3, 2, 4)))
-    configs = {engine: ProbeConfig(**OPTIONS[options]) for engine in ("two_pass", "one_pass", "jvp")}
-    configs["alpha"] = ProbeConfig(conditional_variance="alpha", **OPTIONS[options])
+    configs = {engine: dict(**OPTIONS[options]) for engine in ("two_pass", "one_pass", "jvp")}
+    configs["alpha"] = dict(conditional_variance="alpha", **OPTIONS[options])
     with computing_in_own_dtype(model):
         results = {
-            name: fast_delta_h1(model, state, update, entropy, "two_pass" if name == "alpha" else name, config=config)
+            name: fast_delta_h1(
+                model,
+                state,
+                update,
+                entropy_rollouts=entropy,
+                **options_of(engine="two_pass" if name == "alpha" else name, **config),
+            )
             for name, config in configs.items()
         }
     expected = results.pop("two_pass")
@@ -283,9 +294,11 @@ def test_shares_of_tokens_with_token_entropies_by_central_differences() -> None:
     model = wide_model("gpt2", True)
     optimizer = stepped_adamw(model)
     entropy, update = pack(make_samples((2, 3), seed=9)), pack(make_samples((2, 3, 2)))
-    config = ProbeConfig(**OPTIONS["token entropies"])
-    found = fast_delta_h1(model, optimizer, update, entropy, "jvp", config=config).derivatives
-    y_sum = OfflineEntropyProbe(model, optimizer, config=config).components.accumulate_sum_Y(update).tensors
+    config = dict(**OPTIONS["token entropies"])
+    found = fast_delta_h1(
+        model, optimizer, update, entropy_rollouts=entropy, **options_of(engine="jvp", **config)
+    ).derivatives
+    y_sum = OfflineEntropyProbe(model, optimizer, **options_of(**config)).components.accumulate_sum_Y(update).tensors
     parameters = [p for p in model.parameters() if p.requires_grad]
     step, values = 1e-6, []
     for sign in (1, -1):

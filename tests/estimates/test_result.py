@@ -7,11 +7,12 @@ import dataclasses
 import pytest
 import torch
 from probe_models.cases import lora_case
+from probe_options import options_of
 from scipy.stats import t as student_t
 
-from entropy_fast import ProbeConfig, fast_delta_h1
+from entropy_fast import RunOptions, fast_delta_h1
 from entropy_fast.checks.parameter_registry import ParameterRegistry
-from entropy_fast.errors import ConfigError, LearningRateError, ModelStateError, OptimizerStateError, RolloutsError
+from entropy_fast.errors import ConfigError, ModelStateError, OptimizerStateError, RolloutsError
 from entropy_fast.report.terminal import verdict
 
 
@@ -75,9 +76,10 @@ def test_two_prompts_give_no_error_bar_and_no_sign() -> None:
 
 def test_two_batches_refuse_blocks() -> None:
     case = lora_case()
-    probe = case.probe(mode="blocks", blocks=2)
+    probe = case.probe(blocks=2)
+    other = with_advantages(case.rollouts, case.rollouts.advantages)
     with pytest.raises(ConfigError, match="blocks"):
-        probe.run_mixed_probe(case.rollouts, with_advantages(case.rollouts, case.rollouts.advantages))
+        probe.run_mixed_probe(entropy_rollouts=case.rollouts, update_rollouts=other)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e-7, 1e-12])
@@ -103,7 +105,7 @@ def test_the_same_sequences_in_both_batches_are_refused_however_they_are_wrapped
     part = case.rollouts.select_rows(case.rollouts.rows_of_prompt(0))
     for entropy, update in ((copied, case.rollouts), (part, case.rollouts), (case.rollouts, part)):
         with pytest.raises(RolloutsError, match="every sequence of one batch"):
-            probe.run_mixed_probe(entropy, update)
+            probe.run_mixed_probe(entropy_rollouts=entropy, update_rollouts=update)
 
 
 def test_randomness_that_survives_is_an_error() -> None:
@@ -137,14 +139,16 @@ def test_arguments_of_the_wrong_kind_are_named() -> None:
     with pytest.raises(RolloutsError, match=r"`rollouts` is a dict(.|\n)*from_dict"):
         fast_delta_h1(*call, {"sequences": []})
     with pytest.raises(RolloutsError, match="`entropy_rollouts` is a dict"):
-        fast_delta_h1(*call, case.rollouts, {})
-    with pytest.raises(ConfigError, match="`config` is a dict"):
-        fast_delta_h1(*call, case.rollouts, config={"weighting": "sequence"})
-    with pytest.raises(LearningRateError, match="is a str"):
-        fast_delta_h1(*call, case.rollouts, learning_rate="1e-3")
+        fast_delta_h1(*call, case.rollouts, entropy_rollouts={})
+    with pytest.raises(ConfigError, match="a dict was passed where EstimateOptions is expected"):
+        fast_delta_h1(*call, case.rollouts, estimate={"weighting": "sequence"})
+    with pytest.raises(ConfigError, match="a dict was passed where RunOptions is expected"):
+        fast_delta_h1(*call, case.rollouts, run={"engine": "two_pass"})
+    with pytest.raises(ConfigError, match="`learning_rate` is '1e-3'"):
+        fast_delta_h1(*call, case.rollouts, **options_of(learning_rate="1e-3"))
     with pytest.raises(OptimizerStateError, match="order of the arguments"):
         fast_delta_h1(case.optimizer, case.model, case.rollouts)
     with pytest.raises(ConfigError, match="`prompts_per_microbatch` is"):
-        ProbeConfig(prompts_per_microbatch=1.5)
+        RunOptions(prompts_per_microbatch=1.5)
     with pytest.raises(ModelStateError, match="meta device"):
         ParameterRegistry.build(case.model.to("meta"), {})

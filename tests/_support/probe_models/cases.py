@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from probe_options import options_of
 from torch import nn
 
-from entropy_fast import OfflineEntropyProbe, ProbeConfig, Rollouts
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, Rollouts
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import Sample, make_samples, pack
 
@@ -25,7 +26,7 @@ class Case:
 
     def probe(self, *, engine: str = "two_pass", **options: Any) -> OfflineEntropyProbe:
         """By the reference engine unless another is asked for."""
-        return OfflineEntropyProbe(self.model, self.optimizer, config=ProbeConfig(**options), engine=engine)
+        return OfflineEntropyProbe(self.model, self.optimizer, **options_of(engine=engine, **options))
 
 
 def case_of(model: nn.Module, group_sizes: Sequence[int] = (2, 3, 2)) -> Case:
@@ -35,6 +36,13 @@ def case_of(model: nn.Module, group_sizes: Sequence[int] = (2, 3, 2)) -> Case:
 
 def lora_case(family: str = "qwen2", group_sizes: Sequence[int] = (2, 3, 2), *, dropout: float = 0.0) -> Case:
     return case_of(add_lora(build_model(family, dropout=dropout), dropout=dropout), group_sizes)
+
+
+def estimate_of(probe: OfflineEntropyProbe, *batches: Rollouts) -> DeltaH1Result:
+    """Of one batch, or of an entropy batch and an update batch."""
+    if len(batches) == 1:
+        return probe.compute_delta_h1(*batches)
+    return probe.run_mixed_probe(entropy_rollouts=batches[0], update_rollouts=batches[1])
 
 
 def mute_adapters(model: nn.Module) -> None:

@@ -24,11 +24,12 @@ from probe_models.batches import Sample, make_rollouts, make_samples, pack
 from probe_models.cases import case_of, mute_adapters
 from probe_models.oracle import _preconditioner, kernel_by_definition
 from probe_models.own_dtype import computing_in_own_dtype
+from probe_options import options_of
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, Rollouts, fast_delta_h1
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, Rollouts, fast_delta_h1
 from entropy_fast.engines.forward_mode.engine import ForwardModeEngine
 from entropy_fast.errors import ConfigError, ForwardDerivativeError, GraphDetachedError, ModelStateError
 from entropy_fast.report.terminal import print_result
@@ -49,8 +50,11 @@ def two_batches(
 ) -> list[DeltaH1Result]:
     """One result an engine, on the same entropy and update batch."""
     entropy, update = batches or (make_rollouts(GROUPS, seed=seed), make_rollouts((3, 2, 2), seed=seed + 50))
-    config = ProbeConfig(**{"prompts_per_microbatch": 2, **options})
-    return [fast_delta_h1(model, optimizer, update, entropy, engine=engine, config=config) for engine in engines]
+    config = dict(**{"prompts_per_microbatch": 2, **options})
+    return [
+        fast_delta_h1(model, optimizer, update, entropy_rollouts=entropy, **options_of(engine=engine, **config))
+        for engine in engines
+    ]
 
 
 def assert_same(found: DeltaH1Result, expected: DeltaH1Result, tolerance: float) -> None:
@@ -161,7 +165,7 @@ def test_derivatives_predict_what_a_small_step_does() -> None:
         moved = copy.deepcopy(model)
         for parameter, y in zip([p for p in moved.parameters() if p.requires_grad], y_sum, strict=True):
             parameter.data.add_(y, alpha=sign * step / update.n_prompts)
-        probe = OfflineEntropyProbe(moved, AdamState.from_optimizer(optimizer, model), engine="two_pass")
+        probe = OfflineEntropyProbe(moved, AdamState.from_optimizer(optimizer, model), **options_of(engine="two_pass"))
         values.append(probe.compute_delta_h1(entropy).sequences["X"].sequence_logprobs)
     assert result.derivatives is not None
     torch.testing.assert_close((values[0] - values[1]) / (2 * step), result.derivatives.sequences, rtol=1e-5, atol=1e-6)
@@ -307,7 +311,7 @@ def test_what_is_not_known_is_said() -> None:
 def test_one_batch_is_refused() -> None:
     model = add_lora(build_model("gpt2"))
     with pytest.raises(ConfigError, match="diagonal K_nn") as caught:
-        fast_delta_h1(model, stepped_adamw(model), make_rollouts(GROUPS), engine="jvp")
+        fast_delta_h1(model, stepped_adamw(model), make_rollouts(GROUPS), **options_of(engine="jvp"))
     assert "one_pass" in caught.value.fix
     assert "entropy_rollouts" in caught.value.fix
     assert ForwardModeEngine.name == "jvp"
@@ -329,13 +333,13 @@ def test_randomness_that_is_left_is_an_error() -> None:
 
 def test_one_probe_many_calls() -> None:
     model = add_lora(build_model("gpt2", dtype=torch.float64)).double()
-    probe = OfflineEntropyProbe(model, stepped_adamw(model), engine="jvp")
+    probe = OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="jvp"))
     large, small, other = (
         make_rollouts(groups, seed=seed) for groups, seed in (((3, 4, 3), 1), ((2, 2), 2), ((2, 3), 3))
     )
-    first = probe.run_mixed_probe(small, large)
-    probe.run_mixed_probe(other, small)
-    again = probe.run_mixed_probe(small, large)
+    first = probe.run_mixed_probe(entropy_rollouts=small, update_rollouts=large)
+    probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=small)
+    again = probe.run_mixed_probe(entropy_rollouts=small, update_rollouts=large)
     assert again.delta_h1 == first.delta_h1
     assert torch.equal(again.derivatives.tokens, first.derivatives.tokens)
 

@@ -14,6 +14,7 @@ from probe_models.architectures import add_lora, build_model, enable_checkpointi
 from probe_models.batches import make_rollouts
 from probe_models.cases import Case, case_of
 from probe_models.snapshot import assert_unchanged, take_snapshot
+from probe_options import options_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, fast_delta_h1, reference
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, fast_delta_h1, reference
 from entropy_fast.engines.forward_mode import ForwardWithTangents, functions, output
 from entropy_fast.engines.forward_mode.functions import FunctionsWithTangents
 from entropy_fast.engines.forward_mode.quantized import quantized_modules, quantized_with_tangents
@@ -304,7 +305,7 @@ def case_with(what: str) -> Case:
 def probe(case: Case, **options: Any) -> DeltaH1Result:
     entropy = make_rollouts((2, 3, 2), seed=11)
     return fast_delta_h1(
-        case.model, case.optimizer, case.rollouts, entropy, engine="jvp", config=ProbeConfig(**options)
+        case.model, case.optimizer, case.rollouts, entropy_rollouts=entropy, **options_of(engine="jvp", **options)
     )
 
 
@@ -348,7 +349,9 @@ def test_detached_parts_are_detached_in_both_modes() -> None:
     case = case_of(add_lora(build_model("gpt2", dtype=torch.float64)).double())
     case.model.get_base_model().transformer.h[1].mlp.act.register_forward_hook(lambda _m, _i, out: out.detach())
     entropy = make_rollouts((2, 3, 2), seed=11)
-    expected = OfflineEntropyProbe(case.model, case.optimizer).run_mixed_probe(entropy, case.rollouts)
+    expected = OfflineEntropyProbe(case.model, case.optimizer).run_mixed_probe(
+        entropy_rollouts=entropy, update_rollouts=case.rollouts
+    )
     assert probe(case).delta_h1 == pytest.approx(expected.delta_h1, rel=1e-10)
 
 

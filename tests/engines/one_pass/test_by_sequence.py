@@ -19,9 +19,10 @@ from probe_models.architectures import (
 from probe_models.batches import Sample, make_samples, pack
 from probe_models.own_dtype import computing_in_own_dtype
 from probe_models.shares import Shares, shares_by_definition
+from probe_options import options_of
 from torch import Tensor, nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe
 from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.errors import ConfigError, EntropyFastWarning
 
@@ -34,7 +35,7 @@ def model_of(family: str, adapter: bool) -> nn.Module:
 
 
 def probe_of(model: nn.Module, optimizer: torch.optim.Optimizer, **options: object) -> OfflineEntropyProbe:
-    return OfflineEntropyProbe(model, optimizer, config=ProbeConfig(by_sequence=True, **options), engine="one_pass")
+    return OfflineEntropyProbe(model, optimizer, **options_of(by_sequence=True, engine="one_pass", **options))
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -77,9 +78,9 @@ def quiet() -> Iterator[None]:
     ("family", "adapter", "options"),
     [
         ("gpt2", False, {}),
-        ("gpt2", True, {"weighting": "per_token", "mode": "blocks", "blocks": 3}),
+        ("gpt2", True, {"weighting": "per_token", "blocks": 3}),
         ("qwen2", False, {"weighting": "sequence", "accumulate_on": "cpu"}),
-        ("qwen2", True, {"mode": "blocks", "blocks": 2, "prompts_per_microbatch": 1}),
+        ("qwen2", True, {"blocks": 2, "prompts_per_microbatch": 1}),
         ("qwen2", True, {"prompts_per_microbatch": 2}),
     ],
 )
@@ -88,7 +89,7 @@ def test_one_batch(family: str, adapter: bool, options: dict) -> None:
     optimizer = stepped_adamw(model)
     with computing_in_own_dtype(model):
         result = probe_of(model, optimizer, **options).compute_delta_h1(pack(samples))
-        reference = OfflineEntropyProbe(model, optimizer, config=ProbeConfig(**options)).compute_delta_h1(pack(samples))
+        reference = OfflineEntropyProbe(model, optimizer, **options_of(**options)).compute_delta_h1(pack(samples))
         known = {name: options[name] for name in ("weighting", "blocks") if name in options}
         expected = shares_by_definition(model, optimizer, samples, **known)
     assert "packed" in result.plan.way
@@ -103,7 +104,9 @@ def test_two_batches(budget: int) -> None:
     optimizer = stepped_adamw(model)
     entropy, update = make_samples((3, 2, 2), seed=2), make_samples(GROUPS, seed=1)
     with computing_in_own_dtype(model):
-        result = probe_of(model, optimizer, memory_budget=budget).run_mixed_probe(pack(entropy), pack(update))
+        result = probe_of(model, optimizer, memory_budget=budget).run_mixed_probe(
+            entropy_rollouts=pack(entropy), update_rollouts=pack(update)
+        )
         expected = shares_by_definition(model, optimizer, entropy, update)
     assert result.by_sequence.keys() == {"entropy", "update"}
     of_entropy, of_update = result.by_sequence["entropy"], result.by_sequence["update"]
@@ -113,7 +116,9 @@ def test_two_batches(budget: int) -> None:
     for shares in (of_entropy, of_update):
         assert float(shares.delta_h1.sum()) == pytest.approx(result.delta_h1, rel=1e-9)
     assert_parameters(result, expected)
-    reference = OfflineEntropyProbe(model, optimizer).run_mixed_probe(pack(entropy), pack(update))
+    reference = OfflineEntropyProbe(model, optimizer).run_mixed_probe(
+        entropy_rollouts=pack(entropy), update_rollouts=pack(update)
+    )
     assert sum(reference.by_parameter.values()) == pytest.approx(reference.delta_h1, rel=1e-9)
 
 
@@ -179,12 +184,12 @@ def test_what_cannot_be_is_refused_before_any_work() -> None:
         probe_of(model, optimizer, memory_budget=0).compute_delta_h1(rollouts)
     for engine in ("two_pass", "jvp"):
         with pytest.raises(ConfigError, match=f"by_sequence with engine '{engine}'"):
-            OfflineEntropyProbe(model, optimizer, config=ProbeConfig(by_sequence=True), engine=engine)
+            OfflineEntropyProbe(model, optimizer, **options_of(by_sequence=True, engine=engine))
 
 
 def test_nothing_is_said_of_sequences_unless_asked() -> None:
     model = model_of("gpt2", True)
-    probe = OfflineEntropyProbe(model, stepped_adamw(model), engine="one_pass")
+    probe = OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="one_pass"))
     result = probe.compute_delta_h1(pack(make_samples(GROUPS)))
     assert result.by_sequence is None
     assert result.plan.sweeps == 1

@@ -17,6 +17,7 @@ from probe_models.architectures import (
     stepped_adamw,
 )
 from probe_models.batches import make_samples, pack
+from probe_options import options_of
 from torch import nn
 
 from entropy_fast import DeltaH1Result, fast_delta_h1
@@ -114,4 +115,4 @@ def test_a_nan_in_a_later_prompt_is_an_error() -> None:
         )
     last = [dataclasses.replace(s, prompt=(*s.prompt, fresh)) for s in samples[-4:]]
     with pytest.raises(GraphDetachedError, match="log-probs are NaN"):
-        fast_delta_h1(model, optimizer, pack(samples[:-4] + last), engine="one_pass")
+        fast_delta_h1(model, optimizer, pack(samples[:-4] + last), **options_of(engine="one_pass"))

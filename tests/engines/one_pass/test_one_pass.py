@@ -22,9 +22,10 @@ from probe_models.architectures import (
     stepped_adamw,
 )
 from probe_models.batches import make_rollouts, make_samples, pack
+from probe_options import options_of
 from torch import Tensor, nn
 
-from entropy_fast import OfflineEntropyProbe, ProbeConfig, fast_delta_h1
+from entropy_fast import OfflineEntropyProbe, fast_delta_h1
 from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.engines.one_pass.engine import OnePassEngine
 from entropy_fast.errors import (
@@ -86,7 +87,7 @@ def test_ways_through_the_batch(microbatch: int, accumulate_on: str, budget: int
 @pytest.mark.parametrize("budget", [0, 4 * 2**30])
 def test_blocks(budget: int) -> None:
     model = build_model("gpt2", dtype=torch.float64)
-    both = results(model, mode="blocks", blocks=3, memory_budget=budget, prompts_per_microbatch=1)
+    both = results(model, blocks=3, memory_budget=budget, prompts_per_microbatch=1)
     assert distance(both["one_pass"].diagonal, both["two_pass"].diagonal) < 1e-10
     assert distance(both["one_pass"].row_sums, both["two_pass"].row_sums) < 1e-10
     assert both["one_pass"].delta_h1 == pytest.approx(both["two_pass"].delta_h1, rel=1e-9)
@@ -96,15 +97,14 @@ def test_blocks(budget: int) -> None:
 def test_two_batches(budget: int) -> None:
     model = add_lora(build_model("gpt2", dtype=torch.float64)).double()
     optimizer = stepped_adamw(model)
-    config = ProbeConfig(memory_budget=budget, prompts_per_microbatch=2)
+    config = {"memory_budget": budget, "prompts_per_microbatch": 2}
     found, expected = (
         fast_delta_h1(
             model,
             optimizer,
             make_rollouts(GROUPS, seed=1),
-            make_rollouts((3, 2, 2), seed=2),
-            engine=engine,
-            config=config,
+            entropy_rollouts=make_rollouts((3, 2, 2), seed=2),
+            **options_of(engine=engine, **config),
         )
         for engine in ("one_pass", "two_pass")
     )
@@ -184,7 +184,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     optimizer = stepped_adamw(model)
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-    fast_delta_h1(model, optimizer, make_rollouts(GROUPS), engine="one_pass")
+    fast_delta_h1(model, optimizer, make_rollouts(GROUPS), **options_of(engine="one_pass"))
     for name, module in model.named_modules():
         assert module.__dict__.keys() == before[name].keys(), name
         assert "forward" not in module.__dict__ or module.__dict__["forward"] is before[name]["forward"]
@@ -194,7 +194,7 @@ def test_the_model_comes_back_as_it_was() -> None:
     broken = make_rollouts(GROUPS)
     handle = model.base_model.model.transformer.h[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fast_delta_h1(model, optimizer, broken, engine="one_pass")
+        fast_delta_h1(model, optimizer, broken, **options_of(engine="one_pass"))
     handle.remove()
     assert all("forward" not in module.__dict__ or name in before for name, module in model.named_modules())
     assert all(module.__dict__.keys() == before[name].keys() for name, module in model.named_modules())
@@ -208,7 +208,7 @@ def test_an_adapter_out_of_the_forward_is_an_error() -> None:
             module._disable_adapters = True
     enable = model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_())
     with pytest.raises(GradientCoverageError, match="none of the"):
-        fast_delta_h1(model, optimizer, make_rollouts(GROUPS), engine="one_pass")
+        fast_delta_h1(model, optimizer, make_rollouts(GROUPS), **options_of(engine="one_pass"))
     enable.remove()
 
 
@@ -219,13 +219,13 @@ def test_randomness_that_is_left_is_an_error() -> None:
         lambda _m, _i, out: out.__setitem__("last_hidden_state", nn.functional.dropout(out[0], 0.5))
     )
     with pytest.raises(ModelStateError, match="two forwards of sequence"):
-        fast_delta_h1(model, optimizer, make_rollouts(GROUPS), engine="one_pass")
+        fast_delta_h1(model, optimizer, make_rollouts(GROUPS), **options_of(engine="one_pass"))
 
 
 def test_no_such_engine() -> None:
     model = build_model("gpt2")
     with pytest.raises(ConfigError, match="'three_pass'"):
-        OfflineEntropyProbe(model, stepped_adamw(model), engine="three_pass")
+        OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="three_pass"))
     assert OnePassEngine.name == "one_pass"
 
 
@@ -240,9 +240,9 @@ def test_a_prompt_whose_coefficients_are_all_zero() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(capture_pass, "same_with_shared_prefix", way)
             both = [
-                OfflineEntropyProbe(
-                    model, optimizer, config=ProbeConfig(full_kernel=True), engine=engine
-                ).compute_delta_h1(rollouts)
+                OfflineEntropyProbe(model, optimizer, **options_of(full_kernel=True, engine=engine)).compute_delta_h1(
+                    rollouts
+                )
                 for engine in ("one_pass", "two_pass")
             ]
         assert_same(both[0], both[1], 1e-10)
@@ -251,21 +251,21 @@ def test_a_prompt_whose_coefficients_are_all_zero() -> None:
 
 def test_one_probe_many_calls() -> None:
     model = add_lora(build_model("gpt2", dtype=torch.float64)).double()
-    probe = OfflineEntropyProbe(model, stepped_adamw(model), engine="one_pass")
+    probe = OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="one_pass"))
     large, small, other = (
         make_rollouts(groups, seed=seed) for groups, seed in (((3, 4, 3), 1), ((2, 2), 2), ((2, 3), 3))
     )
-    first = probe.run_mixed_probe(small, large)
+    first = probe.run_mixed_probe(entropy_rollouts=small, update_rollouts=large)
     probe.compute_delta_h1(large)
-    probe.run_mixed_probe(other, small)
-    assert probe.run_mixed_probe(small, large).delta_h1 == first.delta_h1
+    probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=small)
+    assert probe.run_mixed_probe(entropy_rollouts=small, update_rollouts=large).delta_h1 == first.delta_h1
 
 
 def test_options_of_the_other_engine_are_named() -> None:
     model = add_lora(build_model("gpt2"))
     options = {"memory_budget": 0, "full_kernel": True, "conditional_variance": "alpha"}
-    config = ProbeConfig(**options)
-    probe = OfflineEntropyProbe(model, stepped_adamw(model), config=config, engine="one_pass")
+    config = dict(**options)
+    probe = OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="one_pass", **config))
     notes = " ".join(probe.compute_delta_h1(make_rollouts(GROUPS)).diagnostics.warnings)
     assert "K was not kept" in notes
     assert "options of the two-pass engine" in notes

@@ -10,9 +10,10 @@ from engine_results import distance
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import make_rollouts, make_samples
 from probe_models.snapshot import assert_unchanged, take_snapshot
+from probe_options import options_of
 from torch import Tensor
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeConfig, Rollouts
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, Rollouts
 from entropy_fast.capture import UnitGradients
 from entropy_fast.columns.coefficients import SequenceTable
 from entropy_fast.engines.one_pass.capture_pass import CapturePass
@@ -69,8 +70,10 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def probe(**options: object) -> tuple[OfflineEntropyProbe, Rollouts]:
     model = add_lora(build_model("qwen2", dtype=torch.float64)).double()
-    config = ProbeConfig(**options)  # type: ignore[arg-type]
-    return OfflineEntropyProbe(model, stepped_adamw(model), config=config, engine="one_pass"), make_rollouts(GROUPS)
+    config = dict(**options)  # type: ignore[arg-type]
+    return OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="one_pass", **config)), make_rollouts(
+        GROUPS
+    )
 
 
 def assert_same(found: DeltaH1Result, expected: DeltaH1Result) -> None:
@@ -109,7 +112,7 @@ def test_the_same_kernel_in_smaller_microbatches(
 @pytest.mark.parametrize(("budget", "microbatch"), WAYS)
 def test_blocks_are_cut_within(budget: int, microbatch: int | None, room: Callable[..., None]) -> None:
     """A unit of two prompts is gone through one prompt at a time, and is one unit all the same."""
-    runs, rollouts = probe(memory_budget=budget, mode="blocks", blocks=2, prompts_per_microbatch=microbatch)
+    runs, rollouts = probe(memory_budget=budget, blocks=2, prompts_per_microbatch=microbatch)
     expected = runs.compute_delta_h1(rollouts)
     room(1)
     found = runs.compute_delta_h1(rollouts)
@@ -121,9 +124,9 @@ def test_blocks_are_cut_within(budget: int, microbatch: int | None, room: Callab
 def test_two_batches(room: Callable[..., None]) -> None:
     runs, rollouts = probe(memory_budget=0, prompts_per_microbatch=4)
     other = make_rollouts((3, 2, 2), seed=8)
-    expected = runs.run_mixed_probe(other, rollouts)
+    expected = runs.run_mixed_probe(entropy_rollouts=other, update_rollouts=rollouts)
     room(2)
-    found = runs.run_mixed_probe(other, rollouts)
+    found = runs.run_mixed_probe(entropy_rollouts=other, update_rollouts=rollouts)
     assert found.delta_h1 == pytest.approx(expected.delta_h1, rel=1e-11)
     assert distance(found.row_sums, expected.row_sums) < 1e-12
     assert distance(found.column_sums, expected.column_sums) < 1e-12
@@ -137,7 +140,7 @@ def tokens_of_prompt(number: int) -> int:
     return len(own[0].prompt) + sum(len(sample.response) for sample in own)
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "blocks", "blocks": 2}], ids=["prompts", "blocks"])
+@pytest.mark.parametrize("options", [{}, {"blocks": 2}], ids=["prompts", "blocks"])
 @pytest.mark.parametrize("number", [0, 3])
 def test_a_single_prompt_is_an_error(number: int, options: dict[str, object], room: Callable[..., None]) -> None:
     runs, rollouts = probe(**options)

@@ -25,8 +25,12 @@ from entropy_fast.ways.padded import ForwardResult
 def both_routes(case: Case, **options: Any) -> tuple[DeltaH1Result, DeltaH1Result]:
     entropy = make_rollouts((2, 3, 2, 2), seed=11)
     return (
-        case.probe(conditional_variance="per_prompt", **options).run_mixed_probe(entropy, case.rollouts),
-        case.probe(conditional_variance="alpha", **options).run_mixed_probe(entropy, case.rollouts),
+        case.probe(conditional_variance="per_prompt", **options).run_mixed_probe(
+            entropy_rollouts=entropy, update_rollouts=case.rollouts
+        ),
+        case.probe(conditional_variance="alpha", **options).run_mixed_probe(
+            entropy_rollouts=entropy, update_rollouts=case.rollouts
+        ),
     )
 
 
@@ -141,9 +145,11 @@ def test_an_operation_without_second_derivative_is_found_out(
         for layer in base.model.layers[: 1 if where == "in_the_first_block" else None]:
             layer.mlp.act_fn = Activation(function)
     entropy = make_rollouts((2, 2, 2), seed=11)
-    case.probe().run_mixed_probe(entropy, case.rollouts)  # first derivatives are fine
+    case.probe().run_mixed_probe(entropy_rollouts=entropy, update_rollouts=case.rollouts)  # first derivatives are fine
     with pytest.raises(GraphDetachedError, match="alpha trick") as caught:
-        case.probe(conditional_variance="alpha").run_mixed_probe(entropy, case.rollouts)
+        case.probe(conditional_variance="alpha").run_mixed_probe(
+            entropy_rollouts=entropy, update_rollouts=case.rollouts
+        )
     assert "per_prompt" in caught.value.fix
 
 
@@ -157,10 +163,12 @@ def test_a_silent_operation_beside_the_trained_path_is_found_out() -> None:
     for block in case.model.get_base_model().transformer.h:
         block.mlp.act = Activation(SilentlyOnce)
     entropy = make_rollouts((2, 2, 2), seed=11)
-    per_prompt = case.probe().run_mixed_probe(entropy, case.rollouts)
+    per_prompt = case.probe().run_mixed_probe(entropy_rollouts=entropy, update_rollouts=case.rollouts)
     assert per_prompt.diagnostics.coverage["X"].untouched == ()
     with pytest.raises(GraphDetachedError, match="they must agree"):
-        case.probe(conditional_variance="alpha").run_mixed_probe(entropy, case.rollouts)
+        case.probe(conditional_variance="alpha").run_mixed_probe(
+            entropy_rollouts=entropy, update_rollouts=case.rollouts
+        )
 
 
 OPPOSITE = Coefficients(torch.tensor([0.5, -0.5]).double(), torch.zeros(2).double())

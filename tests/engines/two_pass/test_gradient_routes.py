@@ -11,7 +11,7 @@ import pytest
 import torch
 from probe_models.architectures import disable_checkpointing, enable_checkpointing
 from probe_models.batches import make_rollouts
-from probe_models.cases import Case, lora_case, mute_adapters
+from probe_models.cases import Case, estimate_of, lora_case, mute_adapters
 from probe_models.oracle import kernel_by_definition
 from torch import Tensor
 
@@ -66,9 +66,8 @@ def test_autograd_grad_explains_itself(case: Case, batches: int) -> None:
     probe = case.probe(y_pass="autograd_grad")
     n = sum(p.requires_grad for p in case.model.parameters())
     other = [make_rollouts((2, 2), seed=9)] if batches == 2 else []
-    estimate = probe.run_mixed_probe if other else probe.compute_delta_h1
     with pytest.raises((GradientCoverageError, GraphDetachedError)) as caught:
-        estimate(*other, case.rollouts)
+        estimate_of(probe, *other, case.rollouts)
     message = str(caught.value)
     assert f"None for all {n} trainable parameters" in message
     assert f"X pass: {n} parameters" in message

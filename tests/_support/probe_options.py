@@ -1,0 +1,18 @@
+"""Options of both kinds in one call, for tests that mix them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from entropy_fast import EstimateOptions, RunOptions
+
+_ESTIMATE = {field.name for field in dataclasses.fields(EstimateOptions)}
+
+
+def options_of(**given: Any) -> dict[str, Any]:
+    """``estimate`` and ``run`` as `fast_delta_h1` and `OfflineEntropyProbe` take them."""
+    return {
+        "estimate": EstimateOptions(**{name: value for name, value in given.items() if name in _ESTIMATE}),
+        "run": RunOptions(**{name: value for name, value in given.items() if name not in _ESTIMATE}),
+    }
