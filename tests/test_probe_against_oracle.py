@@ -73,7 +73,7 @@ def check_same_batch(
     check(result.diagonal, kernel.diagonal(), "K_nn")
     check(result.row_sums, kernel.sum(1), "row sums")
     check(result.column_sums, kernel.sum(0), "column sums")
-    if result.config.full_kernel:
+    if result.run_options.full_kernel:
         check(result.kernel, kernel, "K")
     else:
         assert result.kernel is None
@@ -91,7 +91,7 @@ def check_same_batch(
     else:
         assert error_of(result, "plug_in") is None
         assert error_of(result, "x_row_means") is None
-    if equal and m >= 4 and result.config.full_kernel:
+    if equal and m >= 4 and result.run_options.full_kernel:
         variance = lr**2 * u_statistics.unbiased_variance(per_unit)
         check(result.diagnostics.unbiased_variance, variance, "unbiased variance")
         if variance >= 0:

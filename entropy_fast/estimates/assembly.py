@@ -192,7 +192,8 @@ def _result(
         kernel=sums.kernel if isinstance(sums, KernelSums) else None,
         per_prompt=tuple(shares),
         sequences=dict(components.sequences),
-        config=components.config,
+        estimate_options=components.config.estimate,
+        run_options=components.config.run,
         diagnostics=Diagnostics(
             standard_errors=standard_errors,
             coverage=dict(components.coverage),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from entropy_fast.checks.coverage import PassCoverage
 from entropy_fast.columns.coefficients import SequenceTable
-from entropy_fast.config import EntropyEstimator, ProbeConfig, Weighting
+from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, Weighting
 from entropy_fast.engines.one_pass.planner import Plan
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.attribution import SequenceContributions, by_layer
@@ -136,13 +136,14 @@ class DeltaH1Result:
         per_prompt: one record per unit, in batch order; entropy prompts alone where the update's shares are not known.
         sequences: S_i, c_i and a_i by pass (``X``: entropy batch, ``Y``: update batch); where coefficients differ from token to
             token, their means.
-        config: the options it was computed with.
+        estimate_options: what was asked to be estimated.
+        run_options: how it was asked to be run.
         diagnostics: what to know before believing it.
         derivatives: of every sequence's and token's log-prob along the update; None where the engine has only sums.
         by_parameter: share of δH₁ by parameter name, in model order, adding up to δH₁; None where the engine did not take its
             sums apart.
         by_sequence: shares of sequences by the role of their batch (``both`` in the same-batch estimate; ``entropy`` and
-            ``update`` in the two-batch one); None unless ``ProbeConfig.by_sequence`` asked for them.
+            ``update`` in the two-batch one); None unless ``RunOptions.by_sequence`` asked for them.
     """
 
     delta_h1: float
@@ -160,7 +161,8 @@ class DeltaH1Result:
     kernel: Tensor | None
     per_prompt: tuple[PromptContribution, ...]
     sequences: dict[str, SequenceTable]
-    config: ProbeConfig
+    estimate_options: EstimateOptions
+    run_options: RunOptions
     diagnostics: Diagnostics
     derivatives: DirectionalDerivatives | None = None
     by_parameter: dict[str, float] | None = None

@@ -66,7 +66,7 @@ def test_options_go_over_the_run_folder(folder):
     command = ["probe", str(folder), "--no-picture", "--out", str(folder / "o")]
     assert run([*command, "--weighting", "sequence", "--learning-rate", "0.5", "--full-kernel", "--blocks", "2"]) == 0
     document = json.loads((folder / "o" / "result.json").read_text())
-    assert document["config"]["weighting"] == "sequence"
+    assert document["estimate_options"]["weighting"] == "sequence"
     assert document["learning_rate"] == 0.5
     assert len(document["kernel"]) == 2
     assert run([*command, "--dtype", "bfloat16"]) == 0
@@ -79,7 +79,7 @@ def test_estimator_and_importance_ratios(folder, tmp_path):
     assert run([*command, "--entropy-estimator", "rao_blackwell"]) == 0
     document = json.loads((folder / "o" / "result.json").read_text())
     assert "Rao-Blackwell" in document["entropy_functional"]
-    assert document["config"]["clip_range"] is None
+    assert document["estimate_options"]["clip_range"] is None
     rollouts = read_rollouts(folder / "rollouts.jsonl")
     old = torch.where(rollouts.loss_mask == 1, -1.0, 0.0)
     write_rollouts(dataclasses.replace(rollouts, old_logprobs=old), tmp_path / "sampled.jsonl")
@@ -88,7 +88,7 @@ def test_estimator_and_importance_ratios(folder, tmp_path):
     for clip in ([], ["--clip", "0.2"], ["--clip", "0.2", "--clip-high", "0.3"]):
         assert run([*command, *clip]) == 0
         document = json.loads((folder / "o" / "result.json").read_text())
-        changes.append((document["config"]["clip_range"], document["delta_h1"]))
+        changes.append((document["estimate_options"]["clip_range"], document["delta_h1"]))
     assert [clip for clip, _ in changes] == [None, [0.2, 0.2], [0.2, 0.3]]
     assert changes[0][1] != changes[1][1]
 
@@ -129,7 +129,7 @@ def test_two_batches(folder):
     )
     document = json.loads((folder / "o" / "result.json").read_text())
     alpha = json.loads((folder / "alpha" / "result.json").read_text())
-    assert alpha["config"]["conditional_variance"] == "alpha"
+    assert alpha["run_options"]["conditional_variance"] == "alpha"
     assert alpha["std_error"] == pytest.approx(document["std_error"], rel=1e-4)
     assert document["estimate"] == "two_batch"
     assert {p["role"] for p in document["per_prompt"]} == {"entropy", "update"}
