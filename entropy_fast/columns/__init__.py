@@ -1,1 +1,19 @@
-"""."""
+"""Coefficients: which sequence or token weighs how much, on the functional side and on the update side."""
+
+from __future__ import annotations
+
+from entropy_fast.columns.coefficients import Backward, Coefficients
+from entropy_fast.columns.column import Column, Columns, ScoredTokens, Side
+from entropy_fast.columns.entropy import RaoBlackwellEntropy, ScoreFunctionEntropy
+from entropy_fast.columns.table import SequenceTable
+from entropy_fast.columns.update import PolicyGradient
+from entropy_fast.config import EstimateOptions
+
+__all__ = ["Backward", "Coefficients", "Column", "Columns", "ScoredTokens", "SequenceTable", "Side", "columns_of"]
+
+
+def columns_of(options: EstimateOptions) -> Columns:
+    """The columns that the options ask for: an entropy, and an update."""
+    kind = RaoBlackwellEntropy if options.entropy_estimator == "rao_blackwell" else ScoreFunctionEntropy
+    update = PolicyGradient(options.weighting, options.importance_ratio, options.clip_range)
+    return Columns((kind(options.weighting), update))

@@ -1,0 +1,168 @@
+"""Columns: what a probe weighs sequences and tokens by, on the functional side and on the update side.
+
+Legend: S_i log-prob of sequence i, s_t log-prob and H_t entropy of response token t; c_i, or c_t and e_t, a column's
+coefficients. The gradient that belongs to a column is
+
+    Σ_i c_i ∇S_i        where the tokens of a sequence share one coefficient, and else
+    Σ_t (c_t ∇s_t + e_t ∇H_t)
+
+Everything a backward can weigh is such a column: an entropy, the advantages, and any number per sequence or token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from entropy_fast.columns.coefficients import Coefficients, ColumnWeights, RatioTable
+from entropy_fast.columns.tokens import TokenPlaces
+from entropy_fast.rollouts import Rollouts
+
+__all__ = ["Column", "Columns", "ScoredTokens", "Side"]
+
+
+class Side(enum.Enum):
+    """What a column's gradient is of: something whose change is forecast, or the update that changes it."""
+
+    FUNCTIONAL = "entropy"
+    UPDATE = "update"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoredTokens:
+    """What a forward said about n sequences with M response tokens in all, sequence by sequence; detached.
+
+    Attributes:
+        rollouts: the batch.
+        rows: [n] row indices into it: all the rows of some prompts.
+        sequence_logprobs: [n] S_i, nats.
+        logprobs: [M] s_t, nats.
+        entropies: [M] H_t, nats; None where they were not asked for.
+    """
+
+    rollouts: Rollouts
+    rows: Tensor
+    sequence_logprobs: Tensor
+    logprobs: Tensor
+    entropies: Tensor | None
+
+    @cached_property
+    def places(self) -> TokenPlaces:
+        """Where the tokens stand in a table of sequences."""
+        return TokenPlaces.of(self.rollouts, self.rows)
+
+
+class Column(Protocol):
+    """One column. A new one is a class with these, made where `entropy_fast.columns.columns_of` makes the others.
+
+    Attributes:
+        name: what results call it.
+        side: functional or update.
+        by_token: whether coefficients differ within a sequence; then the column takes a backward of its own.
+        needs_entropies: whether it asks for H_t.
+    """
+
+    name: str
+    side: Side
+    by_token: bool
+    needs_entropies: bool
+
+    def check(self, rollouts: Rollouts) -> None:
+        """Raise unless the column can be formed for a batch (without empty responses).
+
+        Raises:
+            RolloutsError: it cannot.
+        """
+
+    def weigh(self, scored: ScoredTokens) -> ColumnWeights:
+        """Its coefficients for some prompts."""
+
+    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> Tensor | None:
+        """[M] bool (CPU): tokens that a clip range leaves out, from log r_t [M]; None for a column that clips nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns(Sequence[Column]):
+    """The columns of one pass over a batch, in order.
+
+    Args:
+        members: the columns.
+    """
+
+    members: tuple[Column, ...]
+
+    def __getitem__(self, index: int) -> Column:  # type: ignore[override]
+        return self.members[index]
+
+    def __iter__(self) -> Iterator[Column]:
+        return iter(self.members)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def of_side(self, side: Side) -> Columns:
+        """Those of one side."""
+        return Columns(tuple(column for column in self.members if column.side is side))
+
+    def places_of(self, side: Side) -> list[int]:
+        """Indices of those of one side."""
+        return [place for place, column in enumerate(self.members) if column.side is side]
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether any of them asks for H_t."""
+        return any(column.needs_entropies for column in self.members)
+
+    @property
+    def backwards(self) -> int:
+        """How many backwards bring them all: one for those by sequence together, one for each by token."""
+        by_token = sum(column.by_token for column in self.members)
+        return by_token + (by_token < len(self.members))
+
+    @property
+    def most_at_once(self) -> int:
+        """The most columns that one backward serves."""
+        return max(1, sum(not column.by_token for column in self.members))
+
+    def check(self, rollouts: Rollouts) -> None:
+        """Raise unless all of them can be formed for a batch.
+
+        Raises:
+            RolloutsError: one cannot.
+        """
+        for column in self.members:
+            column.check(rollouts)
+
+    def weigh(self, scored: ScoredTokens) -> Coefficients:
+        """Their coefficients for some prompts."""
+        weights = [column.weigh(scored) for column in self.members]
+        by_token = any(own.of_logprob is not None or own.of_entropy is not None for own in weights)
+        return Coefficients(
+            torch.stack([own.by_sequence for own in weights]),
+            tuple(weights),
+            scored.places.sequence.to(scored.logprobs.device) if by_token else None,
+            self._ratios(scored),
+        )
+
+    def _ratios(self, scored: ScoredTokens) -> RatioTable | None:
+        log_ratios = log_ratios_of(scored)
+        if log_ratios is None:
+            return None
+        places = scored.places
+        found = [own for column in self.members if (own := column.clipped(scored, log_ratios)) is not None]
+        clipped = places.means(found[0].double()) if found else torch.full((len(scored.rows),), torch.nan).double()
+        return RatioTable(places.means(log_ratios.abs()), places.table(log_ratios.abs()).amax(1), clipped)
+
+
+def log_ratios_of(scored: ScoredTokens) -> Tensor | None:
+    """[M] log r_t = s_t - s_t^old, fp64 on the CPU; None where the rollouts have no ``old_logprobs``."""
+    if scored.rollouts.old_logprobs is None:
+        return None
+    now = scored.logprobs.detach().to(device="cpu", dtype=torch.float64)
+    return now - scored.rollouts.old_response_logprobs(scored.rows)

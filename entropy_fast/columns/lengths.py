@@ -1,0 +1,37 @@
+"""How long responses are, as weights; and how many there are to a prompt."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from entropy_fast.config import Weighting
+from entropy_fast.errors import RolloutsError
+from entropy_fast.rollouts import Rollouts
+
+__all__ = ["check_group_sizes", "length_weights"]
+
+
+def check_group_sizes(rollouts: Rollouts) -> None:
+    """Raise unless every prompt has the two responses the leave-one-out baseline needs.
+
+    Raises:
+        RolloutsError: a group has a single sequence; the message names it.
+    """
+    sizes = torch.bincount(rollouts.prompt_index, minlength=rollouts.n_prompts)
+    alone = (sizes < 2).nonzero()
+    if alone.numel():
+        group = rollouts.group_order[int(alone[0])]
+        raise RolloutsError(
+            f"Rollouts: group {group} has 1 response with tokens ({alone.numel()} such groups); the leave-one-out baseline "
+            "needs at least 2 responses per prompt.",
+            fix="sample more responses per prompt, or drop the prompt (empty responses are left out before this check).",
+        )
+
+
+def length_weights(rollouts: Rollouts, weighting: Weighting) -> Tensor:
+    """w_i of every sequence, [N] fp64: 1/L_max (``dr_grpo``), 1/L_i (``per_token``) or 1 (``sequence``)."""
+    lengths = rollouts.response_lengths.to(torch.float64)
+    if weighting == "dr_grpo":
+        return 1.0 / rollouts.length_budgets.to(torch.float64)[rollouts.prompt_index]
+    return 1.0 / lengths if weighting == "per_token" else torch.ones_like(lengths)
