@@ -195,8 +195,8 @@ inline PackedAttentionBackward packed_attention_backward_call(
     Address sequences, int64_t n_sequences, int64_t heads, int64_t key_heads, int64_t size, int64_t window,
     double scale, Address above, int64_t above_head, int64_t above_token, Address output, Address log_sums,
     Address runs, Address weights, Address query_gradient, Address key_gradient, Address value_gradient,
-    Address prefix_key_sums, Address prefix_value_sums, int64_t n_runs, int64_t weight_rows, int64_t prefix_tokens,
-    ElementType element_type) {
+    Address prefix_key_sums, Address prefix_value_sums, int64_t n_runs, int64_t n_weights, int64_t weight_rows,
+    int64_t prefix_tokens, ElementType element_type) {
     const PackedAttentionForward forward = packed_attention_forward_call(
         query, query_head, query_token, key, key_head, key_token, value, value_head, value_token, prefix_key,
         prefix_key_head, prefix_key_token, prefix_value, prefix_value_head, prefix_value_token, sequences, n_sequences,
@@ -213,6 +213,7 @@ inline PackedAttentionBackward packed_attention_backward_call(
             pointer<void>(prefix_key_sums),
             pointer<void>(prefix_value_sums),
             n_runs,
+            n_weights,
             weight_rows,
             prefix_tokens,
             element_type};

@@ -62,13 +62,15 @@ struct PackedAttentionBackward {
     // [n_runs + 1]: run r is the sequences [runs[r], runs[r + 1]), all of one prefix. Where sums of prefixes are
     // wanted, no other run has that prefix.
     const int64_t* runs;
-    const void* weights;    // [2, weight_rows] of Scalar: for the sums of prefixes; null where those are
-    void* query_gradient;   // [tokens, heads, size] of element_type
-    void* key_gradient;     // [tokens, key_heads, size] of Scalar
-    void* value_gradient;   // likewise
-    void* prefix_key_sums;  // [2, key_heads, prefix_tokens, size] of Scalar: sum of weight x dk over a run's sequences
+    const void* weights;   // [n_weights, weight_rows] of Scalar: for the sums of prefixes; null where those are
+    void* query_gradient;  // [tokens, heads, size] of element_type
+    void* key_gradient;    // [tokens, key_heads, size] of Scalar
+    void* value_gradient;  // likewise
+    // [n_weights, key_heads, prefix_tokens, size] of Scalar: sums of weight x dk over a run's sequences.
+    void* prefix_key_sums;
     void* prefix_value_sums;  // likewise of dv
     int64_t n_runs;
+    int64_t n_weights;
     int64_t weight_rows;
     int64_t prefix_tokens;
     ElementType element_type;

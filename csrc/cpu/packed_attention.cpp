@@ -46,7 +46,8 @@ void check_runs(const PackedAttentionBackward& call, bool sums) {
     const auto refuse = [](const char* why) {
         throw std::invalid_argument(std::string("packed_attention_backward: ") + why);
     };
-    if (call.n_runs < 0 || call.weight_rows < 0 || call.prefix_tokens < 0) refuse("negative size");
+    if (call.n_runs < 0 || call.n_weights < 0 || call.weight_rows < 0 || call.prefix_tokens < 0)
+        refuse("negative size");
     if (sums != (call.prefix_value_sums != nullptr) || (!sums && call.weights != nullptr)) {
         refuse("sums of prefixes and weights do not go together");
     }

@@ -237,23 +237,44 @@ void backward_block(const PackedAttentionBackward& call, const SequenceHead& hea
     });
 }
 
-// Adds rows of one sequence, weighted, to the sums for either weight, which are `apart` from one another.
-template <typename Element>
+// Adds rows of one sequence, weighted, to the sums of `count` weights; weights and sums are so far from one another.
+template <typename Element, int count>
 void add_weighted(const typename Element::Scalar* from, int64_t from_row, int64_t rows, int64_t size,
-                  const typename Element::Scalar (&weights)[2], typename Element::Scalar* sums, int64_t apart) {
+                  const typename Element::Scalar* all_weights, int64_t weights_apart, typename Element::Scalar* sums,
+                  int64_t apart) {
+    typename Element::Scalar weights[count];
+    for (int label = 0; label < count; ++label) weights[label] = all_weights[label * weights_apart];
     constexpr int64_t kLanes = lanes<Element>();
     for (int64_t row = 0; row < rows; ++row, from += from_row, sums += size) {
         int64_t i = 0;
         for (; i + kLanes <= size; i += kLanes) {
             const auto found = Element::load(from + i);
-            for (int label = 0; label < 2; ++label) {
+            for (int label = 0; label < count; ++label) {
                 auto* const to = sums + label * apart + i;
                 Element::store(to, Element::load(to) + found * weights[label]);
             }
         }
         for (; i < size; ++i) {
-            for (int label = 0; label < 2; ++label) sums[label * apart + i] += from[i] * weights[label];
+            for (int label = 0; label < count; ++label) sums[label * apart + i] += from[i] * weights[label];
         }
+    }
+}
+
+// The same for any number of weights, two at a time.
+template <typename Element>
+void add_with_every_weight(const PackedAttentionBackward& call, const SequenceHead& head,
+                           const typename Element::Scalar* from, int64_t from_row, int64_t rows,
+                           typename Element::Scalar* sums, int64_t apart) {
+    const int64_t weights_apart = call.weight_rows;
+    const auto* weights = static_cast<const typename Element::Scalar*>(call.weights) + head.sequence->row;
+    int64_t label = 0;
+    for (; label + 2 <= call.n_weights; label += 2) {
+        add_weighted<Element, 2>(from, from_row, rows, call.inputs.size, weights + label * weights_apart, weights_apart,
+                                 sums + label * apart, apart);
+    }
+    if (label < call.n_weights) {
+        add_weighted<Element, 1>(from, from_row, rows, call.inputs.size, weights + label * weights_apart, weights_apart,
+                                 sums + label * apart, apart);
     }
 }
 
@@ -279,12 +300,10 @@ void backward_sequence(const PackedAttentionBackward& call, const SequenceHead& 
     // The first query sees the most of the prefix.
     const int64_t unseen = larger(0, head.prefix - inputs.window + 1);
     const int64_t seen = larger(0, head.prefix - unseen);
-    const auto* all_weights = static_cast<const Scalar*>(call.weights) + head.sequence->row;
-    const Scalar weights[2] = {all_weights[0], all_weights[call.weight_rows]};
-    add_weighted<Wide>(of_prefix.keys + unseen * scratch.width, scratch.width, seen, inputs.size, weights,
-                       sums.keys + unseen * inputs.size, sums.row);
-    add_weighted<Wide>(of_prefix.values + unseen * scratch.width, scratch.width, seen, inputs.size, weights,
-                       sums.values + unseen * inputs.size, sums.row);
+    add_with_every_weight<Wide>(call, head, of_prefix.keys + unseen * scratch.width, scratch.width, seen,
+                                sums.keys + unseen * inputs.size, sums.row);
+    add_with_every_weight<Wide>(call, head, of_prefix.values + unseen * scratch.width, scratch.width, seen,
+                                sums.values + unseen * inputs.size, sums.row);
 }
 
 template <typename Element>
@@ -294,7 +313,7 @@ void backward(const PackedAttentionBackward& call, int64_t task, void* memory) {
     const AttentionScratch scratch = attention_scratch(inputs, 0);
     const int64_t key_head = task % inputs.key_heads;
     const int64_t* run = call.runs + task / inputs.key_heads;
-    // Of the two weights, the sums of the second stand this far behind those of the first.
+    // Sums of one weight stand this far behind those of the one before.
     KeyGradients<Scalar> sums = {nullptr, nullptr, inputs.key_heads * call.prefix_tokens * inputs.size};
     for (int64_t index = run[0]; index < run[1]; ++index) {
         const SequenceHead head = sequence_head(inputs, index, key_head);
@@ -302,7 +321,7 @@ void backward(const PackedAttentionBackward& call, int64_t task, void* memory) {
             const int64_t offset = (key_head * call.prefix_tokens + head.sequence->prefix_begin) * inputs.size;
             sums.keys = static_cast<Scalar*>(call.prefix_key_sums) + offset;
             sums.values = static_cast<Scalar*>(call.prefix_value_sums) + offset;
-            for (int label = 0; label < 2; ++label) {
+            for (int64_t label = 0; label < call.n_weights; ++label) {
                 __builtin_memset(sums.keys + label * sums.row, 0, sizeof(Scalar) * head.prefix * inputs.size);
                 __builtin_memset(sums.values + label * sums.row, 0, sizeof(Scalar) * head.prefix * inputs.size);
             }

@@ -37,11 +37,11 @@ class AttentionInputs:
 
 @dataclasses.dataclass(frozen=True)
 class PrefixSums:
-    """Where sums over the sequences of every prefix go, with two weights.
+    """Where sums over the sequences of every prefix go, for every column of weights.
 
     Attributes:
-        weights: [2, rows] in the dtype of the sums, contiguous.
-        key: [2, key heads, P, D] in fp32 or wider, contiguous; written for every prefix that has a sequence.
+        weights: [C, rows] in the dtype of the sums, contiguous.
+        key: [C, key heads, P, D] in fp32 or wider, contiguous; written for every prefix that has a sequence.
         value: likewise.
     """
 

@@ -267,7 +267,7 @@ def packed_attention_backward(
         *_operand(above),
         *map(_address, (output, log_sums, runs, weights, *gradients, key_sums, value_sums)),
         len(runs) - 1,
-        0 if weights is None else weights.shape[1],
+        *((0, 0) if weights is None else weights.shape),
         0 if key_sums is None else key_sums.shape[2],
         _element_type(output.dtype),
     )

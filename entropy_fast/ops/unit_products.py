@@ -1,6 +1,6 @@
 """Gradients of one matrix for many units at once: sums of outer products over the rows of each unit.
 
-Legend: u a unit, l a label (X or g), w_l(t) the coefficient of row t.
+Legend: u a unit, l a column of coefficients, w_l(t) the coefficient of row t.
 
     sums_l[u] += Σ_{t in u} w_l(t) left[t] right[t]^T
 
@@ -25,6 +25,8 @@ __all__ = ["UnitRuns", "add_unit_products"]
 _LARGE = 2**16
 # Columns of the narrower factor up to which the compiled kernel is faster than a product by torch for every unit.
 _NARROW = 32
+# Sums that one call of the kernel adds to.
+_AT_ONCE = 2
 
 
 class UnitRuns:
@@ -55,7 +57,7 @@ class UnitRuns:
         return torch.tensor(sorted(self.runs), dtype=torch.int64).view(-1, 3)
 
     def spread(self, scales: Tensor, inner: int, columns: int) -> Tensor:
-        """[rows * inner, labels * columns]: the scales [labels, rows] over what they multiply, made once for each shape."""
+        """[rows * inner, C * columns]: the scales [C, rows] over what they multiply, made once for each shape."""
         key = (inner, columns, scales.dtype)
         if key not in self._spread:
             self._spread[key] = scales.t().repeat_interleave(columns, 1).repeat_interleave(inner, 0)
@@ -69,10 +71,10 @@ def add_unit_products(sums: Sequence[Tensor], left: Tensor, right: Tensor, scale
     ``entropy_fast.reference.unit_products`` says the same in three lines.
 
     Args:
-        sums: [units, a, b] for every label, one or two, in fp32 or the dtype of the signals, whichever is wider.
+        sums: [units, a, b] for every of C columns of coefficients, in fp32 or the dtype of the signals, whichever is wider.
         left: [rows * inner, a], ``inner`` positions for every row.
         right: [rows * inner, b], in the same dtype.
-        scales: [labels, rows] contiguous, on the same device, in the dtype of the sums. The same for all calls with ``runs``.
+        scales: [C, rows] contiguous, on the same device, in the dtype of the sums. The same for all calls with ``runs``.
         runs: whose rows they are.
     """
     # The factor with fewer columns takes the coefficients, and the other is read once.
@@ -81,7 +83,10 @@ def add_unit_products(sums: Sequence[Tensor], left: Tensor, right: Tensor, scale
     if narrow.shape[1] <= _NARROW and _kernel_takes(sums, narrow, wide):
         views = [total.transpose(1, 2) if turned else total for total in sums]
         count_call("native", "unit_products")
-        native_backend.unit_products(views, _by_rows(narrow), _by_rows(wide), scales, runs.table)
+        narrow, wide = _by_rows(narrow), _by_rows(wide)
+        for first in range(0, len(views), _AT_ONCE):
+            both = slice(first, first + _AT_ONCE)
+            native_backend.unit_products(views[both], narrow, wide, scales[both], runs.table)
     else:
         _by_torch(sums, narrow, wide, scales, runs, turned=turned)
 
@@ -101,9 +106,9 @@ def _by_rows(signal: Tensor) -> Tensor:
 def _by_torch(
     sums: Sequence[Tensor], narrow: Tensor, wide: Tensor, scales: Tensor, runs: UnitRuns, *, turned: bool
 ) -> None:
-    """One product for every unit, of both labels at once where the sums are small."""
+    """One product for every unit, of all columns at once where the sums are small."""
     inner, columns = narrow.shape[0] // max(1, scales.shape[1]), narrow.shape[1]
-    # [rows * inner, labels * columns of narrow]
+    # [rows * inner, C * columns of narrow]
     scaled = torch.cat([narrow] * len(sums), 1).to(scales.dtype) * runs.spread(scales, inner, columns)
     if wide.dtype == torch.float16:
         # Coefficients can be smaller than its smallest number.

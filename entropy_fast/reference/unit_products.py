@@ -1,6 +1,6 @@
 """Gradients of one matrix for many units, as they are defined.
 
-Legend: u a unit, l a label (X or g), w_l(t) the coefficient of row t.
+Legend: u a unit, l a column of coefficients, w_l(t) the coefficient of row t.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ __all__ = ["unit_products"]
 def unit_products(
     left: Tensor, right: Tensor, scales: Tensor, runs: Sequence[tuple[int, int, int]], n_units: int
 ) -> Tensor:
-    """[labels, units, a, b]: Σ_t w_l(t) left[t] right[t]^T over the rows t of every unit, in fp64.
+    """[C, units, a, b]: Σ_t w_l(t) left[t] right[t]^T over the rows t of every unit, in fp64.
 
     Args:
         left: [rows * inner, a], ``inner`` positions for every row.
         right: [rows * inner, b].
-        scales: [labels, rows] w.
+        scales: [C, rows] w.
         runs: unit, first row and the one after the last.
         n_units: units.
     """

@@ -40,13 +40,13 @@ def attention_calls(case: AttentionCase, image: CallImage) -> AttentionCalls:
     window = 2**62 if inputs.window is None else inputs.window
     first = [field for operand in operands for field in _operand(operand, image)]
     first += [image.add(inputs.sequences), len(inputs.sequences), heads, key_heads, size, window, inputs.scale]
-    own, sums = (tokens, key_heads, size), (2, key_heads, prefix_tokens, size)
+    own, sums = (tokens, key_heads, size), (len(case.weights), key_heads, prefix_tokens, size)
     shapes = [(tokens, heads, size), (tokens, heads), (tokens, heads, size), own, own, sums, sums]
     dtypes = [dtype, wide, dtype, wide, wide, wide, wide]
     places = [image.poison(torch.Size(shape).numel() * of.itemsize) for shape, of in zip(shapes, dtypes, strict=True)]
     image.call("packed_attention_forward", *first, *places[:2], ELEMENT_TYPES[dtype])
     wanted = [image.add(case.weights), *places[2:]] if prefix_tokens else [None, *places[2:5], None, None]
-    last = (len(case.runs) - 1, case.weights.shape[1], prefix_tokens, ELEMENT_TYPES[dtype])
+    last = (len(case.runs) - 1, *case.weights.shape, prefix_tokens, ELEMENT_TYPES[dtype])
     above = _operand(case.above, image)
     image.call("packed_attention_backward", *first, *above, *places[:2], image.add(case.runs), *wanted, *last)
     return AttentionCalls(case, places, shapes, dtypes)

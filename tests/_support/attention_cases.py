@@ -24,7 +24,7 @@ class AttentionCase:
         inputs: sequences in the order of their groups, those without a token too.
         above: [heads, N, D] gradient of the output.
         runs: [R + 1] bounds of the groups.
-        weights: [2, S].
+        weights: [C, S].
     """
 
     inputs: AttentionInputs
@@ -35,7 +35,7 @@ class AttentionCase:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionOutcome:
-    """What an implementation makes of a case, tokens first; sums are [2, key heads, P, D]."""
+    """What an implementation makes of a case, tokens first; sums are [C, key heads, P, D]."""
 
     output: Tensor
     log_sums: Tensor
@@ -55,6 +55,7 @@ def attention_case(
     size: int = 16,
     window: int | None = None,
     layout: str = "heads first",
+    columns: int = 2,
     seed: int = 0,
 ) -> AttentionCase:
     """Random numbers of the dtype, in memory by heads, by tokens, or by heads with something between heads and tokens."""
@@ -88,7 +89,7 @@ def attention_case(
         0.7 / math.sqrt(size),
         window,
     )
-    weights = torch.randn(2, len(sequences), generator=generator, dtype=torch.float64).to(accumulator(dtype))
+    weights = torch.randn(columns, len(sequences), generator=generator, dtype=torch.float64).to(accumulator(dtype))
     return AttentionCase(inputs, draw(heads, n_tail), torch.tensor(runs), weights)
 
 
@@ -101,7 +102,7 @@ def written_out(case: AttentionCase) -> AttentionOutcome:
     shared = len(q) // len(k)
     output, log_sums = torch.zeros_like(q).detach(), torch.zeros(q.shape[:2], dtype=torch.float64)
     gradients = [torch.zeros_like(t).detach() for t in (q, k, v)]
-    sums = [torch.zeros(2, *t.shape, dtype=torch.float64) for t in prefixes]
+    sums = [torch.zeros(len(case.weights), *t.shape, dtype=torch.float64) for t in prefixes]
     for begin, end, prefix_begin, prefix_end, row in inputs.sequences.tolist():
         keys, values = (
             torch.cat([p[:, prefix_begin:prefix_end], own[:, begin:end]], 1).repeat_interleave(shared, 0)

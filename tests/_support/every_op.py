@@ -73,8 +73,8 @@ class EveryOp:
         shapes = [(9, (40, 0, 3)), (2, ()), (0, (5,)), (130, (17, 1))]
         forms = [
             {"heads": 4, "key_heads": 2, "size": 16, "window": None, "layout": "heads first"},
-            {"heads": 3, "key_heads": 3, "size": 21, "window": 7, "layout": "tokens first"},
-            {"heads": 3, "key_heads": 1, "size": 33, "window": 100, "layout": "apart"},
+            {"heads": 3, "key_heads": 3, "size": 21, "window": 7, "layout": "tokens first", "columns": 3},
+            {"heads": 3, "key_heads": 1, "size": 33, "window": 100, "layout": "apart", "columns": 1},
         ]
         self._attention = [
             attention_calls(attention_case(shapes, dtype, **form), self.image)

@@ -33,7 +33,7 @@ OPS = {
     "gated_silu_forward": (8, "@3P2qi0q"),
     "gated_silu_backward": (9, "@5P2qi0q"),
     "packed_attention_forward": (10, "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
-    "packed_attention_backward": (11, "@PqqPqqPqqPqqPqqP5qdPqq9P3qi0q"),
+    "packed_attention_backward": (11, "@PqqPqqPqqPqqPqqP5qdPqq9P4qi0q"),
 }
 
 

@@ -41,7 +41,7 @@ def run(case: AttentionCase) -> AttentionOutcome:
     native_backend.packed_attention_forward(inputs, output, log_sums)
     key, value = (torch.full((tokens, len(inputs.key), size), torch.nan, dtype=wide) for _ in range(2))
     n_prefix = 0 if inputs.prefix_key is None else inputs.prefix_key.shape[1]
-    totals = [torch.full((2, len(inputs.key), n_prefix, size), torch.nan, dtype=wide) for _ in range(2)]
+    totals = [torch.full((len(case.weights), len(inputs.key), n_prefix, size), torch.nan, dtype=wide) for _ in range(2)]
     sums = PrefixSums(case.weights, *totals) if n_prefix else None
     query = torch.full_like(output, torch.nan)
     gradients = (query, key, value)
@@ -83,6 +83,7 @@ def test_blocks_of_queries_and_keys(
     size=st.integers(1, 40) | st.sampled_from([64, 80, 128]),
     window=st.none() | st.integers(1, 14),
     layout=st.sampled_from(LAYOUTS),
+    columns=st.sampled_from([1, 2, 3, 5]),
     seed=st.integers(0, 9),
 )
 def test_any_shape(
@@ -93,6 +94,7 @@ def test_any_shape(
     size: int,
     window: int | None,
     layout: str,
+    columns: int,
     seed: int,
 ) -> None:
     key_heads, shared = heads
@@ -104,6 +106,7 @@ def test_any_shape(
         size=size,
         window=window,
         layout=layout,
+        columns=columns,
         seed=seed,
     )
     assert_attention(run(case), case)
@@ -159,6 +162,19 @@ def test_a_long_sequence() -> None:
     assert own.prefix_key is not None and own.prefix_value is not None
     own.prefix_key[:], own.prefix_value[:] = states.key[:, -704:-4], states.value[:, -704:-4]
     assert torch.allclose(outcome.output[-4:].double(), written_out(last).output, atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_column_of_weights_is_by_itself(dtype: torch.dtype, columns: int, variant: str) -> None:
+    """Its sums are right, and the bits are those of a call with that column alone."""
+    case = attention_case(SHAPES, dtype, size=21, columns=columns)
+    outcome = run(case)
+    assert_attention(outcome, case)
+    for column in range(columns):
+        alone = run(dataclasses.replace(case, weights=case.weights[column : column + 1].contiguous()))
+        for together, one in ((outcome.prefix_key, alone.prefix_key), (outcome.prefix_value, alone.prefix_value)):
+            assert torch.equal(together[column].nan_to_num(-7.5), one[0].nan_to_num(-7.5))
 
 
 def test_weights_that_are_all_zero_give_zeros() -> None:

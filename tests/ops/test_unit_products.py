@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,7 +35,7 @@ def cases(draw: st.DrawFn) -> UnitProductCase:
         lengths,
         (draw(columns), draw(columns)),
         draw(st.sampled_from(DTYPES)),
-        labels=draw(st.integers(1, 2)),
+        labels=draw(st.sampled_from([1, 2, 3, 5])),
         inner=draw(st.integers(1, 3)),
         turned=draw(st.booleans()),
         order=[draw(st.integers(0, 4)) for _ in lengths],
@@ -53,6 +55,18 @@ def test_every_shape_is_right(case: UnitProductCase) -> None:
     found = torch.stack([case.by_columns(total).double() for total in sums])
     eps = torch.finfo(case.sums[0].dtype if case.left.dtype == torch.float16 else case.left.dtype).eps
     assert ((found - expected).abs() <= (case.left.shape[0] + 4) * eps * size).all()
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_column_of_coefficients_is_as_right_as_alone(dtype: torch.dtype, columns: int) -> None:
+    case = unit_product_case([40, 3, 70], (16, 300), dtype, labels=columns)
+    sums, natively = _run(case)
+    assert natively
+    case.assert_right(sums)
+    for column, total in enumerate(sums):
+        own = dataclasses.replace(case, scales=case.scales[column : column + 1], sums=[case.sums[column]])
+        assert torch.equal(_run(own)[0][0], total)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

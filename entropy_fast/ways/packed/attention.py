@@ -41,8 +41,8 @@ def packed_attention(
         groups: where the sequences are.
         prefix: keys and values that the sequences of each group continue from; None where there are none, or where they are
             in the packed row themselves.
-        weights: filled before every backward with a tensor [2, n], `Cotangent.weights` by row of the microbatch; and where
-            the packed row has copies of the prefixes, with one [2, P] that what goes back to them is multiplied by.
+        weights: filled before every backward with a tensor [C, n], `Cotangent.weights` by row of the microbatch; and where
+            the packed row has copies of the prefixes, with one [C, P] that what goes back to them is multiplied by.
         options: scale, window, softcap.
 
     Returns:

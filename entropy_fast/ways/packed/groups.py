@@ -25,8 +25,9 @@ class AttentionGroups:
         groups: of the layout.
         tails: whether the packed row is that of the tails; otherwise that of the prefixes, one sequence a group.
         device: of the row.
-        copies: labels (0 and 1 for c and a) for each of which all prefixes stand behind the tails once more, in the same row.
-            Tails then continue from the first copy, and what goes back to a prefix goes to every copy with its label's weights.
+        copies: columns of weights (0, 1 and so on) for each of which all prefixes stand behind the tails once more, in the same
+            row. Tails then continue from the first copy, and what goes back to a prefix goes to every copy with the weights of
+            its column.
 
     Attributes:
         copies: the same.
@@ -60,11 +61,11 @@ class AttentionGroups:
 
         Args:
             gradient: [N, key heads, D] of keys or values.
-            cotangents: [2, key heads, P, D] by label.
-            scales: [2, P] that they are multiplied by.
+            cotangents: [C, key heads, P, D] by column.
+            scales: [C, P] that they are multiplied by.
         """
-        for place, label in enumerate(self.copies):
-            scaled = cotangents[label] * scales[label, :, None].to(cotangents.dtype)
+        for place, column in enumerate(self.copies):
+            scaled = cotangents[column] * scales[column, :, None].to(cotangents.dtype)
             gradient[self.copy(place)] += scaled.transpose(0, 1).to(gradient.dtype)
 
     @functools.cached_property

@@ -42,7 +42,7 @@ def native_backward(
     """[N, heads or key heads, D] gradients of q, k and v for ``above`` [N, heads, D]; o and its sums are of the forward."""
     sums = None
     if prefix is not None and prefix.wanted:
-        sums = PrefixSums(weights[0].to(prefix.wide).contiguous(), *prefix.sums())
+        sums = PrefixSums(weights[0].to(prefix.wide).contiguous(), *prefix.sums(len(weights[0])))
     runs = groups.each if sums is None else groups.by_prefix
     above = _with_whole_heads(above.transpose(0, 1))
     return packed_attention_backward(inputs, above, output, log_sums, runs, sums)

@@ -1,9 +1,9 @@
 """Keys and values of prompts, which responses continue from, and what the responses send back.
 
-Legend: K_p and V_p keys and values of a prompt, c_i and a_i coefficients of response i.
+Legend: K_p and V_p keys and values of a prompt, w_i a column's coefficient of response i, C columns.
 
-Responses add up every one's own ∂S_i/∂K_p and ∂S_i/∂V_p, with c_i and with a_i, in place of sending their plain sum back: that
-would no longer know the responses apart.
+Responses add up every one's own ∂S_i/∂K_p and ∂S_i/∂V_p, with every column's w_i, in place of sending their plain sum back:
+that would no longer know the responses apart.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class PrefixStates:
 
     Attributes:
         key, value, wanted: the same.
-        cotangents: Σ c_i ∂S_i/∂K_p and Σ a_i ∂S_i/∂K_p, [2, heads, P, D] in fp32 or wider, and likewise of V_p; None before
-            a backward.
+        cotangents: Σ w_i ∂S_i/∂K_p of every column, [C, heads, P, D] in fp32 or wider, and likewise of V_p; None before a
+            backward.
     """
 
     def __init__(self, key: Tensor, value: Tensor, wanted: bool | None = None) -> None:
@@ -40,10 +40,10 @@ class PrefixStates:
         """Of the cotangents."""
         return torch.promote_types(self.key.dtype, torch.float32)
 
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """The cotangents, zeros at first."""
+    def sums(self, columns: int) -> tuple[Tensor, Tensor]:
+        """The cotangents of so many columns, zeros at first."""
         if self.cotangents is None:
-            key, value = (t.new_zeros((2, *t.shape[1:]), dtype=self.wide) for t in (self.key, self.value))
+            key, value = (t.new_zeros((columns, *t.shape[1:]), dtype=self.wide) for t in (self.key, self.value))
             self.cotangents = key, value
         return self.cotangents
 
@@ -53,7 +53,7 @@ class PrefixStates:
         return found
 
     def put(self, group: PackedGroup, weights: Tensor, key: Tensor, value: Tensor) -> None:
-        """Sum up a group's ∂S_i/∂K_p and ∂S_i/∂V_p [G, heads, P of the group, D] with ``weights`` [2, G]."""
+        """Sum up a group's ∂S_i/∂K_p and ∂S_i/∂V_p [G, heads, P of the group, D] with ``weights`` [C, G]."""
         begin, end = group.prefix
-        for total, found in zip(self.sums(), (key, value), strict=True):
+        for total, found in zip(self.sums(len(weights)), (key, value), strict=True):
             total[:, :, begin:end] = torch.tensordot(weights.to(self.wide), found.to(self.wide), dims=1)

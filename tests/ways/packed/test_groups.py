@@ -63,11 +63,19 @@ def test_prefixes_in_the_row_of_the_tails() -> None:
 
 def test_what_comes_back_goes_to_the_copy_of_its_label() -> None:
     groups = AttentionGroups(GROUPS, tails=True, device=CPU, copies=(1,))
-    gradient, cotangents = torch.ones(20, 2, 3), torch.randn(2, 2, 8, 3)
-    scales = torch.full((2, 8), 4.0, dtype=torch.float64)
+    gradient, cotangents = torch.ones(20, 2, 3), torch.randn(3, 2, 8, 3)
+    scales = torch.full((3, 8), 4.0, dtype=torch.float64)
     groups.add_to_copies(gradient, cotangents, scales)
     assert torch.equal(gradient[:12], torch.ones(12, 2, 3))
     assert torch.allclose(gradient[12:], 1 + 4 * cotangents[1].transpose(0, 1))
+
+
+def test_three_columns_in_three_copies() -> None:
+    groups = AttentionGroups(GROUPS, tails=True, device=CPU, copies=(2, 0, 1))
+    gradient, cotangents = torch.zeros(36, 2, 3), torch.randn(3, 2, 8, 3)
+    groups.add_to_copies(gradient, cotangents, torch.tensor([[1.0], [2.0], [4.0]]).expand(3, 8))
+    expected = torch.cat([4 * cotangents[2], cotangents[0], 2 * cotangents[1]], 1).transpose(0, 1)
+    assert torch.equal(gradient[12:], expected) and not gradient[:12].any()
 
 
 def test_nothing_at_all() -> None:
