@@ -9,10 +9,10 @@ from torch import nn
 
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.context import ProgressCallback
 from entropy_fast.errors import ConfigError, RolloutsError
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
-from entropy_fast.probe_components import ProgressCallback
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.step.adam_state import AdamState
 

@@ -23,7 +23,7 @@ else:
     # torch is not imported for a command's help; a torch.dtype is taken by its name.
     AutocastDtype = Literal["bfloat16", "float16"] | None
 
-__all__ = ["EstimateOptions", "OptionField", "ProbeConfig", "RunOptions", "default_of", "option_fields"]
+__all__ = ["EstimateOptions", "OptionField", "RunOptions", "default_of", "option_fields"]
 
 Weighting = Literal["dr_grpo", "per_token", "sequence"]
 EntropyEstimator = Literal["score_function", "rao_blackwell"]
@@ -179,39 +179,6 @@ class RunOptions(_Options):
 
         dtype: torch.dtype | None = None if self.autocast_dtype is None else getattr(torch, str(self.autocast_dtype))
         return dtype
-
-
-class ProbeConfig:
-    """Both objects in one, while callers move over to the two."""
-
-    def __init__(self, estimate: EstimateOptions | None = None, run: RunOptions | None = None, **flat: Any) -> None:
-        names = {field.name for field in dataclasses.fields(EstimateOptions)}
-        flat.pop("mode", None)
-        self.estimate = estimate or EstimateOptions(**{k: v for k, v in flat.items() if k in names})
-        self.run = run or RunOptions(**{k: v for k, v in flat.items() if k not in names})
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("estimate", "run"):
-            raise AttributeError(name)
-        if name == "mode":
-            return "exact" if self.estimate.blocks is None else "blocks"
-        if name == "autocast_dtype":
-            return self.run.torch_autocast_dtype
-        return getattr(self.estimate, name) if hasattr(self.estimate, name) else getattr(self.run, name)
-
-    @property
-    def coefficients_by_token(self) -> bool:
-        """Whether coefficients differ within a sequence, so that X and g are no multiples of one ∇S_i."""
-        return self.wants_token_entropies or self.estimate.importance_ratio == "token"
-
-    @property
-    def wants_token_entropies(self) -> bool:
-        """Whether the entropy gradient needs the entropy of the model's distribution at every response token."""
-        return self.estimate.entropy_estimator == "rao_blackwell"
-
-    def wants_token_entropies_for(self, labels: str) -> bool:
-        """Likewise, where only the ``labels`` of X and Y are wanted: an update has no use for them."""
-        return self.wants_token_entropies and "X" in labels
 
 
 def option_fields(options: type[_Options]) -> list[OptionField]:

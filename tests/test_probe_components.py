@@ -15,7 +15,7 @@ from torch import Tensor
 from entropy_fast import ProbeComponents, probe_components
 from entropy_fast.errors import EntropyFastWarning, GraphDetachedError
 from entropy_fast.step import AdamState
-from entropy_fast.ways.padded import ForwardResult, PackedBatch, align_logprobs, model_logits
+from entropy_fast.ways.teacher_forcing import ForwardResult, PackedBatch, align_logprobs, model_logits
 
 
 def both_estimates(case: Case) -> list[Callable[[], object]]:

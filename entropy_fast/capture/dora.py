@@ -8,20 +8,16 @@ W + s B A.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.dora import DoraLinearLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
-from entropy_fast.capture.functions import Recorder
-
-__all__ = ["dora_maker"]
-
-Maker = Callable[[Callable[..., Any], Recorder], Callable[..., Any]]
+from entropy_fast.capture.kinds import CapturedLayer, plain_parameters, register_layer_kind
+from entropy_fast.capture.recorder import Recorder
+from entropy_fast.libraries import dequantized_weight, is_exactly
 
 
 class _Magnitude(torch.autograd.Function):
@@ -53,18 +49,18 @@ class _Magnitude(torch.autograd.Function):
         return of_base, of_low_rank, None, None, None, None, None
 
 
-def dora_maker(module: nn.Module, name: str) -> Maker | None:
-    """How to make the capturing forward of a module that holds DoRA's magnitude for a linear map; None for other modules.
+@register_layer_kind
+def dora_magnitude(module: nn.Module, names: Mapping[int, str]) -> CapturedLayer | None:
+    """A module that holds DoRA's magnitude for a linear map.
 
     The norms are those that the module itself computes, once for as long as a recording lasts.
-
-    Args:
-        module: any module.
-        name: of its parameter.
     """
-    if type(module) is not DoraLinearLayer:
+    if not is_exactly(module, "peft.tuners.lora.dora.DoraLinearLayer"):
         return None
-    layer = module
+    name, _ = plain_parameters(module, names)
+    if name is None:
+        return None
+    layer: Any = module
 
     def maker(_: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
         norms: dict[torch.dtype, Tensor] = {}
@@ -83,7 +79,7 @@ def dora_maker(module: nn.Module, name: str) -> Maker | None:
                 norms[x.dtype] = _norm(layer, x.dtype, lora_A, lora_B, scaling, base_layer, adapter_name)
             low_rank = lora_B(lora_A(x))
             if base_result is None:
-                weight = dequantize_module_weight(base_layer).to(x.dtype)
+                weight = dequantized_weight(base_layer).to(x.dtype)
                 base_result = F.linear(x, weight.t() if layer.fan_in_fan_out else weight)
             elif base_layer.bias is not None:
                 base_result = base_result - base_layer.bias
@@ -94,7 +90,7 @@ def dora_maker(module: nn.Module, name: str) -> Maker | None:
 
         return run
 
-    return maker
+    return CapturedLayer(maker, frozenset({name}))
 
 
 def _norm(
@@ -109,6 +105,6 @@ def _norm(
     """[out] n."""
     with torch.no_grad():
         product = layer.get_lora_weight(lora_A=lora_a, lora_B=lora_b, adapter_name=adapter).to(dtype)
-        weight = dequantize_module_weight(base_layer).to(dtype)
+        weight = dequantized_weight(base_layer).to(dtype)
         norm: Tensor = layer.get_weight_norm(weight=weight, lora_weight=product, scaling=scaling, adapter_name=adapter)
     return norm

@@ -7,35 +7,15 @@ is None.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Recorder", "captured_layer_norm", "captured_linear", "captured_rows"]
+from entropy_fast.capture.recorder import Recorder
 
-
-class Recorder(Protocol):
-    """Receives signals during a backward; N rows of sequences, T positions."""
-
-    def rows_of(self, x: Tensor) -> tuple[int, ...]:
-        """The shape of ``x`` [..., H] without its last dimension, and 1 in every dimension that rows do not go along."""
-
-    def product(self, name: str, left: Tensor, right: Tensor) -> None:
-        """The gradient is Σ over positions of the outer products of ``left`` [N, T, a] and ``right`` [N, T, b]."""
-
-    def scatter(self, name: str, index: Tensor, rows: Tensor, *, transposed: bool = False) -> None:
-        """The gradient is the sum of ``rows`` [N, T, b] into the places ``index`` [N, T] of a [places, b] parameter.
-
-        The parameter is [b, places] if ``transposed``.
-        """
-
-    def per_position(self, name: str, values: Tensor) -> None:
-        """The gradient is the sum of ``values`` [N, T, b] over rows and positions."""
-
-    def per_row(self, name: str, rows: Tensor) -> None:
-        """The gradient is the sum of ``rows`` [N, *parameter shape] over the first dimension."""
+__all__ = ["captured_layer_norm", "captured_linear", "captured_rows"]
 
 
 class _Linear(torch.autograd.Function):

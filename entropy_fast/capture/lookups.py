@@ -14,16 +14,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora import Embedding as LoraEmbedding
-from peft.tuners.lora.variants import DoraEmbeddingVariant
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from entropy_fast.capture.functions import Recorder, captured_linear, captured_rows
+from entropy_fast.capture.functions import captured_linear, captured_rows
+from entropy_fast.capture.kinds import CapturedLayer, plain_parameters, register_layer_kind
+from entropy_fast.capture.recorder import Recorder
+from entropy_fast.libraries import is_exactly
 
-__all__ = ["captured_embedding", "embedding_maker", "lora_embedding"]
-
-Maker = Callable[[Callable[..., Any], Recorder], Callable[..., Any]]
+__all__ = ["captured_embedding"]
 
 
 class _Embedding(torch.autograd.Function):
@@ -83,25 +82,25 @@ class _ExchangedLookUp(TorchFunctionMode):
         return func(*args, **options)
 
 
-def embedding_maker(module: nn.Module, own: Mapping[str, str]) -> Maker | None:
-    """How to make the capturing forward of an embedding; None where the module is none, or its look-up does more.
+@register_layer_kind
+def embedding(module: nn.Module, names: Mapping[int, str]) -> CapturedLayer | None:
+    """An embedding whose look-up does no more than look up.
 
     Of transformers' subclasses (scaled word embeddings, learned positions) the own forward runs, the look-up in it exchanged.
-
-    Args:
-        module: any module.
-        own: its trainable parameters, slot to name.
     """
-    if not isinstance(module, nn.Embedding) or set(own) != {"weight"}:
+    if not isinstance(module, nn.Embedding):
         return None
-    if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+    table, (name, _) = module, plain_parameters(module, names)
+    if name is None or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
         return None
-    table, name = module, own["weight"]
-    if type(module) is nn.Embedding:
-        return lambda _, recorder: (
-            lambda index: captured_embedding(index, table.weight, table.padding_idx, name, recorder)
+    if type(table) is nn.Embedding:
+        return CapturedLayer(
+            lambda _, recorder: (
+                lambda index: captured_embedding(index, table.weight, table.padding_idx, name, recorder)
+            ),
+            frozenset({name}),
         )
-    if not type(module).__module__.startswith("transformers."):
+    if not type(table).__module__.startswith("transformers."):
         return None
 
     def maker(forward: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
@@ -111,34 +110,32 @@ def embedding_maker(module: nn.Module, own: Mapping[str, str]) -> Maker | None:
 
         return run
 
-    return maker
+    return CapturedLayer(maker, frozenset({name}))
 
 
-def lora_embedding(module: Any, names: Mapping[int, str]) -> tuple[set[int], Maker, set[str]] | None:
-    """How to run a LoRA layer over an embedding, plain or DoRA, with its adapters captured.
+@register_layer_kind
+def lora_embedding(layer: nn.Module, names: Mapping[int, str]) -> CapturedLayer | None:
+    """A LoRA layer over an embedding, plain or DoRA, that does nothing besides.
 
-    Args:
-        module: any module.
-        names: trainable parameters by id.
-
-    Returns:
-        Ids of the modules whose parameters it uses, the forward's maker, and the names of those parameters; None where the
-        layer is of another kind or does something besides (other variants, merged or disabled adapters, tensor parallelism).
+    Not with other variants, merged or disabled adapters, or tensor parallelism.
     """
-    layer = module if type(module) is LoraEmbedding else None
-    if layer is None or "forward" in layer.__dict__ or bool(layer.disable_adapters) or bool(layer.merged):
+    module: Any = layer
+    if not is_exactly(layer, "peft.tuners.lora.layer.Embedding") or "forward" in layer.__dict__:
         return None
-    if layer.input_fns or layer.output_fns or layer.tp_layer is not None:
+    if module.disable_adapters or module.merged:
         return None
-    base: Any = layer.get_base_layer()
+    if module.input_fns or module.output_fns or module.tp_layer is not None:
+        return None
+    base: Any = module.get_base_layer()
     if base.max_norm is not None or base.sparse or base.scale_grad_by_freq:
         return None
     active = [name for name in module.active_adapters if name in module.lora_embedding_A]
-    if not active or any(type(v) is not DoraEmbeddingVariant for n, v in module.lora_variant.items() if n in active):
+    variants = [variant for name, variant in module.lora_variant.items() if name in active]
+    if not active or not all(is_exactly(v, "peft.tuners.lora.variants.DoraEmbeddingVariant") for v in variants):
         return None
     magnitudes = [module.lora_magnitude_vector[name] for name in active if name in module.lora_variant]
     containers = [module.lora_embedding_A, module.lora_embedding_B, *magnitudes]
-    used = {names[id(p)] for container in containers for p in container.parameters() if id(p) in names}
+    used = frozenset(names[id(p)] for container in containers for p in container.parameters() if id(p) in names)
     if not used:
         return None
 
@@ -166,7 +163,7 @@ def lora_embedding(module: Any, names: Mapping[int, str]) -> tuple[set[int], Mak
 
         return run
 
-    return {id(container) for container in containers}, maker, used
+    return CapturedLayer(maker, used, frozenset(id(container) for container in containers))
 
 
 def _added(module: Any, adapter: str, index: Tensor, names: Mapping[int, str], recorder: Recorder) -> Tensor:

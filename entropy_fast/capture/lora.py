@@ -5,37 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
-from entropy_fast.capture.functions import Recorder
+from entropy_fast.capture.kinds import CapturedLayer, register_layer_kind
 from entropy_fast.capture.lora_functions import Adapter, added_lora, with_lora
-
-__all__ = ["lora_parts"]
+from entropy_fast.capture.recorder import Recorder
+from entropy_fast.libraries import is_exactly
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# Peft defines these only where bitsandbytes is installed.
-_QUANTIZED = ("Linear4bit", "Linear8bitLt")
+_LORA = tuple(f"peft.tuners.lora.{name}" for name in ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt"))
 
 
-def lora_parts(
-    module: Any, names: Mapping[int, str], captured: set[str]
-) -> tuple[set[int], Callable[[Callable[..., Any], Recorder], Callable[..., Any]]] | None:
-    """How to run a LoRA layer over a linear map with its low-rank part as one function.
+@register_layer_kind
+def lora_linear(layer: nn.Module, names: Mapping[int, str]) -> CapturedLayer | None:
+    """A LoRA layer over a linear map, its low-rank part run as one function, that does nothing besides.
 
-    A frozen plain base is taken into it; another base (quantised, transposed, trained) runs by itself.
-
-    Args:
-        module: any module.
-        names: trainable parameters by id.
-        captured: those of them that may be captured.
-
-    Returns:
-        Ids of the modules that this stands for, and the forward's maker; None where the layer is of another kind or does
-        something besides (other variants, merged or disabled adapters, biases or hooks of the factors).
+    A frozen plain base is taken into it; another base (quantised, transposed, trained) runs by itself. Not with variants,
+    merged or disabled adapters, biases or hooks of the factors: their parts are then captured one by one where they can be.
     """
-    layer = module if _is_lora(module) else None
-    if layer is None or "forward" in layer.__dict__ or bool(layer.disable_adapters) or bool(layer.merged):
+    module: Any = layer
+    if not is_exactly(layer, *_LORA) or "forward" in layer.__dict__ or module.disable_adapters or module.merged:
         return None
     active = [name for name in module.active_adapters if name in module.lora_A]
     if not active or any(name in module.lora_variant for name in active):
@@ -53,8 +42,6 @@ def lora_parts(
         adapters.append(Adapter(a, b, (names.get(id(a.weight)), names.get(id(b.weight))), float(module.scaling[name])))
     if len({adapter.a.weight.dtype for adapter in adapters}) > 1:
         return None
-    if not {name for adapter in adapters for name in adapter.names if name} <= captured:
-        return None
     base: Any = module.base_layer
     whole = _plain(base) and not any(id(p) in names for p in base.parameters())
 
@@ -68,12 +55,8 @@ def lora_parts(
 
         return run
 
-    return {id(module), *(id(m) for adapter in adapters for m in (adapter.a, adapter.b))}, maker
-
-
-def _is_lora(module: Any) -> bool:
-    quantized = type(module).__module__ == "peft.tuners.lora.bnb" and type(module).__name__ in _QUANTIZED
-    return type(module) is LoraLinear or quantized
+    used = frozenset(name for adapter in adapters for name in adapter.names if name)
+    return CapturedLayer(maker, used, frozenset(id(m) for adapter in adapters for m in (adapter.a, adapter.b)))
 
 
 def _plain(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entropy_fast.capture.functions import Recorder
+from entropy_fast.capture.recorder import Recorder
 
 __all__ = ["Adapter", "added_lora", "with_lora"]
 
@@ -99,13 +99,14 @@ class _AddedLora(torch.autograd.Function):
         ctx.dtype, ctx.inner_dtype = x.dtype, _product_dtype(factors[0])
         kept, inner = _low_rank_of(x, factors, ctx.inner_dtype)
         total = base.reshape(-1, base.shape[-1])
-        # Not in place: the base's backward may need what it gave.
-        into = torch.empty_like(total)
+        # Not in place: the base's backward may need what it gave. And no view: a model may add to what a layer gives.
+        output = base.new_empty(base.shape)
+        into = output.view(total.shape)
         for adapter, low, b in zip(adapters, inner, factors[1::2], strict=True):
             total = torch.add(total, low @ b.to(low.dtype).t(), alpha=adapter.scaling, out=into)
         ctx.save_for_backward(kept, *inner, *factors)
         ctx.adapters, ctx.recorder = adapters, recorder
-        return total.view(base.shape)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from peft.tuners.ia3.layer import Linear as Ia3Linear
-from torch import Tensor
+from torch import Tensor, nn
 
-from entropy_fast.capture.functions import Recorder
-
-__all__ = ["ia3_linear"]
+from entropy_fast.capture.kinds import CapturedLayer, register_layer_kind
+from entropy_fast.capture.recorder import Recorder
+from entropy_fast.libraries import is_exactly
 
 
 class _Scaled(torch.autograd.Function):
@@ -35,24 +34,16 @@ class _Scaled(torch.autograd.Function):
         return dx, None, None, None
 
 
-def ia3_linear(
-    module: Any, names: Mapping[int, str]
-) -> tuple[set[int], Callable[[Callable[..., Any], Recorder], Callable[..., Any]], set[str]] | None:
-    """How to run an IA3 layer over a linear map with its vectors captured.
-
-    Args:
-        module: any module.
-        names: trainable parameters by id.
-
-    Returns:
-        Ids of the modules whose parameters it uses, the forward's maker, and the names of those parameters; None where the
-        layer is of another kind, trains none of its vectors, or is merged or disabled.
-    """
-    layer = module if type(module) is Ia3Linear else None
-    if layer is None or "forward" in layer.__dict__ or bool(layer.disable_adapters) or bool(layer.merged):
+@register_layer_kind
+def ia3_linear(layer: nn.Module, names: Mapping[int, str]) -> CapturedLayer | None:
+    """An IA3 layer over a linear map that trains its vectors, neither merged nor disabled."""
+    module: Any = layer
+    if not is_exactly(layer, "peft.tuners.ia3.layer.Linear") or "forward" in layer.__dict__:
+        return None
+    if module.disable_adapters or module.merged:
         return None
     vectors = [module.ia3_l[name] for name in module.active_adapters if name in module.ia3_l]
-    used = {names[id(p)] for p in module.ia3_l.parameters() if id(p) in names}
+    used = frozenset(names[id(p)] for p in module.ia3_l.parameters() if id(p) in names)
     if not vectors or not used:
         return None
 
@@ -72,4 +63,4 @@ def ia3_linear(
 
         return run
 
-    return {id(module.ia3_l)}, maker, used
+    return CapturedLayer(maker, used, frozenset({id(module.ia3_l)}))

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from entropy_fast.errors import GradContextError, GraphDetachedError
 
-__all__ = ["assert_attached", "assert_grad_context"]
+__all__ = ["DETACHED_FIX", "assert_attached", "assert_grad_context"]
+
+DETACHED_FIX = (
+    "remove no_grad/inference_mode inside the model's forward, detach() and .data on hidden states, and "
+    "disable_adapter() around the probe, and unmerge a merged adapter; for gradient checkpointing over frozen embeddings call "
+    "model.enable_input_require_grads(); unfreeze the parameters that are trained."
+)
 
 
 def assert_grad_context(where: str) -> None:
@@ -34,7 +40,7 @@ def assert_grad_context(where: str) -> None:
         )
 
 
-def assert_attached(name: str, tensor: Tensor, where: str, fix: str) -> None:
+def assert_attached(name: str, tensor: Tensor, where: str, fix: str = DETACHED_FIX) -> None:
     """Raise unless ``tensor`` requires grad and carries a ``grad_fn``.
 
     Args:

@@ -14,6 +14,6 @@ __all__ = ["Backward", "Coefficients", "Column", "Columns", "ScoredTokens", "Seq
 
 def columns_of(options: EstimateOptions) -> Columns:
     """The columns that the options ask for: an entropy, and an update."""
-    kind = RaoBlackwellEntropy if options.entropy_estimator == "rao_blackwell" else ScoreFunctionEntropy
-    update = PolicyGradient(options.weighting, options.importance_ratio, options.clip_range)
-    return Columns((kind(options.weighting), update))
+    rao_blackwell = options.entropy_estimator == "rao_blackwell"
+    entropy = (RaoBlackwellEntropy if rao_blackwell else ScoreFunctionEntropy)(options.weighting)
+    return Columns((entropy, PolicyGradient(options.weighting, options.importance_ratio, options.clip_range)))

@@ -108,7 +108,7 @@ class Backward:
 
 
 class ScoredForward(Protocol):
-    """A forward of n padded sequences with its graph, as `entropy_fast.ways.padded.ForwardResult` has it."""
+    """A forward of n padded sequences with its graph, as `entropy_fast.ways.teacher_forcing.ForwardResult` has it."""
 
     @property
     def sequence_logprobs(self) -> Tensor:
@@ -182,8 +182,8 @@ class Coefficients:
     def _alone(self, column: int) -> Backward:
         """One column by token, scaled sequence by sequence.
 
-        The weight is 0 where a sequence sends nothing back: a 1 there would be the largest by far, and what a prompt's responses
-        send back to it is scaled by the largest.
+        The weight is 0 where a sequence sends nothing back: a 1 there would be the largest by far, and what a prompt's
+        responses send back to it is scaled by the largest.
         """
         assert self.sequence is not None
         largest = self.largest(column)
@@ -199,7 +199,7 @@ class Coefficients:
         )
 
     def losses(self, forward: ScoredForward, column: int) -> Tensor:
-        """[n] what every sequence contributes to a column, with its graph, in the dtype of the log-probs: c_i S_i or its sum."""
+        """[n] what every sequence contributes to a column, with its graph, in the dtype of the log-probs."""
         S, own = forward.sequence_logprobs, self.columns[column]
         if not self.by_token(column):
             return self.by_sequence[column].to(S.dtype) * S

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from entropy_fast.columns.coefficients import Coefficients, ColumnWeights, RatioTable
 from entropy_fast.columns.tokens import TokenPlaces
+from entropy_fast.errors import GraphDetachedError, RolloutsError
 from entropy_fast.rollouts import Rollouts
 
 __all__ = ["Column", "Columns", "ScoredTokens", "Side"]
@@ -44,6 +45,10 @@ class ScoredTokens:
         sequence_logprobs: [n] S_i, nats.
         logprobs: [M] s_t, nats.
         entropies: [M] H_t, nats; None where they were not asked for.
+
+    Raises:
+        GraphDetachedError: a log-prob is NaN, so no gradient means anything.
+        RolloutsError: the model gives a response token probability 0.
     """
 
     rollouts: Rollouts
@@ -52,26 +57,40 @@ class ScoredTokens:
     logprobs: Tensor
     entropies: Tensor | None
 
+    def __post_init__(self) -> None:
+        refuse_not_finite(self)
+
     @cached_property
     def places(self) -> TokenPlaces:
         """Where the tokens stand in a table of sequences."""
         return TokenPlaces.of(self.rollouts, self.rows)
 
+    @property
+    def entropy_sums(self) -> Tensor | None:
+        """[n] Σ_t H_t, fp64 on the CPU; None without entropies."""
+        if self.entropies is None:
+            return None
+        return self.places.table(self.entropies.detach().to(device="cpu", dtype=torch.float64)).sum(1)
+
 
 class Column(Protocol):
-    """One column. A new one is a class with these, made where `entropy_fast.columns.columns_of` makes the others.
+    """One column. A new one is a class with these, made where `entropy_fast.columns.columns_of` makes the others."""
 
-    Attributes:
-        name: what results call it.
-        side: functional or update.
-        by_token: whether coefficients differ within a sequence; then the column takes a backward of its own.
-        needs_entropies: whether it asks for H_t.
-    """
+    @property
+    def name(self) -> str:
+        """What results call it."""
 
-    name: str
-    side: Side
-    by_token: bool
-    needs_entropies: bool
+    @property
+    def side(self) -> Side:
+        """Functional or update."""
+
+    @property
+    def by_token(self) -> bool:
+        """Whether coefficients differ within a sequence; then the column takes a backward of its own."""
+
+    @property
+    def needs_entropies(self) -> bool:
+        """Whether it asks for H_t."""
 
     def check(self, rollouts: Rollouts) -> None:
         """Raise unless the column can be formed for a batch (without empty responses).
@@ -88,7 +107,7 @@ class Column(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns(Sequence[Column]):
+class Columns:
     """The columns of one pass over a batch, in order.
 
     Args:
@@ -96,9 +115,6 @@ class Columns(Sequence[Column]):
     """
 
     members: tuple[Column, ...]
-
-    def __getitem__(self, index: int) -> Column:  # type: ignore[override]
-        return self.members[index]
 
     def __iter__(self) -> Iterator[Column]:
         return iter(self.members)
@@ -158,6 +174,34 @@ class Columns(Sequence[Column]):
         found = [own for column in self.members if (own := column.clipped(scored, log_ratios)) is not None]
         clipped = places.means(found[0].double()) if found else torch.full((len(scored.rows),), torch.nan).double()
         return RatioTable(places.means(log_ratios.abs()), places.table(log_ratios.abs()).amax(1), clipped)
+
+
+def refuse_not_finite(scored: ScoredTokens) -> None:
+    """Raise when a log-prob is NaN or -inf.
+
+    Raises:
+        GraphDetachedError: one is NaN, so no gradient means anything.
+        RolloutsError: one is -inf: the model gives that token probability 0; the message names row and token.
+    """
+    values = scored.logprobs.detach()
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return
+    if bool(torch.isnan(values).any()):
+        raise GraphDetachedError(
+            f"{int(torch.isnan(values).sum())} of {values.numel()} response-token log-probs are NaN.",
+            fix="look for NaN in the weights or adapter, or fp16 overflow (use bfloat16 autocast).",
+        )
+    first = int((~finite).nonzero()[0])
+    row, place = int(scored.rows[scored.places.sequence[first]]), int(scored.places.column[first])
+    rollouts = scored.rollouts
+    kept = (rollouts.loss_mask[row] == 1) & (rollouts.attention_mask[row] == 1)
+    raise RolloutsError(
+        f"Rollouts: response token {place} of row {row} (empty responses not counted), id "
+        f"{int(rollouts.input_ids[row][kept][place])}, "
+        f"has log-prob {float(values[first])}: the model gives it probability 0, so it cannot have been sampled from it.",
+        fix="score responses with the model (and tokenizer) that sampled them; mask tokens that were forced on it.",
+    )
 
 
 def log_ratios_of(scored: ScoredTokens) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The entropy as a functional column: its score-function gradient, and its Rao-Blackwell gradient from token entropies.
 
-Legend: S_i sequence log-prob, s_t log-prob of response token t and H_t the entropy of the distribution it was drawn from (nats),
-w_i length weight, G responses of the prompt. Score function, with a leave-one-out baseline within the prompt:
+Legend: S_i sequence log-prob, s_t log-prob of response token t and H_t the entropy of the distribution it was drawn from
+(nats), w_i length weight, G responses of the prompt. Score function, with a leave-one-out baseline within the prompt:
 
     c_i = -(w_i S_i - mean_{j != i} w_j S_j) / G
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.columns.coefficients import Coefficients, RatioTable
-from entropy_fast.columns.column import Columns, ScoredTokens
+from entropy_fast.columns.column import Columns
 
 __all__ = ["SequenceTable"]
 
@@ -41,13 +41,13 @@ class SequenceTable:
         coefficients = {column.name: unknown() for column in columns}
         return cls(unknown(), unknown(), coefficients, RatioTable.empty(n_sequences) if ratios else None)
 
-    def put(self, scored: ScoredTokens, coefficients: Coefficients) -> None:
+    def put(
+        self, rows: Tensor, sequence_logprobs: Tensor, entropy_sums: Tensor | None, coefficients: Coefficients
+    ) -> None:
         """Write the values of some rows."""
-        rows = scored.rows
-        self.sequence_logprobs[rows] = scored.sequence_logprobs.detach().to(device="cpu", dtype=torch.float64)
-        if scored.entropies is not None:
-            entropies = scored.entropies.detach().to(device="cpu", dtype=torch.float64)
-            self.entropy_sums[rows] = scored.places.table(entropies).sum(1)
+        self.sequence_logprobs[rows] = sequence_logprobs.detach().to(device="cpu", dtype=torch.float64)
+        if entropy_sums is not None:
+            self.entropy_sums[rows] = entropy_sums
         for kept, found in zip(self.coefficients.values(), coefficients.by_sequence, strict=True):
             kept[rows] = found.cpu()
         if self.ratios is not None and coefficients.ratios is not None:

@@ -47,7 +47,7 @@ class PolicyGradient:
     needs_entropies: ClassVar[bool] = False
 
     @property
-    def by_token(self) -> bool:  # type: ignore[override]
+    def by_token(self) -> bool:
         """Whether there are ratios."""
         return self.importance_ratio == "token"
 
@@ -60,8 +60,8 @@ class PolicyGradient:
         if self.by_token and rollouts.old_logprobs is None:
             raise RolloutsError(
                 "importance_ratio='token' needs the update batch's `old_logprobs`, and these rollouts have none.",
-                fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1 (in a file: `old_logprobs` in every row), "
-                "or importance_ratio='none'.",
+                fix="pass old_logprobs [N, T], the sampler's log-probs at temperature 1 (in a file: `old_logprobs` in every "
+                "row), or importance_ratio='none'.",
             )
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from entropy_fast.columns.coefficients import length_weights, sequence_coefficients
+from entropy_fast.columns import columns_of
+from entropy_fast.columns.column import Side
+from entropy_fast.config import EstimateOptions
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import iter_microbatches
-from entropy_fast.ways.padded import align_logprobs, model_logits, pack_rows
+from entropy_fast.ways.teacher_forcing import align_logprobs, model_logits, pad_rows
 
 __all__ = ["grpo_step"]
 
@@ -27,14 +29,14 @@ def grpo_step(
     Returns:
         The gradient's Euclidean norm.
     """
-    weights = length_weights(rollouts, "dr_grpo")
+    columns = columns_of(EstimateOptions(weighting="dr_grpo")).of_side(Side.UPDATE)
     device = next(model.parameters()).device
     optimizer.zero_grad(set_to_none=True)
     for rows in iter_microbatches(rollouts, list(range(rollouts.n_prompts)), prompts_per_microbatch):
-        batch = pack_rows(rollouts, rows, device)
-        logprobs = align_logprobs(model_logits(model, batch), batch).sequence_logprobs
-        update = sequence_coefficients(logprobs, rows, rollouts, weights).update.to(logprobs.dtype)
-        torch.autograd.backward(-(update * logprobs).sum() / rollouts.n_prompts)
+        batch = pad_rows(rollouts, rows, device)
+        forward = align_logprobs(model_logits(model, batch), batch)
+        coefficients = columns.weigh(forward.scored_tokens(rollouts, rows))
+        torch.autograd.backward(-coefficients.losses(forward, 0).sum() / rollouts.n_prompts)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     optimizer.step()

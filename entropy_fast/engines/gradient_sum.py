@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["GradientSum", "inner_product", "parameter_products", "per_parameter_products"]
+__all__ = ["GradientSum", "inner_product", "parameter_products"]
 
 
 @dataclasses.dataclass
@@ -46,24 +45,20 @@ class GradientSum:
             tensor.zero_()
         self.touched[:] = [False] * len(self.touched)
 
-    def norm(self) -> float:
-        """Euclidean norm over all parameters, accumulated in fp64."""
-        return math.sqrt(inner_product(self.tensors, self.tensors))
-
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
-    """Σ_p ⟨left_p, right_p⟩, products and sums in fp64."""
-    return sum(per_parameter_products(left, right))
-
-
-def per_parameter_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[float]:
-    """⟨left_p, right_p⟩ for every parameter, in fp64, computed where the left tensor is."""
-    return [
-        float(torch.dot(a.reshape(-1).to(torch.float64), b.reshape(-1).to(device=a.device, dtype=torch.float64)))
-        for a, b in zip(left, right, strict=True)
-    ]
+    """Σ_p ⟨left_p, right_p⟩, products and sums in fp64, computed where the left tensors are."""
+    return float(_products(left, right).sum())
 
 
 def parameter_products(left: GradientSum, right: GradientSum) -> Tensor:
-    """[parameters] `per_parameter_products` of two sums, fp64 on the CPU."""
-    return torch.tensor(per_parameter_products(left.tensors, right.tensors), dtype=torch.float64)
+    """[parameters] inner products of two sums parameter by parameter, fp64 on the CPU."""
+    return _products(left.tensors, right.tensors)
+
+
+def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    found = [
+        torch.dot(a.reshape(-1).double(), b.reshape(-1).to(device=a.device, dtype=torch.float64)).cpu()
+        for a, b in zip(left, right, strict=True)
+    ]
+    return torch.stack(found)

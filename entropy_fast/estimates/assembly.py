@@ -1,17 +1,19 @@
-"""From an engine's kernel sums to the result a user sees: scale by the learning rate, attach shares and warnings."""
+"""From what an engine measured to the result a user sees: scale by the learning rate, attach shares and warnings."""
 
 from __future__ import annotations
 
-import warnings
+import math
 
 import torch
 from torch import Tensor
 
-from entropy_fast.checks.coverage import coverage_difference
-from entropy_fast.errors import EntropyFastWarning
-from entropy_fast.estimates import two_batch_estimate, u_estimate
+from entropy_fast.columns import SequenceTable, Side
+from entropy_fast.columns.lengths import length_weights
+from entropy_fast.config import Weighting
+from entropy_fast.errors import ModelStateError
 from entropy_fast.estimates.attribution import SequenceContributions, by_parameter, sequence_contributions
-from entropy_fast.estimates.kernel_sums import CrossKernelSums, KernelSums
+from entropy_fast.estimates.measured import Measured
+from entropy_fast.estimates.notes import empty_response_message, notes_of
 from entropy_fast.estimates.result import (
     ENTROPY_FUNCTIONAL,
     UNIT,
@@ -21,21 +23,24 @@ from entropy_fast.estimates.result import (
     Role,
     StandardError,
 )
-from entropy_fast.probe_components import ProbeComponents
+from entropy_fast.estimates.setting import Setting
+from entropy_fast.estimates.two_batch import two_batch_estimate
+from entropy_fast.estimates.u_statistic import u_estimate
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 from entropy_fast.rollouts.units import prompt_units
 
-__all__ = ["empty_response_message", "same_batch_result", "two_batch_result"]
+__all__ = ["Setting", "empty_response_message", "same_batch_result", "two_batch_result"]
 
 ADDS_UP = 1e-6  # relative; what shares may miss without a note
-OFF_POLICY = 0.05  # nats a token that the policy may have moved since sampling without a note: more than 16 bits round
+ENTROPY, UPDATE = Side.FUNCTIONAL.value, Side.UPDATE.value
 
 
 def same_batch_result(
-    components: ProbeComponents, engine: str, batch: Rollouts, empty: EmptyResponseReport, sums: KernelSums
+    measured: Measured, setting: Setting, batch: Rollouts, empty: EmptyResponseReport
 ) -> DeltaH1Result:
     """The result of the same-batch estimate from kernel sums over units."""
-    lr = components.preconditioner.learning_rate
+    sums, lr = measured.sums, setting.learning_rate
+    assert sums.diagonal is not None and sums.column_sums is not None
     estimate = u_estimate(sums.x_dot_y, sums.diagonal, sums.row_sums, sums.column_sums, sums.unit_sizes, sums.kernel)
     population = "the change averaged over the population of prompts and responses"
     errors = (
@@ -46,20 +51,14 @@ def same_batch_result(
             "x_row_means", _scaled(estimate.se_given_update, lr), "the change made by this batch's own update"
         ),
     )
-    notes = _notes(components, {"rollouts": batch}, {"rollouts": empty})
-    if components.config.conditional_variance == "alpha":
-        notes.append("conditional_variance='alpha' is for the two-batch estimate; it was not used.")
+    notes = []
     if estimate.unbiased_variance is not None and estimate.unbiased_variance < 0:
         notes.append("the unbiased variance came out negative, as it can for few prompts; the other errors stand.")
-    units = prompt_units(batch.n_prompts, components.config.blocks)
+    parts = (estimate.contributions, estimate.as_entropy, estimate.as_update)
     shares = [
-        _contribution(components, "X", batch, unit, "both", lr * c, lr * e, lr * u)
-        for unit, c, e, u in zip(
-            units,
-            estimate.contributions.tolist(),
-            estimate.as_entropy.tolist(),
-            estimate.as_update.tolist(),
-            strict=True,
+        _contribution(measured.sequences[ENTROPY], batch, unit, "both", lr * share, lr * own, lr * given)
+        for unit, share, own, given in zip(
+            prompt_units(batch.n_prompts, setting.estimate.blocks), *(part.tolist() for part in parts), strict=True
         )
     ]
     variance = None if estimate.unbiased_variance is None else lr * lr * estimate.unbiased_variance
@@ -68,13 +67,12 @@ def same_batch_result(
     if found is not None:
         by_sequence = {"both": sequence_contributions(found.entropy, found.update, factor, empty)}
     return _result(
-        components,
-        engine,
-        notes,
+        measured,
+        setting,
         {"rollouts": batch},
         {"rollouts": empty},
         shares,
-        sums,
+        notes,
         value=lr * estimate.value,
         std_error=_scaled(estimate.se_jackknife, lr),
         standard_errors=errors,
@@ -85,15 +83,14 @@ def same_batch_result(
 
 
 def two_batch_result(
-    components: ProbeComponents,
-    engine: str,
+    measured: Measured,
+    setting: Setting,
     entropy: Rollouts,
     update: Rollouts,
     empty: dict[str, EmptyResponseReport],
-    sums: CrossKernelSums,
 ) -> DeltaH1Result:
     """The result of the two-batch estimate from kernel sums between two batches."""
-    lr = components.preconditioner.learning_rate
+    sums, lr = measured.sums, setting.learning_rate
     estimate = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums, update.n_prompts)
     errors = (
         StandardError(
@@ -105,37 +102,28 @@ def two_batch_result(
             "the population's change; an upper bound, since the cross term is counted twice",
         ),
     )
-    batches = {"entropy": entropy, "update": update}
     of_updates = [] if estimate.update_projections is None else estimate.update_projections.tolist()
-    shares = [
-        _contribution(
-            components, "X", entropy, [n], "entropy", lr * s / entropy.n_prompts, lr * s / entropy.n_prompts, None
-        )
-        for n, s in enumerate(estimate.projections.tolist())
-    ] + [
-        _contribution(
-            components, "Y", update, [m], "update", lr * t / update.n_prompts, None, lr * t / update.n_prompts
-        )
-        for m, t in enumerate(of_updates)
-    ]
-    notes = _notes(components, batches, empty)
-    if components.config.full_kernel:
-        notes.append("full_kernel was asked for; the two-batch estimate does not keep K.")
+    shares = []
+    for n, s in enumerate(estimate.projections.tolist()):
+        share = lr * s / entropy.n_prompts
+        shares.append(_contribution(measured.sequences[ENTROPY], entropy, [n], "entropy", share, share, None))
+    for m, t in enumerate(of_updates):
+        share = lr * t / update.n_prompts
+        shares.append(_contribution(measured.sequences[UPDATE], update, [m], "update", share, None, share))
     factor, found = lr / estimate.pairs, sums.by_sequence
     by_sequence: dict[Role, SequenceContributions] | None = None
     if found is not None:
         by_sequence = {
-            "entropy": sequence_contributions(found.entropy, None, factor, empty["entropy"]),
-            "update": sequence_contributions(None, found.update, factor, empty["update"]),
+            "entropy": sequence_contributions(found.entropy, None, factor, empty[ENTROPY]),
+            "update": sequence_contributions(None, found.update, factor, empty[UPDATE]),
         }
     return _result(
-        components,
-        engine,
-        notes,
-        batches,
+        measured,
+        setting,
+        {ENTROPY: entropy, UPDATE: update},
         empty,
         shares,
-        sums,
+        [],
         value=lr * estimate.value,
         std_error=_scaled(estimate.se_conditional, lr),
         standard_errors=errors,
@@ -145,20 +133,13 @@ def two_batch_result(
     )
 
 
-def empty_response_message(report: EmptyResponseReport) -> str:
-    """One sentence about what was left out."""
-    groups = f", and with them the whole of group(s) {list(report.groups)}" if report.groups else ""
-    return f"{len(report.sequences)} sequence(s) without response tokens were left out{groups}: rows {list(report.sequences)}."
-
-
 def _result(
-    components: ProbeComponents,
-    engine: str,
-    notes: list[str],
+    measured: Measured,
+    setting: Setting,
     batches: dict[str, Rollouts],
     empty: dict[str, EmptyResponseReport],
     shares: list[PromptContribution],
-    sums: KernelSums | CrossKernelSums,
+    notes: list[str],
     *,
     value: float,
     std_error: float | None,
@@ -167,8 +148,9 @@ def _result(
     factor: float,
     by_sequence: dict[Role, SequenceContributions] | None,
 ) -> DeltaH1Result:
-    assert components.excluded is not None
-    one_batch = isinstance(sums, KernelSums)
+    sums, weighting = measured.sums, setting.estimate.weighting
+    _refuse_unknown(measured, value, standard_errors)
+    notes = [*notes_of(measured, setting, batches, empty), *notes]
     for role, shares_of in (by_sequence or {}).items():
         gap = abs(float(shares_of.delta_h1.sum()) - value)
         if gap > ADDS_UP * abs(value):
@@ -179,121 +161,67 @@ def _result(
     return DeltaH1Result(
         delta_h1=value,
         std_error=std_error,
-        learning_rate=components.preconditioner.learning_rate,
-        estimate="same_batch" if one_batch else "two_batch",
-        engine=engine,
-        geometry=components.preconditioner.geometry,
-        entropy_functional=ENTROPY_FUNCTIONAL[components.config.entropy_estimator, components.config.weighting],
-        unit=UNIT[components.config.weighting],
+        learning_rate=setting.learning_rate,
+        estimate="same_batch" if sums.diagonal is not None else "two_batch",
+        engine=setting.engine,
+        geometry=setting.geometry,
+        entropy_functional=ENTROPY_FUNCTIONAL[setting.estimate.entropy_estimator, weighting],
+        entropy_level=_level(measured.sequences[ENTROPY], next(iter(batches.values())), weighting),
+        unit=UNIT[weighting],
         x_dot_y=sums.x_dot_y,
-        diagonal=sums.diagonal if isinstance(sums, KernelSums) else None,
+        diagonal=sums.diagonal,
         row_sums=sums.row_sums,
         column_sums=sums.column_sums,
-        kernel=sums.kernel if isinstance(sums, KernelSums) else None,
+        kernel=sums.kernel,
         per_prompt=tuple(shares),
-        sequences=dict(components.sequences),
-        estimate_options=components.config.estimate,
-        run_options=components.config.run,
+        sequences=measured.sequences,
+        estimate_options=setting.estimate,
+        run_options=setting.run,
         diagnostics=Diagnostics(
             standard_errors=standard_errors,
-            coverage=dict(components.coverage),
-            excluded=components.excluded,
+            coverage=measured.coverage,
+            excluded=measured.excluded,
             empty_responses=empty,
-            leading_products=dict(components.leading_products),
+            leading_products=measured.leading_products,
             length_budget="; ".join(f"{name}: {_budget(batch)}" for name, batch in batches.items()),
             sampling={name: (batch.temperature, batch.top_p) for name, batch in batches.items()},
             unbiased_variance=unbiased_variance,
             warnings=tuple(notes),
-            plan=components.plan,
+            plan=measured.plan,
         ),
-        derivatives=None if isinstance(sums, KernelSums) else sums.derivatives,
-        by_parameter=by_parameter(components.registry.names, sums.by_parameter, factor),
+        derivatives=sums.derivatives,
+        by_parameter=by_parameter(setting.parameters, sums.by_parameter, factor),
         by_sequence=by_sequence,
     )
 
 
-def _notes(
-    components: ProbeComponents, batches: dict[str, Rollouts], empty: dict[str, EmptyResponseReport]
-) -> list[str]:
-    notes = [f"{name}: {empty_response_message(report)}" for name, report in empty.items() if report.sequences]
-    notes.extend(components.notes)
-    for name, batch in batches.items():
-        message = _sampling_message(name, batch)
-        if message is not None:
-            notes.append(message)
-            warnings.warn(message, EntropyFastWarning, stacklevel=4)
-        notes.extend(_old_logprobs_messages(components, name))
-        flat = _prompts_without_spread(batch)
-        if flat:
-            notes.append(
-                f"{name}: {flat} of {batch.n_prompts} prompts have advantage 0 throughout: no update comes from them."
+def _refuse_unknown(measured: Measured, value: float, errors: tuple[StandardError, ...]) -> None:
+    """Raise where arithmetic ran out of range: what came out is no number, or a 0 that nobody measured.
+
+    Raises:
+        ModelStateError: it did; the message says which way.
+    """
+    fix = "look for weights, advantages or second moments that are very large or very small; scale them to an ordinary size."
+    numbers = {"delta_h1": value} | {error.name: error.value for error in errors if error.value is not None}
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ModelStateError(
+                f"the forecast's {name} came out as {number}: products of gradients overflow.", fix=fix
             )
-        if components.config.weighting == "dr_grpo" and not batch.max_lengths_given:
-            score_function = components.config.entropy_estimator == "score_function"
-            known = " (about 20% at 8 responses a prompt, 4% at 32)" if score_function else ""
-            notes.append(
-                f"{name}: L_max is the longest sampled response of each prompt, which depends on the samples and biases X"
-                f"{known}; pass max_lengths, the generation budget."
-            )
-    for label, what in (("X", "entropy"), ("Y", "update")):
-        if components.coverage[label].norm == 0:
-            notes.append(f"the {what} gradient is exactly 0 (all of its coefficients are), and so is the forecast.")
-    difference = coverage_difference(components.coverage["X"], components.coverage["Y"])
-    if difference is not None:
-        notes.append(difference)
-    half = [str(t) for t in (torch.bfloat16, torch.float16) if t in components.compute_dtypes]
-    if half:
-        notes.append(
-            f"computed in {' and '.join(half)}: δH₁ and its shares carry that rounding, besides the standard error."
+    x, y = (measured.coverage[side.value].norm for side in Side)
+    if x and y and value == 0 and not bool(measured.sums.row_sums.any()):
+        raise ModelStateError(
+            f"all products of the entropy gradient (norm {x:.3g}) and the update gradient (norm {y:.3g}) came out as exactly "
+            "0: they are too small to be represented.",
+            fix=fix,
         )
-    excluded = components.excluded
-    if excluded is not None and excluded.share > 0:
-        notes.append(f"{excluded.share:.3g} of ‖g‖² has no second moment and is left out of Y.")
-    if excluded is not None and excluded.below_eps:
-        notes.append(f"{excluded.below_eps} elements have sqrt(v̂) below ε: their step is set by ε, not by Adam.")
-    return notes
 
 
-def _prompts_without_spread(batch: Rollouts) -> int:
-    assert batch.advantages is not None
-    size = torch.zeros(batch.n_prompts, dtype=torch.float64)
-    size.index_add_(0, batch.prompt_index, batch.advantages.to(device="cpu", dtype=torch.float64).abs())
-    return int((size == 0).sum())
-
-
-def _sampling_message(name: str, batch: Rollouts) -> str | None:
-    if batch.temperature is None or batch.top_p is None:
-        return f"{name}: sampling temperature or top-p unknown; anything but (1, 1) biases the entropy gradient."
-    if (batch.temperature, batch.top_p) != (1, 1):
-        return (
-            f"{name}: sampled at temperature {batch.temperature}, top-p {batch.top_p}; log-probs are scored at (1, 1), so the "
-            "entropy gradient is biased (about 20% at temperature 0.7)."
-        )
-    return None
-
-
-def _old_logprobs_messages(components: ProbeComponents, name: str) -> list[str]:
-    """What has to be known where the rollouts of one batch say which policy sampled them, and it is not this one."""
-    found = components.sequences["Y" if name == "update" else "X"].ratios
-    if found is None:
-        return []
-    moved, largest = _mean(found.mean_log_ratio), float(found.largest_log_ratio.max())
-    if not moved > OFF_POLICY:
-        return []
-    distance = (
-        f"{name}: log-probs are {moved:.3g} nats a token away from old_logprobs on average, and {largest:.3g} at most"
-    )
-    messages = []
-    if name != "update":
-        messages.append(
-            f"{distance}; the entropy gradient takes responses as drawn from the current policy, and is biased where they were "
-            "not. Is column t of old_logprobs about the token in column t?"
-        )
-    if name != "entropy" and components.config.importance_ratio == "none":
-        messages.append(f"{distance}; importance_ratio='token' would put that into the update.")
-    if name != "entropy" and components.config.clip_range is not None:
-        messages.append(f"{name}: clipping leaves out {_mean(found.clipped):.1%} of a response's tokens on average.")
-    return messages
+def _level(table: SequenceTable, batch: Rollouts, weighting: Weighting) -> float:
+    """The entropy now, in the unit of δH₁: of token entropies where they are known, and of -S_i elsewhere."""
+    sums = -table.sequence_logprobs if bool(table.entropy_sums.isnan().any()) else table.entropy_sums
+    weighted = length_weights(batch, weighting) * sums
+    return float(torch.stack([weighted[batch.rows_of_prompt(n)].mean() for n in range(batch.n_prompts)]).mean())
 
 
 def _budget(batch: Rollouts) -> str:
@@ -301,8 +229,7 @@ def _budget(batch: Rollouts) -> str:
 
 
 def _contribution(
-    components: ProbeComponents,
-    label: str,
+    table: SequenceTable,
     batch: Rollouts,
     unit: list[int],
     role: Role,
@@ -320,7 +247,7 @@ def _contribution(
         as_update=as_update,
         n_responses=len(rows),
         mean_response_length=_mean(batch.response_lengths[rows]),
-        mean_sequence_logprob=_mean(components.sequences[label].sequence_logprobs[rows]),
+        mean_sequence_logprob=_mean(table.sequence_logprobs[rows]),
         mean_reward=None if batch.rewards is None else _mean(batch.rewards.cpu()[rows]),
         mean_abs_advantage=_mean(batch.advantages.cpu()[rows].abs()),
         prompt=None if batch.prompts is None else "\n".join(batch.prompts[n] for n in unit),

@@ -1,8 +1,8 @@
 """What an engine hands to statistics: sums over the influence kernel K_nm = X_n · Y_m.
 
 Legend: B prompts, M units (prompts, or blocks of prompts), X_u and Y_u the unit's entropy gradient and preconditioned
-update gradient, X_sum and Y_sum their sums over units; S_i log-prob of sequence i, c_i and a_i its coefficients, V and W what
-its gradient meets (`entropy_fast.engines.one_pass.by_sequence`).
+update gradient, X_sum and Y_sum their sums over units; with two batches, X of B_E entropy prompts and Y of B_U update prompts.
+S_i log-prob of sequence i, c_i and a_i its coefficients, V and W what its gradient meets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
 
-__all__ = ["CrossKernelSums", "KernelSums", "SequenceParts"]
+__all__ = ["KernelSums", "SequenceParts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,46 +31,27 @@ class SequenceParts:
 
 @dataclasses.dataclass(frozen=True)
 class KernelSums:
-    """One batch: sums of K [M, M] over units, all fp64 on the CPU.
+    """Sums of K over units, all fp64 on the CPU: K [M, M] of one batch, or K [B_E, B_U] between two.
 
     Attributes:
         x_dot_y: X_sum · Y_sum.
-        diagonal: [M] K_uu.
-        row_sums: [M] Σ_m K_um = X_u · Y_sum.
-        column_sums: [M] Σ_n K_nu = Y_u · X_sum.
-        unit_sizes: [M] prompts per unit.
+        row_sums: [M] or [B_E] X_u · Y_sum.
+        column_sums: [M] or [B_U] Y_u · X_sum; None where X_sum was not formed.
+        diagonal: [M] K_uu; None with two batches.
+        unit_sizes: [M] prompts per unit; None with two batches.
         kernel: [M, M], None when it was not kept.
-        by_parameter: [number of parameters] every parameter's part of X_sum · Y_sum - Σ K_uu, in registry order; None where
-            the engine did not take it apart.
+        by_parameter: [number of parameters] every parameter's part of X_sum · Y_sum, less that of Σ K_uu with one batch, in
+            registry order; None where the engine did not take it apart.
         by_sequence: every sequence's part of the same; None where it was not asked for.
-    """
-
-    x_dot_y: float
-    diagonal: Tensor
-    row_sums: Tensor
-    column_sums: Tensor
-    unit_sizes: Tensor
-    kernel: Tensor | None = None
-    by_parameter: Tensor | None = None
-    by_sequence: SequenceParts | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class CrossKernelSums:
-    """Two batches: K [B_E, B_U] between entropy prompts and update prompts, all fp64 on the CPU.
-
-    Attributes:
-        x_dot_y: X_sum · Y_sum.
-        row_sums: [B_E] X_n · Y_sum.
-        column_sums: [B_U] Y_m · X_sum; None where X_sum was not formed.
-        by_parameter: [number of parameters] every parameter's part of X_sum · Y_sum; None as above.
         derivatives: what the engine knows of every sequence and token; None where it knows sums alone.
-        by_sequence: every sequence's part of X_sum · Y_sum; None where it was not asked for.
     """
 
     x_dot_y: float
     row_sums: Tensor
     column_sums: Tensor | None
+    diagonal: Tensor | None = None
+    unit_sizes: Tensor | None = None
+    kernel: Tensor | None = None
     by_parameter: Tensor | None = None
-    derivatives: DirectionalDerivatives | None = None
     by_sequence: SequenceParts | None = None
+    derivatives: DirectionalDerivatives | None = None

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from scipy.stats import t as student_t
 from torch import Tensor
 
 from entropy_fast.checks.coverage import PassCoverage
-from entropy_fast.columns.coefficients import SequenceTable
+from entropy_fast.columns import SequenceTable
 from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, Weighting
-from entropy_fast.engines.one_pass.planner import Plan
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.attribution import SequenceContributions, by_layer
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
+from entropy_fast.estimates.measured import Plan
 from entropy_fast.rollouts import EmptyResponseReport
 from entropy_fast.step.preconditioner import ExcludedElements
 
@@ -90,7 +91,7 @@ class Diagnostics:
 
     Attributes:
         standard_errors: every standard error that could be computed, with the quantity it covers.
-        coverage: what the X and the Y pass reached.
+        coverage: what the entropy gradient and the update gradient reached, by ``entropy`` and ``update``.
         excluded: elements without a usable second moment.
         empty_responses: sequences that were left out, per batch (``entropy``, ``update``).
         leading_products: X_sum · Y_sum of the first few parameters; empty where X_sum was not formed.
@@ -98,22 +99,22 @@ class Diagnostics:
         sampling: temperature and top-p the rollouts were sampled with, per batch.
         unbiased_variance: unbiased variance of δH₁ where the whole kernel was kept; it can be negative for few prompts.
         warnings: everything that deserves a sentence.
-        plan: how the engine went through the batch, and why; None for the two-pass engine.
+        plan: how the engine went through the batch, and why.
     """
 
     standard_errors: tuple[StandardError, ...]
-    coverage: dict[str, PassCoverage]
+    coverage: Mapping[str, PassCoverage]
     excluded: ExcludedElements
-    empty_responses: dict[str, EmptyResponseReport]
-    leading_products: dict[str, float]
+    empty_responses: Mapping[str, EmptyResponseReport]
+    leading_products: Mapping[str, float]
     length_budget: str
-    sampling: dict[str, tuple[float | None, float | None]]
+    sampling: Mapping[str, tuple[float | None, float | None]]
     unbiased_variance: float | None
     warnings: tuple[str, ...]
-    plan: Plan | str | None = None
+    plan: Plan
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DeltaH1Result:
     """Forecast of the entropy change by the next update, exact to first order in the learning rate.
 
@@ -127,6 +128,8 @@ class DeltaH1Result:
         geometry: ``adam_static``: the step lr · P g with P from the stored second moments (no momentum, no decay, no clipping
             of the gradient's norm).
         entropy_functional: which entropy is meant.
+        entropy_level: that entropy now, in ``unit``, averaged over the entropy batch's prompts: from token entropies where the
+            estimator computes them, and from -S_i elsewhere.
         unit: of δH₁ and of every share of it.
         x_dot_y: X_sum · Y_sum.
         diagonal: [M] K_nn; None for two batches.
@@ -134,8 +137,8 @@ class DeltaH1Result:
         column_sums: [M] (or [B_U]) Σ_n K_nm; None where the engine did not form X_sum.
         kernel: [M, M] K, None where the engine did not keep it.
         per_prompt: one record per unit, in batch order; entropy prompts alone where the update's shares are not known.
-        sequences: S_i, c_i and a_i by pass (``X``: entropy batch, ``Y``: update batch); where coefficients differ from token to
-            token, their means.
+        sequences: S_i and coefficients of the ``entropy`` batch and of the ``update`` batch; where coefficients differ from
+            token to token, their means.
         estimate_options: what was asked to be estimated.
         run_options: how it was asked to be run.
         diagnostics: what to know before believing it.
@@ -153,6 +156,7 @@ class DeltaH1Result:
     engine: str
     geometry: str
     entropy_functional: str
+    entropy_level: float
     unit: str
     x_dot_y: float
     diagonal: Tensor | None
@@ -160,7 +164,7 @@ class DeltaH1Result:
     column_sums: Tensor | None
     kernel: Tensor | None
     per_prompt: tuple[PromptContribution, ...]
-    sequences: dict[str, SequenceTable]
+    sequences: Mapping[str, SequenceTable]
     estimate_options: EstimateOptions
     run_options: RunOptions
     diagnostics: Diagnostics
@@ -196,8 +200,8 @@ class DeltaH1Result:
         return None if self.by_parameter is None else by_layer(self.by_parameter)
 
     @property
-    def plan(self) -> Plan | str | None:
-        """How the engine went through the batch, and why; with costs for the one-pass engine, None for the two-pass one."""
+    def plan(self) -> Plan:
+        """How the engine went through the batch, and why; with costs for the one-pass engine."""
         return self.diagnostics.plan
 
     @property

@@ -30,7 +30,7 @@ from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.step import AdamState
 from entropy_fast.ways.packed import PackedPass
-from entropy_fast.ways.padded import find_output_head
+from entropy_fast.ways.teacher_forcing import find_output_head
 
 ATTENTION_AND_MLP = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "opt": ["q_proj", "fc1"]}
 ON_EMBEDDINGS = ["embed_tokens", "q_proj"]

@@ -1,5 +1,15 @@
 """Forwards that carry derivatives along one direction of the parameters, by torch's forward mode and a few rules more."""
 
-from entropy_fast.engines.forward_mode.forward import ForwardDerivatives, ForwardWithTangents
+from entropy_fast.engines.engine import EngineKind
+from entropy_fast.engines.forward_mode.engine import NO_DIAGONAL, ForwardModeEngine
 
-__all__ = ["ForwardDerivatives", "ForwardWithTangents"]
+__all__ = ["KIND", "ForwardModeEngine"]
+
+KIND = EngineKind(
+    "jvp",
+    ForwardModeEngine,
+    takes=frozenset(
+        {"accumulate_on", "autocast_dtype", "max_excluded_share", "prompts_per_microbatch", "strict", "y_pass"}
+    ),
+    refuses=lambda batches, context: NO_DIAGONAL if batches == 1 else None,
+)

@@ -14,16 +14,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from entropy_fast.checks.coverage import PassCoverage
 from entropy_fast.checks.grad_context import assert_attached
+from entropy_fast.checks.repeatability import check_repeatable
+from entropy_fast.columns import Side
 from entropy_fast.columns.coefficients import power_of_two_scale
+from entropy_fast.context import ProbeContext
 from entropy_fast.engines.forward_mode.forward import ForwardWithTangents
 from entropy_fast.engines.forward_mode.refusals import FORWARD_DERIVATIVE_FIX
 from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.sums import coverage_of
 from entropy_fast.engines.two_pass.gradient_routes import gradients_by_backward
 from entropy_fast.errors import ForwardDerivativeError
-from entropy_fast.probe_components import DETACHED_FIX, ProbeComponents
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.ways.padded import PackedBatch, align_logprobs, model_logits, pack_rows
+from entropy_fast.ways.teacher_forcing import PaddedBatch, align_logprobs, model_logits, pad_rows
 
 __all__ = ["check_against_reverse_mode", "scaled_direction"]
 
@@ -36,20 +40,22 @@ _COARSE = (torch.bfloat16, torch.float16, torch.int8)
 
 
 def check_against_reverse_mode(
-    components: ProbeComponents, rollouts: Rollouts, rows: Tensor, lengths: Sequence[Tensor]
-) -> None:
+    context: ProbeContext, rollouts: Rollouts, rows: Tensor, lengths: Sequence[Tensor]
+) -> PassCoverage:
     """Raise unless both modes agree on one derivative of one prompt's Σ_i S_i.
 
     Along the gradient g_p of every parameter p, with the length of its update Y_p: Σ_p ‖g_p‖ ‖Y_p‖, in which nothing cancels,
     so that a use of a parameter which forward mode goes past is missed by what it may contribute. A model in fp32 or wider is
-    asked without autocast, whose rounding would have to be allowed for. What the gradient reaches is recorded as the coverage
-    of X.
+    asked without autocast, whose rounding would have to be allowed for.
 
     Args:
-        components: the probe's; inside its ``probe_state``.
+        context: the probe's; inside its ``probe_state``.
         rollouts: the entropy batch.
         rows: [G] the rows of one prompt.
         lengths: Y_p of every parameter, of which the norm counts.
+
+    Returns:
+        What the gradient reaches, which stands for the coverage of X.
 
     Raises:
         ForwardDerivativeError: they do not agree, or an operation has no forward derivative.
@@ -57,25 +63,23 @@ def check_against_reverse_mode(
         GradientCoverageError: no parameter receives a gradient.
         ModelStateError: the two forwards give different log-probs.
     """
-    coarse = _is_coarse(components)
-    batch = pack_rows(rollouts, rows, components.device)
-    context = components.autocast if coarse else lambda: torch.autocast(components.device.type, enabled=False)
-    first, gradient = _by_backward(components, batch, context)
-    components._record_coverage("X", gradient, rollouts)
-    components.coverage["X"] = dataclasses.replace(components.coverage["X"], norm=None, one_prompt=True)
+    coarse, device = _is_coarse(context), context.device
+    batch = pad_rows(rollouts, rows, device)
+    autocast = context.autocast if coarse else lambda: torch.autocast(device.type, enabled=False)
+    first, gradient = _by_backward(context, batch, autocast)
+    coverage = coverage_of(context, Side.FUNCTIONAL, gradient, rollouts)
     expected = 0.0
     for g, y in zip(gradient.tensors, lengths, strict=True):
         own, wanted = (float(t.double().norm()) for t in (g, y))
         g.mul_(wanted / own if own > 0 else 0.0)
         expected += own * wanted
-    parameters = components.registry.tensors
+    parameters = context.registry.tensors
     direction, scale = scaled_direction(gradient.tensors, parameters)
-    found = ForwardWithTangents(components.registry.module, parameters, context, batch).run(batch, direction)
+    found = ForwardWithTangents(context.registry.module, parameters, autocast, batch).run(batch, direction)
     # The random state has moved on between the two, so randomness that nobody switched off shows.
-    components.check_repeatable(first, found.values.sequence_logprobs.double().cpu(), rows)
+    check_repeatable(first, found.values.sequence_logprobs.double().cpu(), rows)
     value = float(found.tokens.double().sum()) / scale
-    on_cpu = components.device.type == "cpu"
-    allowed = _AGREEMENT_IN_16_BITS if coarse else _AGREEMENT if on_cpu else _AGREEMENT_IN_TF32
+    allowed = _AGREEMENT_IN_16_BITS if coarse else _AGREEMENT if device.type == "cpu" else _AGREEMENT_IN_TF32
     if not math.isfinite(expected) or abs(value - expected) > allowed * expected:
         raise ForwardDerivativeError(
             f"engine 'jvp': along the gradient of one prompt's log-probs the derivative is {value:.6g} by forward mode and "
@@ -84,6 +88,7 @@ def check_against_reverse_mode(
             "(no_grad inside the forward).",
             fix=FORWARD_DERIVATIVE_FIX,
         )
+    return dataclasses.replace(coverage, norm=None, one_prompt=True)
 
 
 def scaled_direction(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) -> tuple[list[Tensor], float]:
@@ -102,22 +107,22 @@ def scaled_direction(tensors: Sequence[Tensor], parameters: Sequence[Tensor]) ->
 
 
 def _by_backward(
-    components: ProbeComponents, batch: PackedBatch, context: Callable[[], contextlib.AbstractContextManager[object]]
+    context: ProbeContext, batch: PaddedBatch, autocast: Callable[[], contextlib.AbstractContextManager[object]]
 ) -> tuple[Tensor, GradientSum]:
     """[n] S_i, fp64 on the CPU, and the gradient of their sum."""
-    components.registry.check("check_against_reverse_mode")
-    with context():
-        logits = model_logits(components.registry.module, batch)
-    assert_attached("logits", logits, "check_against_reverse_mode", DETACHED_FIX)
+    context.registry.check("check_against_reverse_mode")
+    with autocast():
+        logits = model_logits(context.registry.module, batch)
+    assert_attached("logits", logits, "check_against_reverse_mode")
     logprobs = align_logprobs(logits, batch).sequence_logprobs
-    total = GradientSum.zeros(components.registry.tensors, None)
-    total.add(gradients_by_backward(logprobs.sum(), components.registry))
+    total = GradientSum.zeros(context.registry.tensors, None)
+    total.add(gradients_by_backward(logprobs.sum(), context.registry))
     return logprobs.detach().double().cpu(), total
 
 
-def _is_coarse(components: ProbeComponents) -> bool:
+def _is_coarse(context: ProbeContext) -> bool:
     """Whether anything in the model, trained or not, is in 16 or 8 bits, whatever autocast does."""
-    module = components.registry.module
+    module = context.registry.module
     dtypes = [p.dtype for p in module.parameters()]
     dtypes.extend(getattr(m, "compute_dtype", None) or torch.float32 for m in module.modules())
     return any(dtype in dtypes for dtype in _COARSE)

@@ -16,123 +16,130 @@ import torch
 from torch import Tensor
 
 from entropy_fast.checks.grad_context import assert_grad_context
-from entropy_fast.columns.coefficients import Coefficients
-from entropy_fast.columns.token_coefficients import ScoredTokens, coefficients_of
-from entropy_fast.engines.forward_mode import ForwardWithTangents
+from entropy_fast.columns import Coefficients, SequenceTable, Side
+from entropy_fast.context import ProbeContext
 from entropy_fast.engines.forward_mode.agreement import check_against_reverse_mode, scaled_direction
+from entropy_fast.engines.forward_mode.forward import ForwardWithTangents
 from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.sums import finish_update
+from entropy_fast.engines.two_pass.engine import ProbeComponents
+from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
-from entropy_fast.estimates.kernel_sums import CrossKernelSums
-from entropy_fast.probe_components import ProbeComponents
+from entropy_fast.estimates.kernel_sums import KernelSums
+from entropy_fast.estimates.measured import Measured, Plan
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.ways.padded import pack_rows
+from entropy_fast.rollouts.units import iter_microbatches
+from entropy_fast.ways.teacher_forcing import pad_rows
 
 __all__ = ["ForwardModeEngine"]
 
 
 class ForwardModeEngine:
-    """Two-batch kernel sums for the components of a probe, by derivatives along Y_sum.
+    """Two-batch kernel sums by derivatives along Y_sum.
 
     Args:
-        components: model, geometry, options and guards.
+        context: of the probe.
     """
 
-    name = "jvp"
+    def __init__(self, context: ProbeContext) -> None:
+        self._context = context
 
-    def __init__(self, components: ProbeComponents) -> None:
-        self._components = components
-        self._forward: ForwardWithTangents | None = None
-
-    @property
-    def plan(self) -> str | None:
-        """How the entropy batch was gone through, in words; None before it was."""
-        if self._forward is None:
-            return None
-        return f"update batch by one backward, entropy batch by forwards with tangents; {self._forward.plan}"
-
-    @property
-    def notes(self) -> list[str]:
-        """What the result should say."""
-        said = [
-            "engine 'jvp' does not form X_sum: shares of update prompts, v_x_plus_v_y and the norm of the entropy gradient are "
-            "not known, and which parameters the entropy gradient reaches was seen for one prompt."
-        ]
-        if self._components.config.conditional_variance == "alpha":
-            said.append("conditional_variance is an option of the two-pass engine; it was not used.")
-        return said
-
-    def cross_sums(self, entropy: Rollouts, update: Rollouts) -> CrossKernelSums:
-        """Row sums X_n · Y_sum and their total; column sums stay unknown.
+    def same_batch(self, rollouts: Rollouts) -> Measured:
+        """Not to be had.
 
         Raises:
-            GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
-            ForwardDerivativeError: an operation of the model has no forward derivative, or a wrong one.
-            ModelStateError: two forwards of the same sequences differ.
+            ConfigError: always: there is no diagonal.
         """
-        assert_grad_context("ForwardModeEngine.cross_sums")
-        components = self._components
-        y_sum = components.accumulate_sum_Y(update)
-        with components.probe_state():
+        raise ConfigError(f"engine 'jvp': {NO_DIAGONAL}.", fix="pass entropy_rollouts, or use engine='one_pass'.")
+
+    def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
+        """See `Engine.two_batch`: row sums X_n · Y_sum and their total; column sums stay unknown.
+
+        Raises:
+            ForwardDerivativeError: an operation of the model has no forward derivative, or a wrong one.
+        """
+        assert_grad_context("ForwardModeEngine.two_batch")
+        context = self._context
+        y_pass = ProbeComponents.of(context)._pass(Side.UPDATE, update)
+        y_sum, y_coverage, excluded = finish_update(context, y_pass.total, update)
+        with context.probe_state():
             first = entropy.rows_of_prompt(0)
-            packed = pack_rows(entropy, first[:1], components.device)
-            self._forward = ForwardWithTangents(
-                components.registry.module, components.registry.tensors, components.autocast, packed
-            )
-            check_against_reverse_mode(components, entropy, first, y_sum.tensors)
-            return self._sweep(self._forward, entropy, y_sum, update.n_prompts)
+            padded = pad_rows(entropy, first[:1], context.device)
+            forward = ForwardWithTangents(context.registry.module, context.registry.tensors, context.autocast, padded)
+            x_coverage = check_against_reverse_mode(context, entropy, first, y_sum.tensors)
+            found, table, silent = self._sweep(forward, entropy, y_sum, update.n_prompts)
+        if silent:
+            # Then X_sum is known: it is 0.
+            x_coverage = dataclasses.replace(x_coverage, norm=0.0)
+        return Measured(
+            found,
+            {Side.FUNCTIONAL.value: x_coverage, Side.UPDATE.value: y_coverage},
+            {Side.FUNCTIONAL.value: table, Side.UPDATE.value: y_pass.table},
+            excluded,
+            {},
+            Plan(f"update batch by one backward, entropy batch by forwards with tangents; {forward.plan}"),
+            (
+                "engine 'jvp' does not form X_sum: shares of update prompts, v_x_plus_v_y and the norm of the entropy gradient "
+                "are not known, and which parameters the entropy gradient reaches was seen for one prompt.",
+            ),
+        )
 
     def _sweep(
         self, forward: ForwardWithTangents, rollouts: Rollouts, y_sum: GradientSum, n_update: int
-    ) -> CrossKernelSums:
-        """All of E, every microbatch by one forward. ``y_sum`` is scaled in place and of no use afterwards."""
-        components = self._components
-        direction, scale = scaled_direction(y_sum.tensors, components.registry.tensors)
-        table = components.new_table("X", rollouts)
-        config, largest = components.config, 0.0
+    ) -> tuple[KernelSums, SequenceTable, bool]:
+        """All of E, every microbatch by one forward; and whether all coefficients are 0.
+
+        ``y_sum`` is scaled in place and of no use afterwards.
+        """
+        context, columns = self._context, self._context.columns.of_side(Side.FUNCTIONAL)
+        direction, scale = scaled_direction(y_sum.tensors, context.registry.tensors)
+        table = SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
+        largest, prompts = 0.0, list(range(rollouts.n_prompts))
         tokens, parts = (torch.zeros(rollouts.input_ids.shape, dtype=torch.float64) for _ in range(2))
-        entropies = torch.zeros_like(tokens) if config.wants_token_entropies else None
-        for rows in components._iter_prompt_microbatches(rollouts):
-            components.registry.check("ForwardModeEngine")
-            batch = pack_rows(rollouts, rows, components.device)
-            found = forward.run(batch, direction, want_entropies=config.wants_token_entropies)
-            coefficients = coefficients_of(config, rollouts, rows, ScoredTokens.of(found.values), "X")
-            table.put(rows, found.values.sequence_logprobs, coefficients)
-            scored = _scored(rollouts, rows)
+        entropies = torch.zeros_like(tokens) if columns.needs_entropies else None
+        for rows in iter_microbatches(rollouts, prompts, context.run.prompts_per_microbatch or 1):
+            context.registry.check("ForwardModeEngine")
+            batch = pad_rows(rollouts, rows, context.device)
+            found = forward.run(batch, direction, want_entropies=columns.needs_entropies)
+            scored = found.values.scored_tokens(rollouts, rows)
+            coefficients = columns.weigh(scored)
+            table.put(rows, scored.sequence_logprobs, scored.entropy_sums, coefficients)
+            places = _scored(rollouts, rows)
             of_tokens = found.tokens[found.values.scored].double() / scale
             of_entropies = None if found.entropies is None else found.entropies[found.values.scored].double() / scale
             own = _parts(coefficients, batch.loss_mask.sum(1), of_tokens, of_entropies)
             for kept, values in ((tokens, of_tokens), (entropies, of_entropies), (parts, own)):
                 if kept is not None and values is not None:
-                    kept[rows] = kept[rows].masked_scatter(scored, values.cpu())
+                    kept[rows] = kept[rows].masked_scatter(places, values.cpu())
             largest = max(largest, float(coefficients.largest(0).max()))
-            components.report("X", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
+            context.report("entropy", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
         projections = torch.zeros(rollouts.n_prompts, dtype=torch.float64)
         projections.index_add_(0, rollouts.prompt_index, parts.sum(1))
-        if not largest:
-            # Then X_sum is known: it is 0.
-            components.coverage["X"] = dataclasses.replace(components.coverage["X"], norm=0.0)
-        return CrossKernelSums(
-            x_dot_y=float(projections.sum()),
-            row_sums=projections,
-            column_sums=None,
-            derivatives=DirectionalDerivatives(
-                sequences=tokens.sum(1) / n_update,
-                tokens=tokens.div_(n_update),
-                token_shares=parts.mul_(components.preconditioner.learning_rate / (n_update * rollouts.n_prompts)),
-                entropies=None if entropies is None else entropies.div_(n_update),
-            ),
+        derivatives = DirectionalDerivatives(
+            sequences=tokens.sum(1) / n_update,
+            tokens=tokens.div_(n_update),
+            token_shares=parts.mul_(context.step.learning_rate / (n_update * rollouts.n_prompts)),
+            entropies=None if entropies is None else entropies.div_(n_update),
         )
+        sums = KernelSums(float(projections.sum()), projections, None, derivatives=derivatives)
+        return sums, table, not largest
+
+
+NO_DIAGONAL = (
+    "it has derivatives along the sum of all updates; the same-batch estimate takes out every prompt's product with its own "
+    "update, the diagonal K_nn, which needs each Y_n by itself"
+)
 
 
 def _parts(coefficients: Coefficients, lengths: Tensor, of_tokens: Tensor, of_entropies: Tensor | None) -> Tensor:
     """[M] every response token's part in its prompt's X_n · Y_sum."""
-    if coefficients.tokens is None:
-        return coefficients.entropy.repeat_interleave(lengths) * of_tokens
-    of_logprob, of_entropy = coefficients.tokens.of(0)
-    parts = of_logprob * of_tokens
-    if of_entropy is not None:
-        assert of_entropies is not None
-        parts = parts + of_entropy * of_entropies
+    if not coefficients.by_token(0):
+        return coefficients.by_sequence[0].repeat_interleave(lengths) * of_tokens
+    own, parts = coefficients.columns[0], torch.zeros_like(of_tokens)
+    for weights, derivatives in ((own.of_logprob, of_tokens), (own.of_entropy, of_entropies)):
+        if weights is not None:
+            assert derivatives is not None
+            parts = parts + weights * derivatives
     return parts
 
 

@@ -17,18 +17,22 @@ from entropy_fast.engines.forward_mode.parameters import parameters_with_tangent
 from entropy_fast.engines.forward_mode.quantized import quantized_modules, quantized_with_tangents
 from entropy_fast.engines.forward_mode.refusals import naming_the_operator
 from entropy_fast.errors import ForwardDerivativeError
-from entropy_fast.ways.padded import (
+from entropy_fast.reference import linear_logits
+from entropy_fast.ways.teacher_forcing import (
     ForwardResult,
     OutputLayer,
-    PackedBatch,
-    find_output_layer,
+    PaddedBatch,
+    find_output_head,
     hidden_states,
     model_logits,
     result_of_values,
-    same_logits,
 )
 
 __all__ = ["ForwardDerivatives", "ForwardWithTangents"]
+
+# Largest difference of a logit, relative to the largest of all: far below what a scale or a bias does, above rounding.
+_ALLOWED_LOGITS = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ALLOWED_LOGITS_IN_16_BITS = 0.02
 
 Autocast = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -60,14 +64,14 @@ class ForwardWithTangents:
         first: a batch of few sequences, on which it is tried once whether the output layer can be told from the model.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], autocast: Autocast, first: PackedBatch) -> None:
+    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], autocast: Autocast, first: PaddedBatch) -> None:
         self._module, self._parameters, self._autocast = module, list(parameters), autocast
         self._quantized = quantized_modules(module)
         self.output_layer: OutputLayer | None = None
-        layer = find_output_layer(module, trained=True)
-        if layer is not None:
+        head = find_output_head(module)
+        if head is not None and head.linear is not None:
             with torch.no_grad(), autocast():
-                self.output_layer = layer if same_logits(module, layer, first) else None
+                self.output_layer = head.linear if same_logits(module, head.linear, first) else None
 
     @property
     def plan(self) -> str:
@@ -75,12 +79,11 @@ class ForwardWithTangents:
         layer = self.output_layer
         if layer is None:
             return "log-probs and their derivatives from the model's own logits and their tangents"
-        trained = layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad)
-        kind = "trained output layer, its own derivative added in blocks" if trained else "frozen output layer"
+        kind = "trained output layer, its own derivative added in blocks" if layer.trained else "frozen output layer"
         return f"log-probs and their derivatives from hidden states without logits ({kind})"
 
     def run(
-        self, batch: PackedBatch, direction: Sequence[Tensor], *, want_entropies: bool = False
+        self, batch: PaddedBatch, direction: Sequence[Tensor], *, want_entropies: bool = False
     ) -> ForwardDerivatives:
         """Log-probs and their derivatives.
 
@@ -136,3 +139,19 @@ class ForwardWithTangents:
             self._autocast(),
         ):
             yield
+
+
+def same_logits(module: nn.Module, layer: OutputLayer, batch: PaddedBatch) -> bool:
+    """Whether the output layer gives the model's own logits for ``batch``; needs no graph."""
+    expected = model_logits(module, batch)
+    try:
+        hidden = hidden_states(layer, batch)
+    except (TypeError, AttributeError):
+        # The decoder takes other arguments, or returns something else.
+        return False
+    found = linear_logits(hidden.flatten(0, 1), layer.weight, layer.bias, layer.softcap)
+    if found.numel() != expected.numel():
+        return False
+    difference = (found.view_as(expected).double() - expected.double()).abs().max()
+    allowed = _ALLOWED_LOGITS.get(expected.dtype, _ALLOWED_LOGITS_IN_16_BITS)
+    return bool(difference <= allowed * expected.double().abs().max())

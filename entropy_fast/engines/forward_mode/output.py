@@ -20,7 +20,7 @@ from torch import Tensor
 from entropy_fast.engines.forward_mode.parameters import tangent_of
 from entropy_fast.ops import linear_token_logprobs_with_units
 from entropy_fast.reference import linear_logits
-from entropy_fast.ways.padded import OutputLayer
+from entropy_fast.ways.teacher_forcing import OutputLayer
 
 __all__ = ["TokenDerivatives", "derivatives_of_hidden", "derivatives_of_logits"]
 

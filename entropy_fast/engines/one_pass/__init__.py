@@ -1,1 +1,23 @@
-"""."""
+"""Everything from one forward and few backwards of the batch, by capture."""
+
+from entropy_fast.engines.engine import EngineKind
+from entropy_fast.engines.one_pass.engine import OnePassEngine
+
+__all__ = ["KIND", "OnePassEngine"]
+
+KIND = EngineKind(
+    "one_pass",
+    OnePassEngine,
+    takes=frozenset(
+        {
+            "accumulate_on",
+            "autocast_dtype",
+            "by_sequence",
+            "full_kernel",
+            "max_excluded_share",
+            "memory_budget",
+            "prompts_per_microbatch",
+            "strict",
+        }
+    ),
+)

@@ -16,11 +16,11 @@ from typing import Protocol
 from torch import Tensor
 
 from entropy_fast.capture import Directions
-from entropy_fast.engines.gradient_sum import GradientSum
-from entropy_fast.engines.one_pass.gradient_stack import GradientStack
+from entropy_fast.columns import Columns, Side
+from entropy_fast.context import ProbeContext
+from entropy_fast.engines.sums import FinishedSums
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.kernel_sums import SequenceParts
-from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import prompt_units
 
@@ -31,75 +31,73 @@ class Project(Protocol):
     """Sweeps a batch of whole sequences."""
 
     def __call__(
-        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, labels: str, *, by_unit: bool
+        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, columns: Columns, *, by_unit: bool
     ) -> Tensor:
-        """``[N, K]`` c_i ∇S_i · V (label X) or a_i ∇S_i · V (Y) for K directions; fp64 on the CPU.
+        """``[N, C]`` w_ci ∇S_i · V_c for a direction a column; fp64 on the CPU.
 
         Directions are the same for all units unless ``by_unit``.
         """
 
 
-def refuse_without_stack(needed: int, budget: int) -> None:
+def refuse_without_stack(option: str, needed: int, budget: int) -> None:
     """Raise when the gradients of all units, ``needed`` bytes, are not kept within ``budget``.
 
     Raises:
-        ConfigError: they are not.
+        ConfigError: they are not; the message names the option that needs them.
     """
     if needed > budget:
         raise ConfigError(
-            f"by_sequence takes every unit's own gradients out of the sums over all units; they take {needed} bytes and "
-            f"memory_budget is {budget} bytes, so they are not kept.",
-            fix=f"pass memory_budget={needed} (--memory-budget) or more, mode='blocks' (--blocks) with fewer units, or an "
+            f"{option} needs every unit's own gradients beside their sums; they take {needed} bytes and memory_budget is "
+            f"{budget} bytes, so they are not kept.",
+            fix=f"pass memory_budget={needed} (--memory-budget) or more, fewer units by blocks (--blocks), or an "
             "independent entropy batch (--entropy-rollouts), whose estimate has no diagonal to take out.",
         )
 
 
 def one_batch_parts(
-    components: ProbeComponents,
+    context: ProbeContext,
     project: Project,
     rollouts: Rollouts,
     units: list[list[int]],
-    x_sum: GradientSum,
-    y_sum: GradientSum,
-    stack: GradientStack,
+    sums: FinishedSums,
+    stacks: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> SequenceParts:
     """Parts of X_sum · Y_sum - Σ_u K_uu.
 
     Args:
-        components: what has been through the batch.
+        context: of the probe.
         project: sweeps the batch.
         rollouts: the batch.
         units: prompts of every unit.
-        x_sum: X_sum, raw.
-        y_sum: Y_sum.
-        stack: X_u, which becomes P X_u here, and Y_u.
+        sums: X_sum and Y_sum.
+        stacks: X_u, which become P X_u here, and Y_u.
     """
-    names = components.registry.names
-    px_sum = components.preconditioner.apply_preconditioner(x_sum.tensors)
-    components.preconditioner.precondition_in_place(stack.entropy)
-    place = {name: index for index, name in enumerate(names)}
+    x_stack, y_stack = stacks
+    px_sum = context.step.apply_preconditioner(sums.x.tensors)
+    context.step.precondition_in_place(x_stack)
+    place = {name: index for index, name in enumerate(context.registry.names)}
+    x_first = context.columns.places_of(Side.FUNCTIONAL)[0] == 0
 
     def of_others(name: str, unit: int) -> Sequence[Tensor]:
         index = place[name]
-        return y_sum.tensors[index] - stack.update[index][unit], px_sum[index] - stack.entropy[index][unit]
+        meets = sums.y.tensors[index] - y_stack[index][unit], px_sum[index] - x_stack[index][unit]
+        return meets if x_first else meets[::-1]
 
-    return SequenceParts(*project(rollouts, units, of_others, "XY", by_unit=True).unbind(1))
+    parts = project(rollouts, units, of_others, context.columns, by_unit=True)
+    (x_place,), (y_place,) = (context.columns.places_of(side) for side in Side)
+    return SequenceParts(parts[:, x_place].contiguous(), parts[:, y_place].contiguous())
 
 
 def two_batch_parts(
-    components: ProbeComponents,
-    project: Project,
-    entropy: Rollouts,
-    update: Rollouts,
-    x_sum: GradientSum,
-    y_sum: GradientSum,
+    context: ProbeContext, project: Project, entropy: Rollouts, update: Rollouts, sums: FinishedSums
 ) -> SequenceParts:
     """Parts of X_sum · Y_sum; arguments as of `one_batch_parts`."""
 
-    def along(rollouts: Rollouts, tensors: Sequence[Tensor], label: str) -> Tensor:
-        direction = dict(zip(components.registry.names, tensors, strict=True))
+    def along(rollouts: Rollouts, tensors: Sequence[Tensor], side: Side) -> Tensor:
+        direction = dict(zip(context.registry.names, tensors, strict=True))
         units = prompt_units(rollouts.n_prompts, None)
-        return project(rollouts, units, lambda name, _: (direction[name],), label, by_unit=False)[:, 0]
+        columns = context.columns.of_side(side)
+        return project(rollouts, units, lambda name, _: (direction[name],), columns, by_unit=False)[:, 0]
 
-    px_sum = components.preconditioner.apply_preconditioner(x_sum.tensors)
-    return SequenceParts(along(entropy, y_sum.tensors, "X"), along(update, px_sum, "Y"))
+    px_sum = context.step.apply_preconditioner(sums.x.tensors)
+    return SequenceParts(along(entropy, sums.y.tensors, Side.FUNCTIONAL), along(update, px_sum, Side.UPDATE))

@@ -1,344 +1,289 @@
-"""The one-pass engine: X and Y of every unit from one forward and one backward of the batch.
+"""The one-pass engine: the gradients of every unit in every column from one forward and few backwards of the batch.
 
-Legend (docs/theory.md): S_i sequence log-prob, c_i and a_i coefficients, X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i, Y_u = P g_u,
-K_uw = X_u · Y_w, E entropy batch, U update batch.
+Legend (docs/theory.md): S_i sequence log-prob, c_i and a_i coefficients of the functional and the update column,
+X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i, Y_u = P g_u, K_uw = X_u · Y_w, E entropy batch, U update batch.
 
 One backward of Σ_i S_i brings every sequence its own ∇S_i signal; the coefficients, which the forward has made known by
-then, are applied where each parameter's signal arrives (`entropy_fast.capture`). Where they differ from token to
-token (`token_coefficients`), X and g take a backward each. Parameters that are used in ways no captured module knows get
-their gradients from two backwards a unit over the same graph, and are named in the result's notes.
+then, are applied where each parameter's signal arrives (`entropy_fast.capture`). A column whose coefficients differ from token
+to token takes a backward of its own. Parameters that are used in ways no captured module knows get their gradients from
+backwards of their own over the same graph, and are named in the result's notes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from entropy_fast.capture import Directions, SequenceProjections, UnitGradients
+from entropy_fast.capture import Directions, GradientRecorder, ProjectionRecorder
 from entropy_fast.checks.grad_context import assert_grad_context
-from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
+from entropy_fast.columns import Columns, SequenceTable, Side
+from entropy_fast.context import ProbeContext
+from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.one_pass.by_sequence import one_batch_parts, refuse_without_stack, two_batch_parts
-from entropy_fast.engines.one_pass.capture_pass import CapturePass
+from entropy_fast.engines.one_pass.costs import CostModel
 from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
-from entropy_fast.engines.one_pass.planner import CostModel, Plan
-from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepReport, prompt_tokens, sweep
-from entropy_fast.estimates.kernel_sums import CrossKernelSums, KernelSums
+from entropy_fast.engines.one_pass.plan import PassLog
+from entropy_fast.engines.one_pass.runner import Runner
+from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepRequest, sweep
+from entropy_fast.engines.sums import FinishedSums, finish_update, finished
+from entropy_fast.errors import EntropyFastWarning
+from entropy_fast.estimates.kernel_sums import KernelSums
+from entropy_fast.estimates.measured import Measured
 from entropy_fast.ops import precondition_accumulate
-from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import prompt_units
 
 __all__ = ["OnePassEngine"]
 
-Storage = Callable[[list[int]], Mapping[str, tuple[Tensor | None, Tensor | None]]]  # for the given units, zeroed
+Storage = Callable[[list[int]], Mapping[str, Sequence[Tensor]]]  # for the given units, zeroed
 
 
 class OnePassEngine:
-    """Kernel sums for the components of a probe, by capture.
+    """Kernel sums by capture.
 
     Args:
-        components: model, geometry, options and guards.
+        context: of the probe.
     """
 
-    name = "one_pass"
+    def __init__(self, context: ProbeContext) -> None:
+        self._context = context
+        self._runner = Runner(context)
+        self._costs = CostModel.of(context.model, context.registry.module, context.device)
+        self._limit = MicrobatchLimit.of(context.run, self._costs)
+        self._log = PassLog(self._costs)
 
-    def __init__(self, components: ProbeComponents) -> None:
-        self._components = components
-        self._capture = CapturePass(components)
-        self._costs = CostModel.of(components.model, components.registry.module, components.device)
-        self._limit = MicrobatchLimit.of(components.config, self._costs)
-        self._reports: list[tuple[SweepReport, float]] = []  # and operations, of every sweep
-        self._stored = 0
-        self._backwards = 1  # of the sweep that takes most
-
-    @property
-    def note(self) -> str | None:
-        """What the result should say about parameters on the slower path; None when there are none."""
-        return self._capture.note
-
-    @property
-    def plan(self) -> Plan:
-        """How the batches were gone through, what that cost, and why; after `kernel_sums` or `cross_sums`."""
-        assert self._reports
-        reports = [report for report, _ in self._reports]
-        largest = max(report.largest for report in reports)
-        return Plan(
-            way=self._capture.way,
-            captured=self._capture.captured,
-            kernel_kept=self._stored > 0,
-            microbatches=max(report.microbatches for report in reports),
-            largest_microbatch=largest,
-            sweeps=len(reports),
-            backwards=self._backwards,
-            prompt_forwards=self._capture.prompt_forwards,
-            prompt_backwards=2 if self._capture.shares else 1,
-            operations=sum(operations for _, operations in self._reports),
-            stored_bytes=self._stored,
-            activation_bytes=largest * self._costs.bytes_per_token,
-            reasons=tuple(self._reasons(sum(report.halved for report in reports))),
-        )
-
-    def _reasons(self, halved: int) -> list[str]:
-        config = self._components.config
-        if config.prompts_per_microbatch is not None:
-            reasons = [f"prompts_per_microbatch={config.prompts_per_microbatch} was asked for"]
-        elif self._capture.packs:
-            reasons = [
-                f"products reach their full rate at about {self._costs.full_rate_tokens} tokens, more only takes memory"
-            ]
-        else:
-            reasons = ["one prompt at a time, since padded rows are not packed"]
-        if not self._stored:
-            reasons.append("gradients of all units do not fit memory_budget")
-        if config.by_sequence:
-            reasons.append("by_sequence takes one more sweep a batch, of whole sequences")
-        if halved:
-            reasons.append(f"memory ran out {halved} time(s) and microbatches were halved")
-        return reasons
-
-    def kernel_sums(self, rollouts: Rollouts) -> KernelSums:
-        """Kernel sums over the units of ``config``, with the whole kernel K where gradients of all units fit the budget.
+    def same_batch(self, rollouts: Rollouts) -> Measured:
+        """See `Engine.same_batch`; the whole kernel K where gradients of all units fit the budget.
 
         Raises:
-            GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
-            ModelStateError: two forwards of the same sequences differ.
-            ProbeMemoryError: memory ran out with a single prompt.
-            ConfigError: ``by_sequence`` was asked for, and gradients of all units do not fit the budget.
+            ConfigError: ``by_sequence`` or ``full_kernel`` was asked for, and gradients of all units do not fit the budget.
         """
-        assert_grad_context("OnePassEngine.kernel_sums")
-        components = self._components
-        units = prompt_units(rollouts.n_prompts, components.config.blocks)
-        if components.config.by_sequence:
-            needed = GradientStack.bytes_of(components.registry.tensors, len(units), "XY")
-            refuse_without_stack(needed, components.config.memory_bytes)
-        sums, stack = self._sums_of(rollouts, units, "XY")
-        x_sum = components.finish_sum_X(sums[0], rollouts)
-        y_sum = components.finish_sum_Y(sums[1], rollouts)
-        x_dot_y = components.compare_sums(x_sum, y_sum)
-        products = parameter_products(x_sum, y_sum)
-        sizes = torch.tensor([len(unit) for unit in units])
-        if stack is not None:
-            components.preconditioner.precondition_in_place(stack.update)
-            kernel, diagonals = kernel_of(stack.entropy, stack.update)
-            return KernelSums(
-                x_dot_y,
-                kernel.diagonal().clone(),
+        assert_grad_context("OnePassEngine.same_batch")
+        context, columns = self._context, self._context.columns
+        units = prompt_units(rollouts.n_prompts, context.estimate.blocks)
+        for wanted in ("by_sequence", "full_kernel"):
+            if getattr(context.run, wanted):
+                refuse_without_stack(wanted, self._stack_bytes(units, columns), context.run.memory_bytes)
+        table = self._table(rollouts, columns)
+        totals, stack = self._sums_of(rollouts, units, columns, table)
+        (x_place,), (y_place,) = (columns.places_of(side) for side in Side)
+        sums = finished(context, totals[x_place], totals[y_place], rollouts, rollouts)
+        if stack is None:
+            found = self._second_sweep(rollouts, units, columns, sums)
+        else:
+            x_stack, y_stack = stack.columns[x_place], stack.columns[y_place]
+            context.step.precondition_in_place(y_stack)
+            kernel, diagonals = kernel_of(x_stack, y_stack)
+            parts = None
+            if context.run.by_sequence:
+                parts = one_batch_parts(context, self._project, rollouts, units, sums, (x_stack, y_stack))
+            found = KernelSums(
+                float(sums.products.sum()),
                 kernel.sum(1),
                 kernel.sum(0),
-                sizes,
+                kernel.diagonal().clone(),
+                torch.tensor([len(unit) for unit in units]),
                 kernel,
-                products - diagonals,
-                one_batch_parts(components, self._project, rollouts, units, x_sum, y_sum, stack)
-                if components.config.by_sequence
-                else None,
+                sums.products - diagonals,
+                parts,
             )
-        dots = torch.zeros(len(units), 3, dtype=torch.float64)
-        diagonals = torch.zeros_like(products)
+        return self._measured(found, sums, {side.value: table for side in Side})
 
-        def project(numbers: list[int], gradients: UnitGradients) -> None:
+    def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
+        """See `Engine.two_batch`: U first, then E with X_n · Y_sum in the same backward."""
+        assert_grad_context("OnePassEngine.two_batch")
+        context = self._context
+        functional, updates = (context.columns.of_side(side) for side in Side)
+        tables = {
+            Side.FUNCTIONAL.value: self._table(entropy, functional),
+            Side.UPDATE.value: self._table(update, updates),
+        }
+        update_units = prompt_units(update.n_prompts, None)
+        (g_total,), stack = self._sums_of(update, update_units, updates, tables["update"])
+        y_sum = finish_update(context, g_total, update)[0]
+        x_total, rows = self._empty_sum(), torch.zeros(entropy.n_prompts, dtype=torch.float64)
+
+        def project_entropy(numbers: list[int], gradients: GradientRecorder) -> None:
+            (of_units,) = gradients.columns
             for position, number in enumerate(numbers):
-                own = self._dots(gradients, position, x_sum, y_sum)
+                rows[number] = self._dots(of_units, of_units, position, x_total, y_sum)[:, 1].sum()
+            self._add(x_total, of_units)
+
+        entropy_units = prompt_units(entropy.n_prompts, None)
+        request = SweepRequest(entropy, entropy_units, functional, "entropy", tables["entropy"])
+        self._sweep(request, project_entropy, start_again=x_total.clear)
+        sums = finished(context, x_total, g_total, entropy, update)
+        columns = torch.zeros(update.n_prompts, dtype=torch.float64)
+        if stack is not None:
+            context.step.precondition_in_place(stack.columns[0])
+            columns = kernel_of([x.unsqueeze(0) for x in sums.x.tensors], stack.columns[0])[0][0]
+        else:
+
+            def project_update(numbers: list[int], gradients: GradientRecorder) -> None:
+                (of_units,) = gradients.columns
+                for position, number in enumerate(numbers):
+                    columns[number] = self._dots(of_units, of_units, position, sums.x, sums.y)[:, 2].sum()
+
+            request = SweepRequest(update, update_units, updates, "projections")
+            self._sweep(request, project_update, start_again=lambda: None)
+        parts = two_batch_parts(context, self._project, entropy, update, sums) if context.run.by_sequence else None
+        found = KernelSums(float(sums.products.sum()), rows, columns, by_parameter=sums.products, by_sequence=parts)
+        return self._measured(found, sums, tables)
+
+    def _second_sweep(
+        self, rollouts: Rollouts, units: list[list[int]], columns: Columns, sums: FinishedSums
+    ) -> KernelSums:
+        """Diagonal, row and column sums from every unit's products with the sums."""
+        (x_place,), (y_place,) = (columns.places_of(side) for side in Side)
+        dots = torch.zeros(len(units), 3, dtype=torch.float64)
+        diagonals = torch.zeros_like(sums.products)
+
+        def project(numbers: list[int], gradients: GradientRecorder) -> None:
+            x_units, g_units = gradients.columns[x_place], gradients.columns[y_place]
+            for position, number in enumerate(numbers):
+                own = self._dots(x_units, g_units, position, sums.x, sums.y)
                 dots[number] = own.sum(0)
                 diagonals.add_(own[:, 0])
 
-        self._sweep(rollouts, units, project, labels="XY", stage="projections")
-        diagonal, rows, columns = dots.unbind(1)
-        return KernelSums(
-            x_dot_y,
-            diagonal.contiguous(),
-            rows.contiguous(),
-            columns.contiguous(),
-            sizes,
-            None,
-            products - diagonals,
-        )
+        def start_again() -> None:
+            dots.zero_()
+            diagonals.zero_()
 
-    def cross_sums(self, entropy: Rollouts, update: Rollouts) -> CrossKernelSums:
-        """Kernel sums between two batches: U first, then E with X_n · Y_sum in the same backward.
+        self._sweep(SweepRequest(rollouts, units, columns, "projections"), project, start_again=start_again)
+        diagonal, row_sums, column_sums = (part.contiguous() for part in dots.unbind(1))
+        sizes = torch.tensor([len(unit) for unit in units])
+        total = float(sums.products.sum())
+        return KernelSums(total, row_sums, column_sums, diagonal, sizes, None, sums.products - diagonals)
 
-        Raises:
-            GradientCoverageError, ModelStateError, ProbeMemoryError: as `kernel_sums`.
-        """
-        assert_grad_context("OnePassEngine.cross_sums")
-        components = self._components
-        update_units = prompt_units(update.n_prompts, None)
-        sums, stack = self._sums_of(update, update_units, "Y")
-        y_sum = components.finish_sum_Y(sums[1], update)
-        x_total = self._empty_sum()
-        rows = torch.zeros(entropy.n_prompts, dtype=torch.float64)
+    def _measured(self, found: KernelSums, sums: FinishedSums, tables: Mapping[str, SequenceTable]) -> Measured:
+        note = self._runner.note
+        if note is not None:
+            warnings.warn(note, EntropyFastWarning, stacklevel=4)
+        plan = self._log.plan(self._context, self._runner)
+        notes = () if note is None else (note,)
+        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan, notes)
 
-        def project_entropy(numbers: list[int], gradients: UnitGradients) -> None:
-            for position, number in enumerate(numbers):
-                rows[number] = self._dots(gradients, position, x_total, y_sum)[:, 1].sum()
-            self._add(x_total, gradients.entropy)
-
-        entropy_units = prompt_units(entropy.n_prompts, None)
-        self._sweep(entropy, entropy_units, project_entropy, labels="X", tables="X", start_again=x_total.clear)
-        x_sum = components.finish_sum_X(x_total, entropy)
-        x_dot_y = components.compare_sums(x_sum, y_sum)
-        products = parameter_products(x_sum, y_sum)
-        columns = torch.zeros(update.n_prompts, dtype=torch.float64)
-        if stack is not None:
-            components.preconditioner.precondition_in_place(stack.update)
-            columns = kernel_of([x.unsqueeze(0) for x in x_sum.tensors], stack.update)[0][0]
-        else:
-
-            def project_update(numbers: list[int], gradients: UnitGradients) -> None:
-                for position, number in enumerate(numbers):
-                    columns[number] = self._dots(gradients, position, x_sum, y_sum)[:, 2].sum()
-
-            self._sweep(update, update_units, project_update, labels="Y", stage="projections")
-        by_sequence = (
-            two_batch_parts(components, self._project, entropy, update, x_sum, y_sum)
-            if components.config.by_sequence
-            else None
-        )
-        return CrossKernelSums(x_dot_y, rows, columns, products, by_sequence=by_sequence)
+    def _table(self, rollouts: Rollouts, columns: Columns) -> SequenceTable:
+        return SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
 
     def _empty_sum(self) -> GradientSum:
-        on_cpu = self._components.config.accumulate_on == "cpu"
-        return GradientSum.zeros(self._components.registry.tensors, torch.device("cpu") if on_cpu else None)
+        return GradientSum.zeros(self._context.registry.tensors, self._context.sums_device)
+
+    def _stack_bytes(self, units: list[list[int]], columns: Columns) -> int:
+        return GradientStack.bytes_of(self._context.registry.tensors, len(units), len(columns))
 
     def _add(self, total: GradientSum, gradients: Mapping[str, Tensor]) -> None:
-        total.add([gradients[n].sum(0) if n in gradients else None for n in self._components.registry.names])
+        total.add([gradients[n].sum(0) if n in gradients else None for n in self._context.registry.names])
 
     def _sums_of(
-        self, rollouts: Rollouts, units: list[list[int]], labels: str
-    ) -> tuple[tuple[GradientSum, GradientSum], GradientStack | None]:
-        """Raw X_sum and g_sum, and, where they fit the budget, X and g of every unit."""
-        registry = self._components.registry
-        sums = self._empty_sum(), self._empty_sum()
-        if GradientStack.bytes_of(registry.tensors, len(units), labels) > self._components.config.memory_bytes:
+        self, rollouts: Rollouts, units: list[list[int]], columns: Columns, table: SequenceTable
+    ) -> tuple[list[GradientSum], GradientStack | None]:
+        """Raw sums of every column, and, where they fit the budget, its gradients of every unit."""
+        registry = self._context.registry
+        totals = [self._empty_sum() for _ in columns]
+        request = SweepRequest(rollouts, units, columns, " and ".join(c.name for c in columns), table)
+        if self._stack_bytes(units, columns) > self._context.run.memory_bytes:
 
-            def collect(_: list[int], gradients: UnitGradients) -> None:
-                for total, found in zip(sums, (gradients.entropy, gradients.update), strict=True):
+            def collect(_: list[int], gradients: GradientRecorder) -> None:
+                for total, found in zip(totals, gradients.columns, strict=True):
                     self._add(total, found)
 
             def start_again() -> None:
-                for total in sums:
+                for total in totals:
                     total.clear()
 
-            self._sweep(rollouts, units, collect, labels=labels, tables=labels, start_again=start_again)
-            return sums, None
-        on_cpu = self._components.config.accumulate_on == "cpu"
-        stack = GradientStack(registry.names, registry.tensors, len(units), labels, on_cpu=on_cpu)
-        self._stored = max(self._stored, GradientStack.bytes_of(registry.tensors, len(units), labels))
-        self._sweep(
-            rollouts,
-            units,
-            stack.collect,
-            labels=labels,
-            tables=labels,
-            storage=stack.storage,
-            start_again=stack.clear,
-        )
-        for total, stored in zip(sums, (stack.entropy, stack.update), strict=True):
+            self._sweep(request, collect, start_again=start_again)
+            return totals, None
+        on_cpu = self._context.run.accumulate_on == "cpu"
+        stack = GradientStack(registry.names, registry.tensors, len(units), len(columns), on_cpu=on_cpu)
+        self._log.stored = max(self._log.stored, self._stack_bytes(units, columns))
+        self._sweep(request, stack.collect, start_again=stack.clear, storage=stack.storage)
+        for total, stored in zip(totals, stack.columns, strict=True):
             for index, tensor in enumerate(stored):
                 if stack.touched[index]:
                     torch.sum(tensor, 0, out=total.tensors[index])
-            if stored:
-                total.touched[:] = stack.touched
-        return sums, stack
+            total.touched[:] = stack.touched
+        return totals, stack
 
     def _project(
-        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, labels: str, *, by_unit: bool
+        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, columns: Columns, *, by_unit: bool
     ) -> Tensor:
-        """``[N, K]`` every sequence's part in X or g, as the K ``labels`` say, projected; by one sweep of whole sequences."""
-        device = self._components.device
-        values = torch.zeros(rollouts.n_sequences, len(labels), dtype=torch.float64, device=device)
+        """``[N, C]`` every sequence's part in the columns, projected; by one sweep of whole sequences."""
+        device = self._context.device
+        values = torch.zeros(rollouts.n_sequences, len(columns), dtype=torch.float64, device=device)
 
-        def recorder(numbers: list[int]) -> SequenceProjections:
-            return SequenceProjections(
+        def recorder(numbers: list[int]) -> ProjectionRecorder:
+            return ProjectionRecorder(
                 lambda name, place: directions(name, numbers[place]),
                 rollouts.n_sequences,
-                labels,
+                range(len(columns)),
                 device,
                 by_unit=by_unit,
             )
 
-        def collect(_: list[int], found: SequenceProjections) -> None:
+        def collect(_: list[int], found: ProjectionRecorder) -> None:
             values.add_(found.values)
 
-        self._record(
-            rollouts,
-            units,
-            recorder,
-            collect,
-            labels=labels,
-            stage="sequences",
-            shared=False,
-            start_again=values.zero_,
-        )
+        request = SweepRequest(rollouts, units, columns, "sequences", whole_sequences=True)
+        self._record(request, recorder, collect, lambda: values.zero_())
         return values.cpu()
 
     def _sweep(
         self,
-        rollouts: Rollouts,
-        units: list[list[int]],
-        visit: Callable[[list[int], UnitGradients], None],
+        request: SweepRequest,
+        visit: Callable[[list[int], GradientRecorder], None],
         *,
+        start_again: Callable[[], object],
         storage: Storage | None = None,
-        **options: Any,
     ) -> None:
-        registry = self._components.registry
+        registry = self._context.registry
         parameters = dict(zip(registry.names, registry.tensors, strict=True))
 
-        def recorder(numbers: list[int]) -> UnitGradients:
-            return UnitGradients(parameters, len(numbers), None if storage is None else storage(numbers))
+        def recorder(numbers: list[int]) -> GradientRecorder:
+            kept = None if storage is None else storage(numbers)
+            return GradientRecorder(parameters, len(numbers), len(request.columns), kept)
 
-        self._record(rollouts, units, recorder, visit, **options)
+        self._record(request, recorder, visit, start_again)
 
     def _record(
         self,
-        rollouts: Rollouts,
-        units: list[list[int]],
+        request: SweepRequest,
         recorder: Callable[[list[int]], Found],
         visit: Callable[[list[int], Found], None],
-        *,
-        labels: str,
-        shared: bool = True,
-        **options: Any,
+        start_again: Callable[[], object],
     ) -> None:
         """One `sweep`, counted in the plan."""
-        components, capture, costs = self._components, self._capture, self._costs
-        options |= {"labels": labels, "shared": shared}
-        report = sweep(components, capture, self._limit, rollouts, units, recorder, visit, **options)
-        shared = shared and capture.shares
-        tokens = sum(prompt_tokens(rollouts, shared=shared))
-        scored = int(rollouts.response_lengths.sum())
-        prefix = max(0, tokens - scored) if shared else 0
-        forwards = min(capture.prompt_forwards, len(labels))
-        self._backwards = max(self._backwards, capture.backwards(labels))
-        operations = costs.operations(
-            prefix,
-            tokens - prefix,
-            scored,
-            len(labels),
-            forwards,
-            backwards=capture.backwards(labels),
-            entropies=components.config.wants_token_entropies_for(labels),
-        )
-        self._reports.append((report, operations))
+        report = sweep(self._context, self._runner, self._limit, request, recorder, visit, start_again)
+        self._log.add(request, report, self._runner.way)
 
-    def _dots(self, gradients: UnitGradients, position: int, x_sum: GradientSum, y_sum: GradientSum) -> Tensor:
+    def _dots(
+        self,
+        x_units: Mapping[str, Tensor],
+        g_units: Mapping[str, Tensor],
+        position: int,
+        x_sum: GradientSum,
+        y_sum: GradientSum,
+    ) -> Tensor:
         """``[parameters, 3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""
-        moments = self._components.preconditioner.second_moments(x_sum.tensors)
-        chosen = [i for i, name in enumerate(self._components.registry.names) if name in gradients.entropy]
-        names = [self._components.registry.names[i] for i in chosen]
-        on = [x_sum.tensors[i].device for i in chosen]
-        dots = torch.zeros(len(x_sum.tensors), 3, dtype=torch.float64)
+        names, moments = self._context.registry.names, self._context.step.second_moments(x_sum.tensors)
+        chosen = [index for index, name in enumerate(names) if name in x_units]
+        x, g = (
+            [units[names[index]][position].to(x_sum.tensors[index].device) for index in chosen]
+            for units in (x_units, g_units)
+        )
+        dots = torch.zeros(len(names), 3, dtype=torch.float64)
         dots[chosen] = precondition_accumulate(
-            [gradients.entropy[name][position].to(device) for name, device in zip(names, on, strict=True)],
-            [gradients.update[name][position].to(device) for name, device in zip(names, on, strict=True)],
-            [moments.tensors[i] for i in chosen],
-            [x_sum.tensors[i] for i in chosen],
-            [y_sum.tensors[i] for i in chosen],
-            bias_correction=[moments.bias_correction[i] for i in chosen],
-            eps=[moments.eps[i] for i in chosen],
-            ratio=[moments.ratio[i] for i in chosen],
+            x,
+            g,
+            [moments.tensors[index] for index in chosen],
+            [x_sum.tensors[index] for index in chosen],
+            [y_sum.tensors[index] for index in chosen],
+            bias_correction=[moments.bias_correction[index] for index in chosen],
+            eps=[moments.eps[index] for index in chosen],
+            ratio=[moments.ratio[index] for index in chosen],
             update=False,
         ).cpu()
         return dots

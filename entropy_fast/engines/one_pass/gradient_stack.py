@@ -1,6 +1,6 @@
 """Every unit's gradients kept side by side, and the influence kernel between two such stacks.
 
-Legend: X_u and g_u entropy and update gradient of unit u, Y_u = P g_u, K_uw = X_u · Y_w.
+Legend: X_u gradient of unit u in a functional column, Y_u its preconditioned gradient in an update column, K_uw = X_u · Y_w.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from entropy_fast.capture import UnitGradients
+from entropy_fast.capture import GradientRecorder
 
 __all__ = ["GradientStack", "kernel_of"]
 
@@ -19,74 +19,71 @@ _COLUMNS = 4096
 
 
 class GradientStack:
-    """X and g of all units, ``[units, *shape]`` per parameter, in fp32 or the parameter's dtype, whichever is wider.
+    """Gradients of all units in every column, ``[units, *shape]`` per parameter, in fp32 or the parameter's dtype if wider.
 
     Args:
         names: of the parameters.
         parameters: in the same order.
         n_units: how many.
-        labels: which of X and Y is kept.
+        n_columns: how many columns.
         on_cpu: whether it is kept on the CPU instead of the parameters' devices.
 
     Attributes:
-        entropy, update: one tensor per parameter; empty lists where that label is not kept.
+        columns: for every column one tensor per parameter.
         touched: whether a signal ever arrived, per parameter.
     """
 
     def __init__(
-        self, names: Sequence[str], parameters: Sequence[Tensor], n_units: int, labels: str, *, on_cpu: bool
+        self, names: Sequence[str], parameters: Sequence[Tensor], n_units: int, n_columns: int, *, on_cpu: bool
     ) -> None:
         self._names = list(names)
         self._direct = not on_cpu or all(p.device.type == "cpu" for p in parameters)
         self._used: set[int] = set()
         self.touched = [False] * len(names)
-        self.entropy: list[Tensor] = []
-        self.update: list[Tensor] = []
-        for label, stack in (("X", self.entropy), ("Y", self.update)):
-            if label in labels:
-                stack.extend(
-                    torch.zeros(
-                        (n_units, *p.shape),
-                        dtype=torch.promote_types(p.dtype, torch.float32),
-                        device="cpu" if on_cpu else p.device,
-                    )
-                    for p in parameters
+        self.columns = [
+            [
+                torch.zeros(
+                    (n_units, *p.shape),
+                    dtype=torch.promote_types(p.dtype, torch.float32),
+                    device="cpu" if on_cpu else p.device,
                 )
+                for p in parameters
+            ]
+            for _ in range(n_columns)
+        ]
 
     @staticmethod
-    def bytes_of(parameters: Sequence[Tensor], n_units: int, labels: str) -> int:
+    def bytes_of(parameters: Sequence[Tensor], n_units: int, n_columns: int) -> int:
         """What a stack takes."""
-        return len(labels) * n_units * sum(p.numel() * max(4, p.element_size()) for p in parameters)
+        return n_columns * n_units * sum(p.numel() * max(4, p.element_size()) for p in parameters)
 
-    def storage(self, numbers: list[int]) -> Mapping[str, tuple[Tensor | None, Tensor | None]]:
-        """By parameter name, zeroed views of the given units (successive ones) for `UnitGradients`."""
+    def storage(self, numbers: list[int]) -> Mapping[str, Sequence[Tensor]]:
+        """By parameter name, zeroed views of the given units (successive ones) for `GradientRecorder`."""
         if not self._direct:
             return {}
         span = slice(numbers[0], numbers[-1] + 1)
         if self._used & set(numbers):
-            for tensor in (*self.entropy, *self.update):
-                tensor[span].zero_()
+            for stack in self.columns:
+                for tensor in stack:
+                    tensor[span].zero_()
         self._used |= set(numbers)
-        return {
-            name: tuple(stack[index][span] if stack else None for stack in (self.entropy, self.update))  # type: ignore[misc]
-            for index, name in enumerate(self._names)
-        }
+        return {name: [stack[index][span] for stack in self.columns] for index, name in enumerate(self._names)}
 
-    def collect(self, numbers: list[int], gradients: UnitGradients) -> None:
+    def collect(self, numbers: list[int], gradients: GradientRecorder) -> None:
         """Note what a group of units brought, and copy it where it is not here yet."""
         for index, name in enumerate(self._names):
             if name not in gradients.touched:
                 continue
             self.touched[index] = True
             if not self._direct:
-                for stack, found in ((self.entropy, gradients.entropy), (self.update, gradients.update)):
-                    if stack:
-                        stack[index][numbers[0] : numbers[-1] + 1] = found[name].to(stack[index].device)
+                for stack, found in zip(self.columns, gradients.columns, strict=True):
+                    stack[index][numbers[0] : numbers[-1] + 1] = found[name].to(stack[index].device)
 
     def clear(self) -> None:
         """Back to empty."""
-        for tensor in (*self.entropy, *self.update):
-            tensor.zero_()
+        for stack in self.columns:
+            for tensor in stack:
+                tensor.zero_()
         self._used.clear()
         self.touched[:] = [False] * len(self.touched)
 

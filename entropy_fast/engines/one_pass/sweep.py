@@ -1,25 +1,28 @@
-"""One sweep of a batch by capture: groups of units, each with one forward and one backward, halved where memory runs out."""
+"""One sweep of a batch by capture: groups of units, each with one forward and its backwards, halved where memory runs out."""
 
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
-from entropy_fast.capture import SignalRows
-from entropy_fast.config import ProbeConfig
-from entropy_fast.engines.one_pass.capture_pass import CapturePass
-from entropy_fast.engines.one_pass.planner import CostModel, cut
+from entropy_fast.capture import RowRecorder
+from entropy_fast.checks.memory import out_of_memory, release_memory
+from entropy_fast.columns import Columns, SequenceTable
+from entropy_fast.config import RunOptions
+from entropy_fast.context import ProbeContext
+from entropy_fast.engines.one_pass.costs import CostModel
+from entropy_fast.engines.one_pass.cutting import cut
+from entropy_fast.engines.one_pass.runner import Runner
 from entropy_fast.errors import ProbeMemoryError
-from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
+from entropy_fast.ways import Microbatch
 
-__all__ = ["Found", "MicrobatchLimit", "SweepReport", "prompt_tokens", "sweep"]
+__all__ = ["Found", "MicrobatchLimit", "SweepReport", "SweepRequest", "prompt_tokens", "sweep"]
 
-Found = TypeVar("Found", bound=SignalRows)  # the recorder of a sweep
+Found = TypeVar("Found", bound=RowRecorder)  # the recorder of a sweep
 
 
 @dataclasses.dataclass
@@ -35,10 +38,31 @@ class MicrobatchLimit:
     prompts: int | None
 
     @classmethod
-    def of(cls, config: ProbeConfig, costs: CostModel) -> MicrobatchLimit:
+    def of(cls, options: RunOptions, costs: CostModel) -> MicrobatchLimit:
         """As many tokens as products need for their full rate, if their activations fit the budget."""
-        fitting = config.memory_bytes // max(1, costs.bytes_per_token)
-        return cls(max(1, min(costs.full_rate_tokens, fitting)), config.prompts_per_microbatch)
+        fitting = options.memory_bytes // max(1, costs.bytes_per_token)
+        return cls(max(1, min(costs.full_rate_tokens, fitting)), options.prompts_per_microbatch)
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRequest:
+    """What is gone through, and what for.
+
+    Attributes:
+        rollouts: the batch.
+        units: prompts of every unit.
+        columns: whose gradients are wanted.
+        stage: name for the progress report.
+        table: where what is learned of sequences is written; None for nowhere.
+        whole_sequences: whether a prompt's tokens must not run once for its responses; microbatches are cut accordingly.
+    """
+
+    rollouts: Rollouts
+    units: list[list[int]]
+    columns: Columns
+    stage: str
+    table: SequenceTable | None = None
+    whole_sequences: bool = False
 
 
 @dataclasses.dataclass
@@ -57,95 +81,82 @@ class SweepReport:
 
 
 def sweep(
-    components: ProbeComponents,
-    capture: CapturePass,
+    context: ProbeContext,
+    runner: Runner,
     limit: MicrobatchLimit,
-    rollouts: Rollouts,
-    units: list[list[int]],
+    request: SweepRequest,
     recorder: Callable[[list[int]], Found],
     visit: Callable[[list[int], Found], None],
-    *,
-    labels: str,
-    tables: str = "",
-    stage: str = "",
-    shared: bool = True,
-    start_again: Callable[[], None] = lambda: None,
+    start_again: Callable[[], object],
 ) -> SweepReport:
     """Go through a batch; ``visit`` sees what the backwards of a few complete units brought.
 
     Args:
-        components: model and options.
-        capture: what runs a microbatch.
+        context: of the probe.
+        runner: what runs a microbatch.
         limit: of a microbatch; lowered in place where memory runs out.
-        rollouts: the batch.
-        units: prompts of every unit.
+        request: what is gone through.
         recorder: makes what takes in the signals of the given units, which are successive.
         visit: called for each group of units, by their numbers, with that.
-        labels: which of X and Y is wanted.
-        tables: passes (X, Y) whose tables of sequences are written.
-        stage: name for the progress report.
-        shared: whether a prompt's tokens may run once; microbatches are cut accordingly.
-        start_again: called when everything visited so far is void.
+        start_again: called when everything visited so far is void: whatever ``visit`` adds up is to be emptied.
 
     Raises:
         ProbeMemoryError: there is not enough memory for a single prompt.
         ModelStateError: log-probs are random, or sequences interact.
     """
-    written = {label: components.new_table(label, rollouts) for label in tables}
-    report = SweepReport()
+    rollouts, units, report = request.rollouts, request.units, SweepReport()
     # Compiled modules run as they were written: what is exchanged in them is not what was compiled.
-    with components.probe_state(), torch.compiler.set_stance("force_eager"):
-        capture.choose(rollouts)
-        cutter = _Cutter(capture, limit, prompt_tokens(rollouts, shared=shared and capture.shares))
+    with context.probe_state(), torch.compiler.set_stance("force_eager"):
+        runner.choose(rollouts)
+        cutter = _Cutter(runner, limit, request)
         waiting = cutter.groups(units)
         done = 0
         while waiting:
             numbers = waiting[0]
             prompts = [prompt for number in numbers for prompt in units[number]]
-            unit_of = {prompt: place for place, number in enumerate(numbers) for prompt in units[number]}
-            gradients = recorder(numbers)
-            parts = cutter.parts(prompts)
-            refused: set[str] = set()
-            try:
-                for part in parts:
-                    rows = torch.cat([rollouts.rows_of_prompt(prompt) for prompt in part])
-                    unit = [unit_of[int(prompt)] for prompt in rollouts.prompt_index[rows]]
-                    refused = capture.run(rollouts, rows, unit, gradients, written, labels)
-                    if refused:
-                        break
-            except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
-                    raise
+            recorded, parts = recorder(numbers), cutter.parts(prompts)
+            refused, message = _run_parts(runner, request, numbers, parts, recorded)
+            if message is not None:
                 # Nothing of this group was visited.
-                message = (str(error) or type(error).__name__).splitlines()[0]
+                del recorded
+                release_memory()
+                report.halved += 1
+                waiting = cutter.halved(numbers, prompts, parts, message)
+            elif refused:
+                # From the start: what was visited lacks these parameters.
+                runner.leave_out(refused)
+                runner.choose(rollouts)
+                start_again()
+                cutter = _Cutter(runner, limit, request)
+                waiting, done, report = cutter.groups(units), 0, SweepReport()
             else:
-                if refused:
-                    # From the start: what was visited lacks these parameters.
-                    capture.leave_out(refused)
-                    start_again()
-                    waiting, done, report = cutter.groups(units), 0, SweepReport()
-                    continue
-                visit(numbers, gradients)
+                visit(numbers, recorded)
                 report.microbatches += len(parts)
                 report.largest = max(report.largest, *(cutter.size(part) for part in parts))
                 done += len(prompts)
                 del waiting[0]
-                components.report(stage or labels, done, rollouts.n_prompts)
-                continue
-            del gradients
-            _release()
-            report.halved += 1
-            if cutter.halve([prompts] if len(numbers) > 1 else parts):
-                # Later groups would run out as well.
-                first = numbers[0]
-                waiting = [[first + place for place in group] for group in cutter.groups(units[first:])]
-            else:
-                raise ProbeMemoryError(
-                    f"memory ran out with a single prompt of {cutter.size(part)} tokens in a forward: {message}",
-                    fix="switch on gradient checkpointing, probe shorter responses or fewer per prompt; or lower memory_budget "
-                    "if every unit's gradients are kept.",
-                )
+                context.report(request.stage, done, rollouts.n_prompts)
     return report
+
+
+def _run_parts(
+    runner: Runner, request: SweepRequest, numbers: list[int], parts: list[list[int]], recorded: RowRecorder
+) -> tuple[set[str], str | None]:
+    """Run the parts of a group of units; parameters that are not capturable, and what was said where memory ran out."""
+    rollouts = request.rollouts
+    unit_of = {prompt: place for place, number in enumerate(numbers) for prompt in request.units[number]}
+    try:
+        for part in parts:
+            rows = torch.cat([rollouts.rows_of_prompt(prompt) for prompt in part])
+            unit = [unit_of[int(prompt)] for prompt in rollouts.prompt_index[rows]]
+            refused = runner.run(Microbatch(rollouts, rows, unit, request.columns), recorded, request.table)
+            if refused:
+                return refused, None
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return set(), (str(error) or type(error).__name__).splitlines()[0]
+    return set(), None
 
 
 def prompt_tokens(rollouts: Rollouts, *, shared: bool) -> list[int]:
@@ -163,8 +174,10 @@ def prompt_tokens(rollouts: Rollouts, *, shared: bool) -> list[int]:
 class _Cutter:
     """Groups of units and parts of groups: as many prompts in a forward as were asked for, else by tokens."""
 
-    def __init__(self, capture: CapturePass, limit: MicrobatchLimit, tokens: list[int]) -> None:
-        self._capture, self._limit, self._tokens = capture, limit, tokens
+    def __init__(self, runner: Runner, limit: MicrobatchLimit, request: SweepRequest) -> None:
+        self._runner, self._limit, self._units = runner, limit, request.units
+        shared = runner.way.shares and not request.whole_sequences
+        self._tokens = prompt_tokens(request.rollouts, shared=shared)
 
     def size(self, prompts: Sequence[int]) -> int:
         """Tokens of the given prompts."""
@@ -192,27 +205,26 @@ class _Cutter:
         count = self._limit.prompts or 1
         return [prompts[start : start + count] for start in range(0, len(prompts), count)]
 
-    def halve(self, parts: list[list[int]]) -> bool:
-        """Make parts half as large from now on; False when they were single prompts."""
-        most = max(len(part) for part in parts)
+    def halved(self, numbers: list[int], prompts: list[int], parts: list[list[int]], message: str) -> list[list[int]]:
+        """The groups from this one on, with forwards half as large: later ones would run out of memory as well.
+
+        Raises:
+            ProbeMemoryError: they are single prompts.
+        """
+        tried = [prompts] if len(numbers) > 1 else parts
+        most = max(len(part) for part in tried)
         if most == 1:
-            return False
-        self._limit.tokens = max(1, max(self.size(part) for part in parts) // 2)
+            raise ProbeMemoryError(
+                f"memory ran out with a single prompt of {max(map(self.size, parts))} tokens in a forward: {message}",
+                fix="switch on gradient checkpointing, probe shorter responses or fewer per prompt; or lower memory_budget "
+                "if every unit's gradients are kept.",
+            )
+        self._limit.tokens = max(1, max(self.size(part) for part in tried) // 2)
         if self._limit.prompts is not None:
             self._limit.prompts = most // 2
-        return True
+        first = numbers[0]
+        return [[first + place for place in group] for group in self.groups(self._units[first:])]
 
     @property
     def _by_tokens(self) -> bool:
-        return self._limit.prompts is None and self._capture.packs
-
-
-def _out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    # On the CPU torch raises a plain RuntimeError, whose words depend on the platform but for the allocator's name.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        return self._limit.prompts is None and self._runner.way.packs

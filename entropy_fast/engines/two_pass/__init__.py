@@ -1,1 +1,30 @@
-"""."""
+"""The plain reference: X and Y by backward passes over padded sequences."""
+
+from entropy_fast.engines.engine import EngineKind
+from entropy_fast.engines.two_pass.engine import ProbeComponents
+
+__all__ = ["KIND", "ProbeComponents"]
+
+KIND = EngineKind(
+    "two_pass",
+    ProbeComponents.of,
+    takes=frozenset(
+        {
+            "accumulate_on",
+            "autocast_dtype",
+            "conditional_variance",
+            "full_kernel",
+            "max_excluded_share",
+            "prompts_per_microbatch",
+            "strict",
+            "y_pass",
+        }
+    ),
+    refuses=lambda batches, context: (
+        "conditional_variance='alpha' is about the entropy batch of the two-batch estimate; here is one batch"
+        if batches == 1 and context.run.conditional_variance == "alpha"
+        else "full_kernel is about the same-batch estimate; the two-batch estimate does not keep K"
+        if batches == 2 and context.run.full_kernel
+        else None
+    ),
+)

@@ -1,6 +1,6 @@
 """All per-prompt projections s_n = X_n · Ȳ of a group of prompts from one double backward.
 
-With L(α) = Σ_n α_n L_n, L_n = Σ_{i in n} L^X_i (`probe_losses`), and g = ∇_θ L at α = 1 taken with ``create_graph=True``,
+With L(α) = Σ_n α_n L_n, L_n = Σ_{i in n} c_i S_i (`entropy_fast.columns`), and g = ∇_θ L at α = 1 taken with ``create_graph``,
 the scalar h = g · Ȳ is linear in α and s_n = ∂h/∂α_n. No backward per prompt is needed, but second derivatives are: the
 attention must be differentiable twice (torch's math kernel is) and checkpointing must not be reentrant.
 """
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_fast.checks.model_state import reentrant_checkpointing
-from entropy_fast.columns.coefficients import Coefficients, power_of_two_scale
-from entropy_fast.columns.losses import sequence_losses
+from entropy_fast.columns import Coefficients
+from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.errors import CheckpointingError, GradientCoverageError, GraphDetachedError
-from entropy_fast.ways.padded import ForwardResult
+from entropy_fast.ways.teacher_forcing import ForwardResult
 
 __all__ = ["AlphaProjections", "alpha_projections", "refuse_reentrant_checkpointing", "twice_differentiable_attention"]
 
@@ -82,7 +82,7 @@ def alpha_projections(
         GradientCoverageError: no parameter receives a gradient from L; the message says whether the logits do.
         GraphDetachedError: an operation in the model has no second derivative.
     """
-    losses = sequence_losses(forward, coefficients, 0)
+    losses = coefficients.losses(forward, 0)
     k = int(local_prompt.max()) + 1
     alpha = torch.ones(k, dtype=losses.dtype, device=losses.device, requires_grad=True)
     scale = power_of_two_scale(coefficients.largest(0))

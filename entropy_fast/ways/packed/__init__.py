@@ -1,5 +1,5 @@
-"""Forwards and backwards over packed sequences: no token of padding is computed, and a prompt's tokens are computed once."""
+"""Sequences packed end to end: no token of padding is computed, and a prompt's tokens are computed once."""
 
-from entropy_fast.ways.packed.passes import PackedPass
+from entropy_fast.ways.packed.way import PackedWay
 
-__all__ = ["PackedPass"]
+__all__ = ["PackedWay"]

@@ -1,15 +1,12 @@
-"""A transformers model's attention exchanged for the packed one, for as long as a context lasts."""
+"""What stands in for a transformers model's attention while packed sequences go through it."""
 
 from __future__ import annotations
 
-import contextlib
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from entropy_fast.ways.packed.attention import packed_attention
 from entropy_fast.ways.packed.groups import AttentionGroups
@@ -17,7 +14,7 @@ from entropy_fast.ways.packed.layout import PackedLayout
 from entropy_fast.ways.packed.prefix_states import PrefixStates
 from entropy_fast.ways.packed.scores import AttentionOptions
 
-__all__ = ["PackedRun", "attention_configurations", "attention_exchanged"]
+__all__ = ["PackedRun"]
 
 # What a layer may pass to its attention that changes nothing here.
 _HARMLESS = frozenset({"position_ids", "cache_position", "position_embeddings", "output_attentions", "use_cache"})
@@ -87,25 +84,3 @@ class PackedRun:
             # A layer whose activations are computed again in the backward comes here twice.
             self.states.setdefault(id(module), PrefixStates(key, value))
         return found, None
-
-
-def attention_configurations(module: nn.Module) -> list[Any]:
-    """The configurations under ``module`` that say which attention function its layers use."""
-    found = (getattr(submodule, "config", None) for submodule in module.modules())
-    return list({id(c): c for c in found if hasattr(c, "_attn_implementation_internal")}.values())
-
-
-@contextlib.contextmanager
-def attention_exchanged(configurations: Sequence[Any], run: PackedRun) -> Iterator[None]:
-    """Let every layer that these configurations belong to get its attention function from ``run``."""
-    name = f"entropy_fast_packed_{uuid.uuid4().hex}"
-    before = [config._attn_implementation_internal for config in configurations]
-    AttentionInterface.register(name, run.attention)
-    try:
-        for config in configurations:
-            config._attn_implementation_internal = name
-        yield
-    finally:
-        for config, implementation in zip(configurations, before, strict=True):
-            config._attn_implementation_internal = implementation
-        AttentionInterface._global_mapping.pop(name, None)

@@ -28,7 +28,7 @@ from entropy_fast.engines.forward_mode import ForwardWithTangents, functions, ou
 from entropy_fast.engines.forward_mode.functions import FunctionsWithTangents
 from entropy_fast.engines.forward_mode.quantized import quantized_modules, quantized_with_tangents
 from entropy_fast.errors import ForwardDerivativeError
-from entropy_fast.ways.padded import OutputLayer, pack_rows
+from entropy_fast.ways.teacher_forcing import OutputLayer, pack_rows
 
 
 def draw(*shape: int, seed: int) -> Tensor:

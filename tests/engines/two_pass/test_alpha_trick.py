@@ -19,7 +19,7 @@ from entropy_fast.columns.coefficients import Coefficients
 from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.alpha_trick import alpha_projections
 from entropy_fast.errors import CheckpointingError, GradientCoverageError, GraphDetachedError
-from entropy_fast.ways.padded import ForwardResult
+from entropy_fast.ways.teacher_forcing import ForwardResult
 
 
 def both_routes(case: Case, **options: Any) -> tuple[DeltaH1Result, DeltaH1Result]:

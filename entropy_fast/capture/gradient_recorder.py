@@ -1,6 +1,6 @@
-"""Entropy and update gradients of a few units, put together from the signals of one backward.
+"""Gradients of a few units in every column, put together from the signals of the backwards.
 
-Legend: c_i and a_i coefficients of sequence i, X_u = Σ_{i in u} c_i ∇S_i, g_u = Σ_{i in u} a_i ∇S_i.
+Legend: w_ci the coefficient of sequence i in column c of C, Σ_{i in u} w_ci ∇S_i the gradient of unit u in it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from entropy_fast.capture.signal_rows import SignalRows, Term
-from entropy_fast.columns.coefficients import labels_of
+from entropy_fast.capture.row_recorder import RowRecorder, Term
 from entropy_fast.ops import add_unit_products
 
-__all__ = ["UnitGradients"]
+__all__ = ["GradientRecorder"]
 
 
-class UnitGradients(SignalRows):
-    """X_u and g_u of every captured parameter, for U units; the recorder of their backward.
+class GradientRecorder(RowRecorder):
+    """The gradients of every captured parameter in C columns, for U units; the recorder of their backwards.
 
     Coefficients are applied in the accumulator (fp32, or fp64 for fp64 parameters) and before any sum over positions. Those
     that differ within a sequence are in the signals already, and what is applied here undoes their scales.
@@ -26,11 +25,12 @@ class UnitGradients(SignalRows):
     Args:
         parameters: by name.
         n_units: U.
-        storage: by name, zeroed tensors [U, *shape] that X and g are added up in; tensors are made where it has none.
+        n_columns: C.
+        storage: by name, zeroed tensors [U, *shape] for every column that gradients are added up in; tensors are made where it
+            has none.
 
     Attributes:
-        entropy: name to X ``[U, *shape]``, in fp32 or the parameter's dtype, whichever is wider.
-        update: name to g, likewise.
+        columns: for every column name to gradients ``[U, *shape]``, in fp32 or the parameter's dtype, whichever is wider.
         touched: names that have received a signal.
     """
 
@@ -38,14 +38,14 @@ class UnitGradients(SignalRows):
         self,
         parameters: Mapping[str, Tensor],
         n_units: int,
-        storage: Mapping[str, tuple[Tensor | None, Tensor | None]] | None = None,
+        n_columns: int,
+        storage: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__()
         self._parameters = parameters
         self._n_units = n_units
         self._storage = storage or {}
-        self.entropy: dict[str, Tensor] = {}
-        self.update: dict[str, Tensor] = {}
+        self.columns: tuple[dict[str, Tensor], ...] = tuple({} for _ in range(n_columns))
         self.touched: set[str] = set()
 
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
@@ -97,28 +97,29 @@ class UnitGradients(SignalRows):
                 wide = rows[begin:end].to(total.dtype).flatten(1)
                 total[unit] += (scale[begin:end] @ wide).view(total.shape[1:])
 
-    def terms(self, unit: Sequence[int], labels: str) -> Iterator[Term]:
-        """See `SignalRows.terms`: X and g of every unit, ``which`` 0 and 1."""
+    def terms(self, unit: Sequence[int], columns: int) -> Iterator[Term]:
+        """See `RowRecorder.terms`: every column of every unit, ``which`` its number."""
         for number in sorted(set(unit)):
             members = (torch.tensor(unit) == number).double()
-            for label in labels_of(labels):
-                yield Term(number, label, label, members)
+            for column in range(columns):
+                yield Term(number, column, column, members)
 
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
-        """See `SignalRows.put`."""
+        """See `RowRecorder.put`."""
         total = self._sums(name)[term.which][term.unit]
         total += gradient.to(total.dtype)
 
-    def _sums(self, name: str) -> tuple[Tensor, Tensor]:
+    def _sums(self, name: str) -> list[Tensor]:
         self.touched.add(name)
-        if name not in self.entropy:
-            parameter = self._parameters[name]
+        if name not in self.columns[0]:
+            parameter, kept = self._parameters[name], self._storage.get(name)
             shape = (self._n_units, *parameter.shape)
-            for made, store in zip(self._storage.get(name, (None, None)), (self.entropy, self.update), strict=True):
-                if made is None:
-                    made = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
-                store[name] = made
-        return self.entropy[name], self.update[name]
+            for place, store in enumerate(self.columns):
+                if kept is None:
+                    store[name] = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
+                else:
+                    store[name] = kept[place]
+        return [store[name] for store in self.columns]
 
     def _wanted_sums(self, name: str) -> list[Tensor]:
         assert self._batch is not None
@@ -128,7 +129,7 @@ class UnitGradients(SignalRows):
         batch, dtype = self._batch, self._dtype(name)
         assert batch is not None
         if (device, dtype) not in batch.scales:
-            batch.scales[device, dtype] = batch.coefficients[batch.wanted].to(device=device, dtype=dtype)
+            batch.scales[device, dtype] = batch.weights[batch.wanted].to(device=device, dtype=dtype)
         return batch.scales[device, dtype]
 
     def _dtype(self, name: str) -> torch.dtype:

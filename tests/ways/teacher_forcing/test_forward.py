@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from entropy_fast import teacher_forcing
 from entropy_fast.errors import ModelStateError
-from entropy_fast.ways.padded import PackedBatch, align_logprobs, model_logits, pack_rows
+from entropy_fast.ways.teacher_forcing import PackedBatch, align_logprobs, model_logits, pack_rows
 
 CPU = torch.device("cpu")
 

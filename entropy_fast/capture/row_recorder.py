@@ -1,6 +1,6 @@
 """Whose signals a backward brings: what every recorder has to know about the rows of a microbatch.
 
-Legend: c_i and a_i coefficients of sequence i, S_i its log-prob, X_u = Σ_{i in u} c_i ∇S_i, g_u = Σ_{i in u} a_i ∇S_i.
+Legend: w_ci the coefficient of sequence i in column c of C, S_i its log-prob, Σ_{i in u} w_ci ∇S_i unit u's gradient in it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from entropy_fast.capture.functions import Recorder
+from entropy_fast.capture.recorder import Recorder
 from entropy_fast.ops import UnitRuns
 
-__all__ = ["SignalBatch", "SignalRows", "Term"]
+__all__ = ["RowRecorder", "SignalBatch", "Term"]
 
 
 class Term(NamedTuple):
@@ -23,17 +23,17 @@ class Term(NamedTuple):
     Attributes:
         unit: whose it is.
         which: which of the unit's gradients, in the recorder's own count.
-        label: 0 for losses L^X_i, 1 for L^Y_i (`probe_losses`).
+        column: of the losses.
         members: [n] 1 for the microbatch's sequences that count, 0 for the others, fp64.
     """
 
     unit: int
     which: int
-    label: int
+    column: int
     members: Tensor
 
 
-class SignalRows(Recorder):
+class RowRecorder(Recorder):
     """A recorder that is told before every backward which rows of the signals belong together.
 
     Attributes:
@@ -54,42 +54,42 @@ class SignalRows(Recorder):
         del rows
         self.pause()
 
-    def expect(self, unit: Sequence[int], coefficients: tuple[Tensor, Tensor], positions: int) -> None:
+    def expect(self, unit: Sequence[int], weights: Tensor, positions: int) -> None:
         """Say whose signals come next: N rows of sequences.
 
         Args:
             unit: [N] unit of every row, rows of one unit next to one another.
-            coefficients: [N] what signals are multiplied by for X and for g, fp64: c and a, or what undoes a scale.
+            weights: [C, N] what signals are multiplied by for every column, fp64: coefficients, or what undoes a scale.
             positions: T, in each row.
         """
         self._packed_tokens = None
-        own = torch.arange(len(unit), device=coefficients[0].device)
-        self._batch = SignalBatch(_runs(unit), len(unit), torch.stack(coefficients), positions, own)
+        own = torch.arange(len(unit), device=weights.device)
+        self._batch = SignalBatch(_runs(unit), len(unit), weights, positions, own)
 
     def expect_packed(
-        self, runs: Sequence[tuple[int, int, int]], coefficients: Tensor, sequence: Tensor | None = None
+        self, runs: Sequence[tuple[int, int, int]], weights: Tensor, sequence: Tensor | None = None
     ) -> None:
         """Say whose signals come next: one row [1, N, ...] in which the tokens of many sequences stand in a line.
 
         Args:
             runs: unit, first token and the one after the last, covering all N tokens in order.
-            coefficients: [2, N] what every token's signals are multiplied by for X and for g, fp64.
+            weights: [C, N] what every token's signals are multiplied by for every column, fp64.
             sequence: [N] the microbatch's sequence that every token belongs to, ascending; None where tokens are shared.
         """
-        self._packed_tokens = coefficients.shape[1]
-        self._batch = SignalBatch(list(runs), coefficients.shape[1], coefficients, None, sequence)
+        self._packed_tokens = weights.shape[1]
+        self._batch = SignalBatch(list(runs), weights.shape[1], weights, None, sequence)
 
     def pause(self, packed_tokens: int | None = None) -> None:
         """Ignore signals until the next `expect`; says how many tokens the next forward packs into one row, if it does."""
         self._batch = None
         self._packed_tokens = packed_tokens
 
-    def terms(self, unit: Sequence[int], labels: str) -> Iterator[Term]:
+    def terms(self, unit: Sequence[int], columns: int) -> Iterator[Term]:
         """The gradients that are wanted of a parameter that is not captured.
 
         Args:
             unit: [n] unit of every sequence of the microbatch.
-            labels: which of X and Y is wanted.
+            columns: how many there are.
         """
         raise NotImplementedError
 
@@ -140,14 +140,14 @@ class SignalBatch:
         self,
         runs: list[tuple[int, int, int]],
         n_rows: int,
-        coefficients: Tensor,
+        weights: Tensor,
         positions: int | None,
         sequence: Tensor | None,
     ) -> None:
-        self.runs, self.n_rows, self.coefficients, self.positions = runs, n_rows, coefficients, positions
+        self.runs, self.n_rows, self.weights, self.positions = runs, n_rows, weights, positions
         self.sequence = sequence
         # What is 0 throughout adds nothing, and is not computed.
-        self.wanted: list[bool] = (coefficients != 0).any(1).tolist()
+        self.wanted: list[bool] = (weights != 0).any(1).tolist()
         self.scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.by_unit = UnitRuns(runs)
 

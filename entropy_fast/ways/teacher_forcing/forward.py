@@ -8,11 +8,13 @@ import inspect
 import torch
 from torch import Tensor, nn
 
-from entropy_fast.errors import GraphDetachedError, ModelStateError
+from entropy_fast.columns import ScoredTokens
+from entropy_fast.errors import ModelStateError
 from entropy_fast.ops import token_logprobs
-from entropy_fast.ways.padded.batch import PackedBatch
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.ways.teacher_forcing.batch import PaddedBatch
 
-__all__ = ["ForwardResult", "align_logprobs", "model_logits", "refuse_nan", "result_of_values"]
+__all__ = ["ForwardResult", "align_logprobs", "model_logits", "result_of_values"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,33 @@ class ForwardResult:
     scored: Tensor
     token_entropies: Tensor | None = None
 
+    @property
+    def logprobs(self) -> Tensor:
+        """[M] log-probs of the scored tokens, sequence by sequence, with their graph."""
+        return self.token_logprobs[self.scored]
 
-def model_logits(module: nn.Module, batch: PackedBatch) -> Tensor:
+    @property
+    def entropies(self) -> Tensor | None:
+        """[M] entropies likewise; None where they were not computed."""
+        return None if self.token_entropies is None else self.token_entropies[self.scored]
+
+    def scored_tokens(self, rollouts: Rollouts, rows: Tensor) -> ScoredTokens:
+        """What this forward of the given rows said, without a graph.
+
+        Raises:
+            GraphDetachedError, RolloutsError: a log-prob is not finite.
+        """
+        entropies = self.entropies
+        return ScoredTokens(
+            rollouts,
+            rows,
+            self.sequence_logprobs.detach(),
+            self.logprobs.detach(),
+            None if entropies is None else entropies.detach(),
+        )
+
+
+def model_logits(module: nn.Module, batch: PaddedBatch) -> Tensor:
     """Logits that predict the columns ``first_scored`` .. T - 1 of ``batch``.
 
     Args:
@@ -78,7 +105,7 @@ def model_logits(module: nn.Module, batch: PackedBatch) -> Tensor:
     return logits[:, -(n_columns + 1) : -1]
 
 
-def align_logprobs(logits: Tensor, batch: PackedBatch, *, want_entropies: bool = False) -> ForwardResult:
+def align_logprobs(logits: Tensor, batch: PaddedBatch, *, want_entropies: bool = False) -> ForwardResult:
     """Log-probs of the response tokens and their sums per sequence.
 
     Accumulates in fp32, or in the dtype of the logits where that is wider.
@@ -87,9 +114,6 @@ def align_logprobs(logits: Tensor, batch: PackedBatch, *, want_entropies: bool =
         logits: [n, T - first_scored, V] from `model_logits`.
         batch: the sequences those logits belong to.
         want_entropies: whether the entropy at every response token is computed too.
-
-    Raises:
-        GraphDetachedError: a log-prob is NaN, so no gradient means anything.
     """
     start = batch.first_scored
     scored = batch.loss_mask[:, start:] == 1
@@ -98,7 +122,7 @@ def align_logprobs(logits: Tensor, batch: PackedBatch, *, want_entropies: bool =
 
 
 def result_of_values(
-    values: Tensor, scored: Tensor, logits: Tensor, batch: PackedBatch, entropies: Tensor | None = None
+    values: Tensor, scored: Tensor, logits: Tensor, batch: PaddedBatch, entropies: Tensor | None = None
 ) -> ForwardResult:
     """Token log-probs back in their places, and summed by sequence.
 
@@ -108,13 +132,9 @@ def result_of_values(
         logits: what the log-probs were taken from.
         batch: the sequences.
         entropies: [number of scored tokens] entropies, likewise; None where they were not computed.
-
-    Raises:
-        GraphDetachedError: a log-prob is NaN, so no gradient means anything.
     """
     n, width = batch.input_ids.shape
     start = batch.first_scored
-    refuse_nan(values)
 
     def in_place(found: Tensor) -> Tensor:
         # masked_scatter and a row sum, not index_add: that one is not deterministic on CUDA.
@@ -130,19 +150,6 @@ def result_of_values(
         scored=batch.loss_mask[:, 1:] == 1,
         token_entropies=None if entropies is None else in_place(entropies),
     )
-
-
-def refuse_nan(values: Tensor) -> None:
-    """Raise when a log-prob is NaN.
-
-    Raises:
-        GraphDetachedError: one is, so no gradient means anything.
-    """
-    if bool(torch.isnan(values.detach()).any()):
-        raise GraphDetachedError(
-            f"{int(torch.isnan(values.detach()).sum())} of {values.numel()} response-token log-probs are NaN.",
-            fix="look for NaN in the weights or adapter, or fp16 overflow (use bfloat16 autocast).",
-        )
 
 
 def _forward_parameters(module: nn.Module) -> set[str]:

@@ -1,4 +1,4 @@
-"""Rows of `Rollouts` laid out for one forward.
+"""Rows of `Rollouts` laid out for one forward, padded on the right.
 
 Whatever padding the rollouts carry, real tokens are moved to the left and padded on the right. Then no query row is
 fully masked (several attention implementations give NaN there) and position ids are the same as without padding.
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["PackedBatch", "pack_rows"]
+__all__ = ["PaddedBatch", "pad_rows"]
 
 PAD_ID = 0  # any valid id will do: padded positions are neither attended to nor scored
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedBatch:
+class PaddedBatch:
     """n sequences, right-padded to the longest of them.
 
     Attributes:
@@ -42,7 +42,7 @@ class PackedBatch:
         return int(self.loss_mask.any(0).nonzero()[0])
 
 
-def pack_rows(rollouts: Rollouts, rows: Tensor, device: torch.device) -> PackedBatch:
+def pad_rows(rollouts: Rollouts, rows: Tensor, device: torch.device) -> PaddedBatch:
     """Lay out the given rows for one forward.
 
     Args:
@@ -57,7 +57,7 @@ def pack_rows(rollouts: Rollouts, rows: Tensor, device: torch.device) -> PackedB
     # A stable sort by "is padding" keeps the order of the real tokens and drops holes along with the padding.
     order = torch.argsort(1 - attention, dim=-1, stable=True)[:, :width]
     mask = attention.gather(-1, order)
-    return PackedBatch(
+    return PaddedBatch(
         rows=rows,
         input_ids=torch.where(mask == 1, ids.gather(-1, order), PAD_ID),
         attention_mask=mask,

@@ -1,8 +1,8 @@
 """Projections of every sequence's gradients on a few directions, without the gradients themselves.
 
-Legend: c_i and a_i coefficients, c_i ∇S_i and a_i ∇S_i a sequence's parts in X and in g, V a direction in the space of the
-parameters (one for every unit, or the same for all), x_t and dy_t input of a linear map and gradient of its output at token
-t.
+Legend: w_ci the coefficient of sequence i in column c, w_ci ∇S_i its part in the column's gradient, V a direction in the space
+of the parameters (one for every unit, or the same for all), x_t and dy_t input of a linear map and gradient of its output at
+token t.
 
 The gradient of a map's weight by S_i is Σ_t dy_t x_tᵀ over the tokens of a sequence, so its product with V is Σ_t dy_t · (V
 x_t): V is applied to the tokens, and what is left is a number for each of them.
@@ -15,46 +15,51 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from entropy_fast.capture.signal_rows import SignalRows, Term
-from entropy_fast.columns.coefficients import labels_of
+from entropy_fast.capture.row_recorder import RowRecorder, Term
 
-__all__ = ["Directions", "SequenceProjections"]
+__all__ = ["Directions", "ProjectionRecorder"]
 
 Directions = Callable[
     [str, int], Sequence[Tensor]
 ]  # name and unit to one tensor of the parameter's shape per direction
 
 
-class SequenceProjections(SignalRows):
-    """Every sequence's part in X or in g, projected on V and summed over parameters; the recorder of the backwards.
+class ProjectionRecorder(RowRecorder):
+    """Every sequence's part in columns' gradients, projected on V and summed over parameters; the recorder of the backwards.
 
     Products are taken in the direction's dtype (fp32 or fp64) and added up in fp64.
 
     Args:
         directions: V by parameter name and unit.
         n_sequences: N, of the rollouts.
-        labels: K letters, X or Y: whether a sequence's part in X or in g is projected on each of the K directions.
+        columns: K numbers: whose part is projected on each of the K directions.
         device: where ``values`` is kept.
         by_unit: whether directions differ between units.
 
     Attributes:
-        values: [N, K] c_i ∇S_i · V or a_i ∇S_i · V, fp64; 0 for sequences that have not been gone through.
+        values: [N, K] w_ci ∇S_i · V, fp64; 0 for sequences that have not been gone through.
     """
 
     whole_sequences = True
 
     def __init__(
-        self, directions: Directions, n_sequences: int, labels: str, device: torch.device, *, by_unit: bool
+        self,
+        directions: Directions,
+        n_sequences: int,
+        columns: Sequence[int],
+        device: torch.device,
+        *,
+        by_unit: bool,
     ) -> None:
         super().__init__()
         self._directions = directions
-        self._labels = ["XY".index(label) for label in labels]
+        self._columns = list(columns)
         self._by_unit = by_unit
         self._rows = torch.zeros(0, dtype=torch.int64)
-        self.values = torch.zeros(n_sequences, len(labels), dtype=torch.float64, device=device)
+        self.values = torch.zeros(n_sequences, len(columns), dtype=torch.float64, device=device)
 
     def start(self, rows: Tensor) -> None:
-        """See `SignalRows.start`."""
+        """See `RowRecorder.start`."""
         super().start(rows)
         self._rows = rows.to(self.values.device)
 
@@ -119,40 +124,40 @@ class SequenceProjections(SignalRows):
             lambda directions, span: torch.stack([_inner(by_row[span], v.reshape(-1)) for v in directions], 1),
         )
 
-    def terms(self, unit: Sequence[int], labels: str) -> Iterator[Term]:
-        """See `SignalRows.terms`: the parts of every sequence, ``which`` its place in the microbatch."""
+    def terms(self, unit: Sequence[int], columns: int) -> Iterator[Term]:
+        """See `RowRecorder.terms`: the parts of every sequence, ``which`` its place in the microbatch."""
         for place, number in enumerate(unit):
             members = torch.zeros(len(unit), dtype=torch.float64)
             members[place] = 1.0
-            for label in labels_of(labels):
-                yield Term(number, place, label, members)
+            for column in range(columns):
+                yield Term(number, place, column, members)
 
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
-        """See `SignalRows.put`."""
-        for column, (label, v) in enumerate(zip(self._labels, self._directions(name, term.unit), strict=True)):
-            if label == term.label:
+        """See `RowRecorder.put`."""
+        for place, (column, v) in enumerate(zip(self._columns, self._directions(name, term.unit), strict=True)):
+            if column == term.column:
                 found = _inner(gradient.flatten(), v.to(gradient.device).flatten())
-                self.values[self._rows[term.which], column] += found.to(self.values.device)
+                self.values[self._rows[term.which], place] += found.to(self.values.device)
 
     def _add(self, name: str, device: torch.device, of_run: Callable[[list[Tensor], slice], Tensor]) -> None:
         """Add up by sequences what ``of_run`` gives, [rows of the run, K] fp64, for every run of rows with one direction."""
         batch = self._batch
         assert batch is not None and batch.sequence is not None
-        columns = [column for column, label in enumerate(self._labels) if batch.wanted[label]]
-        if not columns:
+        places = [place for place, column in enumerate(self._columns) if batch.wanted[column]]
+        if not places:
             return
         runs = batch.runs if self._by_unit else [(batch.runs[0][0], 0, batch.n_rows)]
         by_row = torch.cat(
             [
-                of_run([self._directions(name, unit)[column].to(device) for column in columns], slice(begin, end))
+                of_run([self._directions(name, unit)[place].to(device) for place in places], slice(begin, end))
                 for unit, begin, end in runs
             ]
         )
-        by_row = by_row * batch.coefficients[[self._labels[column] for column in columns]].t().to(device)
+        by_row = by_row * batch.weights[[self._columns[place] for place in places]].t().to(device)
         lengths = torch.bincount(batch.sequence, minlength=len(self._rows)).to(device)
         # Not index_add: that one is not deterministic on CUDA.
         sums = torch.segment_reduce(by_row, "sum", lengths=lengths)
-        self.values[self._rows[:, None], torch.tensor(columns)] += sums.to(self.values.device)
+        self.values[self._rows[:, None], torch.tensor(places)] += sums.to(self.values.device)
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

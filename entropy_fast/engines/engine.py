@@ -1,0 +1,64 @@
+"""What an engine is, and what has to be known of one to choose it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+from entropy_fast.config import RunOptions
+from entropy_fast.context import ProbeContext
+from entropy_fast.errors import ConfigError
+from entropy_fast.estimates.measured import Measured
+from entropy_fast.rollouts import Rollouts
+
+__all__ = ["Engine", "EngineKind"]
+
+
+class Engine(Protocol):
+    """Measures; made for every estimate anew. It writes nothing into the context or the rollouts."""
+
+    def same_batch(self, rollouts: Rollouts) -> Measured:
+        """Kernel sums over the units of one batch, with their diagonal.
+
+        Args:
+            rollouts: without empty responses.
+
+        Raises:
+            GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
+            ModelStateError: two forwards of the same sequences differ, or sequences interact.
+            ProbeMemoryError: memory ran out with a single prompt.
+        """
+
+    def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
+        """Kernel sums between an entropy batch and an independent update batch; arguments and errors as of `same_batch`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineKind:
+    """One engine, by name.
+
+    Attributes:
+        name: what ``RunOptions(engine=...)`` calls it.
+        make: from a context.
+        takes: the options in `RunOptions` that it has a use for, beside the name itself.
+        refuses: given a number of batches (1 or 2) and the context, why it cannot do what is asked; None when it can.
+    """
+
+    name: str
+    make: Callable[[ProbeContext], Engine]
+    takes: frozenset[str]
+    refuses: Callable[[int, ProbeContext], str | None] = lambda batches, context: None
+
+    def check(self, options: RunOptions) -> None:
+        """Raise where an option is set that the engine has no use for.
+
+        Raises:
+            ConfigError: one is; the message names it and the engines that take it.
+        """
+        ignored = [name for name in options.changed() if name not in self.takes | {"engine"}]
+        if ignored:
+            raise ConfigError(
+                f"RunOptions: `{ignored[0]}` is {getattr(options, ignored[0])!r}, and engine {self.name!r} has no use for it.",
+                fix=f"leave `{ignored[0]}` out, or choose an engine that takes it.",
+            )

@@ -1,0 +1,320 @@
+"""The two-pass engine: X and Y by plain backward passes. Readable and guarded; every faster engine is checked against it.
+
+Legend (docs/theory.md): S_i sequence log-prob, c_i and a_i coefficients of the functional and the update column,
+X_n = Σ c_i ∇S_i, Y_n = P Σ a_i ∇S_i, K_nm = X_n · Y_m, E entropy batch, U update batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from entropy_fast.checks.grad_context import assert_attached, assert_grad_context
+from entropy_fast.checks.repeatability import check_repeatable
+from entropy_fast.columns import Coefficients, SequenceTable, Side
+from entropy_fast.columns.coefficients import power_of_two_scale
+from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.context import ProbeContext, ProgressCallback
+from entropy_fast.engines.gradient_sum import GradientSum, inner_product
+from entropy_fast.engines.sums import coverage_of, finish_functional, finish_update, finished
+from entropy_fast.engines.two_pass import alpha_trick
+from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
+from entropy_fast.estimates.kernel_sums import KernelSums
+from entropy_fast.estimates.measured import Measured, Plan
+from entropy_fast.ops import precondition_accumulate
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.rollouts.units import iter_microbatches, prompt_units
+from entropy_fast.step import AdamState
+from entropy_fast.ways.teacher_forcing import ForwardResult, PaddedBatch, align_logprobs, model_logits, pad_rows
+
+__all__ = ["ProbeComponents"]
+
+
+class ProbeComponents:
+    """Forwards, backwards and kernel sums for one model, one optimizer state and one set of options.
+
+    Args:
+        model: a causal language model, possibly wrapped in DistributedDataParallel or compiled.
+        state: the optimizer's Adam state for this model.
+        estimate: what is estimated; None takes the defaults.
+        run: how it is run; None takes the defaults.
+        on_progress: called with stage, prompts done and prompts in all.
+
+    Attributes:
+        context: all of that, frozen.
+
+    Raises:
+        ModelStateError, LearningRateError: see `ProbeContext.of`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        state: AdamState,
+        estimate: EstimateOptions | None = None,
+        run: RunOptions | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> None:
+        self.context = ProbeContext.of(model, state, estimate, run, on_progress)
+
+    @classmethod
+    def of(cls, context: ProbeContext) -> ProbeComponents:
+        """For a context that is there."""
+        components = cls.__new__(cls)
+        components.context = context
+        return components
+
+    _assert_grad_context = staticmethod(assert_grad_context)
+
+    def _teacher_force_logprobs(self, batch: PaddedBatch) -> ForwardResult:
+        """One forward of ``batch``: aligned token log-probs and S [n]; logits and S are checked to carry a graph."""
+        self._assert_grad_context("ProbeComponents._teacher_force_logprobs")
+        context = self.context
+        context.registry.check("ProbeComponents._teacher_force_logprobs")
+        with context.autocast():
+            logits = model_logits(context.registry.module, batch)
+        assert_attached("logits", logits, "ProbeComponents._teacher_force_logprobs")
+        forward = align_logprobs(logits, batch, want_entropies=context.columns.needs_entropies)
+        assert_attached("S", forward.sequence_logprobs, "ProbeComponents._teacher_force_logprobs")
+        return forward
+
+    def _compute_aligned_batch_logprobs(self, rollouts: Rollouts, rows: Tensor) -> ForwardResult:
+        """The given rows of the rollouts, laid out without left padding and teacher-forced."""
+        self._assert_grad_context("ProbeComponents._compute_aligned_batch_logprobs")
+        return self._teacher_force_logprobs(pad_rows(rollouts, rows, self.context.device))
+
+    def _build_probe_loss(self, forward: ForwardResult, coefficients: Coefficients) -> Tensor:
+        """The scalar whose gradient is that of the one column, summed over the prompts of the forward: Σ_i c_i S_i."""
+        return coefficients.losses(forward, 0).sum()
+
+    def _iter_prompt_microbatches(self, rollouts: Rollouts, prompts: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """Row indices of successive microbatches of whole prompts."""
+        chosen = list(range(rollouts.n_prompts)) if prompts is None else list(prompts)
+        return iter_microbatches(rollouts, chosen, self.context.run.prompts_per_microbatch or 1)
+
+    def _iter_prompts_as_units(self, rollouts: Rollouts) -> Iterator[list[int]]:
+        """Prompt indices of every unit of the U-statistic (single prompts, or blocks)."""
+        return iter(prompt_units(rollouts.n_prompts, self.context.estimate.blocks))
+
+    def accumulate_sum_X(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (X as in the theory)
+        """X_sum = Σ_n X_n over all prompts, raw (not preconditioned).
+
+        Raises:
+            GradientCoverageError: no parameter received a gradient (or, strict, one did not).
+        """
+        self._assert_grad_context("ProbeComponents.accumulate_sum_X")
+        return finish_functional(self.context, self._pass(Side.FUNCTIONAL, rollouts).total, rollouts)[0]
+
+    def accumulate_sum_Y(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (Y as in the theory)
+        """Y_sum = P Σ_n g_n over all prompts, preconditioned.
+
+        Raises:
+            GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
+        """
+        self._assert_grad_context("ProbeComponents.accumulate_sum_Y")
+        return finish_update(self.context, self._pass(Side.UPDATE, rollouts).total, rollouts)[0]
+
+    def same_batch(self, rollouts: Rollouts) -> Measured:
+        """See `Engine.same_batch`."""
+        self._assert_grad_context("ProbeComponents.same_batch")
+        return self._kernel_sums(rollouts, list(self._iter_prompts_as_units(rollouts)))
+
+    def _compute_delta_h1_exact(self, rollouts: Rollouts) -> Measured:
+        """Kernel sums with every prompt as a unit."""
+        return self._kernel_sums(rollouts, prompt_units(rollouts.n_prompts, None))
+
+    def _compute_delta_h1_blocks(self, rollouts: Rollouts) -> Measured:
+        """Kernel sums with blocks of prompts as units."""
+        return self._kernel_sums(rollouts, list(self._iter_prompts_as_units(rollouts)))
+
+    def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
+        """See `Engine.two_batch`."""
+        self._assert_grad_context("ProbeComponents.two_batch")
+        context = self.context
+        x_pass, y_pass = self._both_passes(entropy, update)
+        sums = finished(context, x_pass.total, y_pass.total, entropy, update)
+        if context.run.conditional_variance == "alpha":
+            y_mean = [y / update.n_prompts for y in sums.y.tensors]
+            rows = self.compute_conditional_variance_over_E_alpha(entropy, y_mean) * update.n_prompts
+        else:
+            rows = self._projections(Side.FUNCTIONAL, entropy, sums.y.tensors)
+        columns = self._projections(Side.UPDATE, update, sums.x.tensors)
+        found = KernelSums(float(sums.products.sum()), rows, columns, by_parameter=sums.products)
+        tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
+        how = "the double backward" if context.run.conditional_variance == "alpha" else "a backward a prompt"
+        plan = self._plan(f"projections of the entropy batch by {how}")
+        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan)
+
+    def compute_conditional_variance_over_E_alpha(  # noqa: N802 (E as in the theory)
+        self, entropy: Rollouts, y_mean: Sequence[Tensor]
+    ) -> Tensor:
+        """s_n = X_n · Ȳ of every prompt of the entropy batch by the alpha trick.
+
+        The conditional variance of X̄ · Ȳ given the update batch is var(s_n) / B_E (`two_batch_estimate`).
+
+        Args:
+            entropy: the entropy batch E, B_E prompts.
+            y_mean: Ȳ, one tensor per registered parameter.
+
+        Returns:
+            [B_E] s_n, fp64 on the CPU.
+
+        Raises:
+            CheckpointingError: the model checkpoints in reentrant mode.
+            GradientCoverageError: no parameter receives a gradient from L.
+            GraphDetachedError: the model cannot be differentiated twice.
+        """
+        self._assert_grad_context("ProbeComponents.compute_conditional_variance_over_E_alpha")
+        return torch.cat([found.projections for found in self._alpha_projections(entropy, y_mean)])
+
+    def _alpha_projections(self, entropy: Rollouts, y_mean: Sequence[Tensor]) -> list[alpha_trick.AlphaProjections]:
+        """Of every microbatch."""
+        context = self.context
+        alpha_trick.refuse_reentrant_checkpointing(context.model)
+        columns, found = context.columns.of_side(Side.FUNCTIONAL), []
+        with context.probe_state(), alpha_trick.twice_differentiable_attention():
+            for rows in self._iter_prompt_microbatches(entropy):
+                forward = self._compute_aligned_batch_logprobs(entropy, rows)
+                prompt = entropy.prompt_index[rows]
+                found.append(
+                    alpha_trick.alpha_projections(
+                        forward,
+                        columns.weigh(forward.scored_tokens(entropy, rows)),
+                        (prompt - prompt.min()).to(context.device),
+                        context.registry.tensors,
+                        y_mean,
+                        strict=context.run.strict,
+                    )
+                )
+                context.report("alpha", int(prompt.max()) + 1, entropy.n_prompts)
+        return found
+
+    def _kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
+        """Aggregate passes, then the diagonal phase: X_u by one backward and Y_u by a second on a fresh graph."""
+        context, step = self.context, self.context.step
+        x_pass, y_pass = self._both_passes(rollouts, rollouts)
+        first, second = (found.table.sequence_logprobs for found in (x_pass, y_pass))
+        check_repeatable(first, second, torch.arange(rollouts.n_sequences))
+        sums = finished(context, x_pass.total, y_pass.total, rollouts, rollouts)
+        moments = step.second_moments(sums.x.tensors)
+        dots = []  # per unit X_u · Y_u, X_u · Y_sum and Y_u · X_sum
+        kept: list[tuple[list[Tensor], list[Tensor]]] = []
+        for unit in units:
+            x_unit, g_unit = (self._gradient_sum(side, rollouts, unit).tensors for side in Side)
+            per_parameter = precondition_accumulate(
+                x_unit,
+                g_unit,
+                moments.tensors,
+                sums.x.tensors,
+                sums.y.tensors,
+                bias_correction=moments.bias_correction,
+                eps=moments.eps,
+                ratio=moments.ratio,
+                update=False,
+            )
+            dots.append(per_parameter.cpu())
+            if context.run.full_kernel:
+                y_unit = step.apply_preconditioner(g_unit)
+                kept.append(([x.cpu() for x in x_unit], [y.cpu() for y in y_unit]))
+            context.report("diagonal", unit[-1] + 1, rollouts.n_prompts)
+        diagonal, row_sums, column_sums = torch.stack([dot.sum(0) for dot in dots]).unbind(1)
+        kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
+        found = KernelSums(
+            x_dot_y=float(sums.products.sum()),
+            row_sums=row_sums.contiguous(),
+            column_sums=column_sums.contiguous(),
+            diagonal=diagonal.contiguous(),
+            unit_sizes=torch.tensor([len(unit) for unit in units]),
+            kernel=torch.tensor(kernel, dtype=torch.float64) if kernel else None,
+            by_parameter=sums.products - torch.stack(dots)[:, :, 0].sum(0),
+        )
+        tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
+        plan = self._plan("then both again for every unit")
+        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan)
+
+    def _plan(self, then: str) -> Plan:
+        per_forward = self.context.run.prompts_per_microbatch or 1
+        return Plan(
+            f"padded whole sequences, {per_forward} prompt(s) in a forward, one forward and backward for the entropy gradient "
+            f"and one for the update's; {then}",
+            reasons=("the plain reference that faster engines are checked against",),
+        )
+
+    def _projections(self, side: Side, rollouts: Rollouts, direction: Sequence[Tensor]) -> Tensor:
+        """[B] inner products of every prompt's X_n (or Y_n) with a direction, one backward a prompt."""
+        products = []
+        for prompt in range(rollouts.n_prompts):
+            gradient = self._gradient_sum(side, rollouts, [prompt]).tensors
+            if side is Side.UPDATE:
+                gradient = self.context.step.apply_preconditioner(gradient)
+            products.append(inner_product(gradient, direction))
+            self.context.report(f"{side.value} per prompt", prompt + 1, rollouts.n_prompts)
+        return torch.tensor(products, dtype=torch.float64)
+
+    def _both_passes(self, entropy: Rollouts, update: Rollouts) -> tuple[_Pass, _Pass]:
+        """X first: what it reached is said where the update's route reaches nothing."""
+        x_pass = self._pass(Side.FUNCTIONAL, entropy)
+        if not any(x_pass.total.touched):
+            coverage_of(self.context, Side.FUNCTIONAL, x_pass.total, entropy)
+        return x_pass, self._pass(Side.UPDATE, update, x_pass.total.touched)
+
+    def _pass(self, side: Side, rollouts: Rollouts, x_touched: Sequence[bool] | None = None) -> _Pass:
+        """The sum over a whole batch, and what was learned of its sequences."""
+        columns = self.context.columns.of_side(side)
+        table = SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
+        total = self._gradient_sum(side, rollouts, range(rollouts.n_prompts), table, x_touched)
+        return _Pass(total, table)
+
+    def _gradient_sum(
+        self,
+        side: Side,
+        rollouts: Rollouts,
+        prompts: Sequence[int],
+        table: SequenceTable | None = None,
+        x_touched: Sequence[bool] | None = None,
+    ) -> GradientSum:
+        """Σ X_n or Σ g_n (raw) over the given prompts: a fresh forward and one backward per microbatch.
+
+        With a ``table`` (the pass over the whole batch) what is learned of every sequence is written into it.
+        """
+        context, columns = self.context, self.context.columns.of_side(side)
+        total, done = GradientSum.zeros(context.registry.tensors, context.sums_device), 0
+        with context.probe_state():
+            if side is Side.UPDATE:
+                # Every pass starts from the caller's random state. One draw more before Y, so that randomness nobody
+                # switched off differs from that of X and `check_repeatable` sees it.
+                torch.rand(1, device=context.device)
+            for rows in self._iter_prompt_microbatches(rollouts, prompts):
+                forward = self._compute_aligned_batch_logprobs(rollouts, rows)
+                scored = forward.scored_tokens(rollouts, rows)
+                coefficients = columns.weigh(scored)
+                scale = power_of_two_scale(coefficients.largest(0))
+                loss = self._build_probe_loss(forward, coefficients) * scale
+                total.add(self._gradients(side, loss, forward, x_touched), scale)
+                if table is not None:
+                    table.put(rows, scored.sequence_logprobs, scored.entropy_sums, coefficients)
+                    done += len(torch.unique(rollouts.prompt_index[rows]))
+                    context.report(side.value, done, rollouts.n_prompts)
+        return total
+
+    def _gradients(
+        self, side: Side, loss: Tensor, forward: ForwardResult, x_touched: Sequence[bool] | None
+    ) -> Sequence[Tensor | None]:
+        """By the route that was asked for."""
+        context = self.context
+        if side is Side.FUNCTIONAL or context.run.y_pass == "backward":
+            return gradients_by_backward(loss, context.registry)
+        return gradients_by_autograd_grad(
+            loss, forward.sequence_logprobs, context.registry, strict=context.run.strict, x_touched=x_touched
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """A gradient sum over a batch, and what was learned of its sequences."""
+
+    total: GradientSum
+    table: SequenceTable

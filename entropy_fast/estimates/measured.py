@@ -1,0 +1,59 @@
+"""Everything an engine found, in one object, which estimates are made from. An engine writes nothing elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from entropy_fast.checks.coverage import PassCoverage
+from entropy_fast.columns import SequenceTable
+from entropy_fast.estimates.kernel_sums import KernelSums
+from entropy_fast.step import ExcludedElements
+
+__all__ = ["Measured", "Plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How an engine went through the batches.
+
+    Attributes:
+        way: in words.
+        not_taken: for every faster way its name and the reason against it.
+        reasons: why things were done as they were.
+    """
+
+    way: str
+    not_taken: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ". ".join(part.rstrip(".") for part in (self.way, "; ".join(self.reasons), self.refusals) if part) + "."
+
+    @property
+    def refusals(self) -> str:
+        """What was not taken, and why, in a sentence; empty where nothing was."""
+        return f"Not taken: {'; '.join(self.not_taken)}" if self.not_taken else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What an engine found in one batch or two. Mappings have the keys ``entropy`` and ``update``: a pass for each side.
+
+    Attributes:
+        sums: over the influence kernel.
+        coverage: what each side's gradient reached.
+        sequences: what is known of every sequence of each side's batch.
+        excluded: elements without a usable second moment.
+        leading_products: X_sum · Y_sum of the first few parameters, by name; empty where X_sum was not formed.
+        plan: how the batches were gone through.
+        notes: what deserves a sentence in the result.
+    """
+
+    sums: KernelSums
+    coverage: Mapping[str, PassCoverage]
+    sequences: Mapping[str, SequenceTable]
+    excluded: ExcludedElements
+    leading_products: Mapping[str, float]
+    plan: Plan
+    notes: tuple[str, ...] = ()

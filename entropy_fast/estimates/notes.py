@@ -1,0 +1,132 @@
+"""Everything about a forecast that deserves a sentence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from entropy_fast.checks.coverage import coverage_difference
+from entropy_fast.columns import Side
+from entropy_fast.errors import EntropyFastWarning
+from entropy_fast.estimates.measured import Measured
+from entropy_fast.estimates.setting import Setting
+from entropy_fast.rollouts import EmptyResponseReport, Rollouts
+
+__all__ = ["empty_response_message", "notes_of"]
+
+OFF_POLICY = 0.05  # nats a token that the policy may have moved since sampling without a note: more than 16 bits round
+ENTROPY, UPDATE = Side.FUNCTIONAL.value, Side.UPDATE.value
+
+
+def notes_of(
+    measured: Measured, setting: Setting, batches: Mapping[str, Rollouts], empty: Mapping[str, EmptyResponseReport]
+) -> list[str]:
+    """Sentences, those about the batches by their names."""
+    notes = [f"{name}: {empty_response_message(report)}" for name, report in empty.items() if report.sequences]
+    notes += [*measured.notes, *setting.notes]
+    for name, batch in batches.items():
+        notes += _of_batch(measured, setting, name, batch)
+    notes += _of_gradients(measured)
+    half = [str(t) for t in (torch.bfloat16, torch.float16) if t in setting.compute_dtypes]
+    if half:
+        notes.append(
+            f"computed in {' and '.join(half)}: δH₁ and its shares carry that rounding, besides the standard error."
+        )
+    return notes
+
+
+def empty_response_message(report: EmptyResponseReport) -> str:
+    """One sentence about what was left out."""
+    groups = f", and with them the whole of group(s) {list(report.groups)}" if report.groups else ""
+    return f"{len(report.sequences)} sequence(s) without response tokens were left out{groups}: rows {list(report.sequences)}."
+
+
+def _of_batch(measured: Measured, setting: Setting, name: str, batch: Rollouts) -> list[str]:
+    notes = []
+    message = _sampling_message(name, batch)
+    if message is not None:
+        notes.append(message)
+        warnings.warn(message, EntropyFastWarning, stacklevel=7)
+    notes += _old_logprobs_messages(measured, setting, name)
+    flat = _prompts_without_spread(batch)
+    if flat:
+        notes.append(
+            f"{name}: {flat} of {batch.n_prompts} prompts have advantage 0 throughout: no update comes from them."
+        )
+    if setting.estimate.weighting == "dr_grpo" and not batch.max_lengths_given:
+        score_function = setting.estimate.entropy_estimator == "score_function"
+        known = " (about 20% at 8 responses a prompt, 4% at 32)" if score_function else ""
+        notes.append(
+            f"{name}: L_max is the longest sampled response of each prompt, which depends on the samples and biases X"
+            f"{known}; pass max_lengths, the generation budget."
+        )
+    return notes
+
+
+def _of_gradients(measured: Measured) -> list[str]:
+    notes = []
+    if measured.coverage[ENTROPY].norm == 0:
+        notes.append("the entropy gradient is exactly 0, since all of its coefficients are: so is the forecast.")
+    if measured.coverage[UPDATE].norm == 0:
+        notes.append(
+            "this batch's own update is exactly 0, since all of its coefficients (advantages) are; δH₁ is about that part of "
+            "the step alone: what the optimizer's momentum and weight decay will do to the entropy is not in it, and not known."
+        )
+    difference = coverage_difference(measured.coverage[ENTROPY], measured.coverage[UPDATE])
+    if difference is not None:
+        notes.append(difference)
+    excluded = measured.excluded
+    if excluded.share > 0:
+        notes.append(f"{excluded.share:.3g} of ‖g‖² has no second moment and is left out of Y.")
+    if excluded.below_eps:
+        notes.append(f"{excluded.below_eps} elements have sqrt(v̂) below ε: their step is set by ε, not by Adam.")
+    return notes
+
+
+def _prompts_without_spread(batch: Rollouts) -> int:
+    assert batch.advantages is not None
+    size = torch.zeros(batch.n_prompts, dtype=torch.float64)
+    size.index_add_(0, batch.prompt_index, batch.advantages.to(device="cpu", dtype=torch.float64).abs())
+    return int((size == 0).sum())
+
+
+def _sampling_message(name: str, batch: Rollouts) -> str | None:
+    if batch.temperature is None or batch.top_p is None:
+        return f"{name}: sampling temperature or top-p unknown; anything but (1, 1) biases the entropy gradient."
+    if (batch.temperature, batch.top_p) != (1, 1):
+        return (
+            f"{name}: sampled at temperature {batch.temperature}, top-p {batch.top_p}; log-probs are scored at (1, 1), so the "
+            "entropy gradient is biased (about 20% at temperature 0.7)."
+        )
+    return None
+
+
+def _old_logprobs_messages(measured: Measured, setting: Setting, name: str) -> list[str]:
+    """What has to be known where the rollouts of one batch say which policy sampled them, and it is not this one."""
+    found = measured.sequences[UPDATE if name == UPDATE else ENTROPY].ratios
+    if found is None:
+        return []
+    moved, largest = _mean(found.mean_log_ratio), float(found.largest_log_ratio.max())
+    if not moved > OFF_POLICY:
+        return []
+    distance = (
+        f"{name}: log-probs are {moved:.3g} nats a token away from old_logprobs on average, and {largest:.3g} at most"
+    )
+    messages = []
+    if name != UPDATE:
+        messages.append(
+            f"{distance}; the entropy gradient takes responses as drawn from the current policy, and is biased where they were "
+            "not. Is column t of old_logprobs about the token in column t?"
+        )
+    if name != ENTROPY and setting.estimate.importance_ratio == "none":
+        messages.append(f"{distance}; importance_ratio='token' would put that into the update.")
+    if name != ENTROPY and setting.estimate.clip_range is not None:
+        messages.append(f"{name}: clipping leaves out {_mean(found.clipped):.1%} of a response's tokens on average.")
+    return messages
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.to(torch.float64).mean())

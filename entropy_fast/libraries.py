@@ -1,0 +1,100 @@
+"""What is taken from inside peft and transformers, in one place, and imported when it is used.
+
+Their private names move; here is where to look when they have. Classes are told by their names: a model that holds an instance
+of one has imported its library, and a model that holds none needs no import.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "attention_configurations",
+    "attention_function",
+    "casts_outputs_alone",
+    "dequantized_weight",
+    "is_exactly",
+    "prompt_learning",
+    "trainer_decay_names",
+    "transformers_base",
+]
+
+_IMPLEMENTATION = "_attn_implementation_internal"
+
+
+def is_exactly(module: object, *classes: str) -> bool:
+    """Whether the class of ``module`` (no subclass of it) is one of those, such as ``peft.tuners.lora.layer.Linear``."""
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}" in classes
+
+
+def dequantized_weight(layer: nn.Module) -> Tensor:
+    """The weight of a peft layer's base, whatever it is stored as."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(layer)
+    return weight
+
+
+def transformers_base(module: nn.Module) -> Any:
+    """The transformers model under adapter wrappers, of which the decoder and the output layer are known; None for others."""
+    from transformers import PreTrainedModel
+
+    unwrap = getattr(module, "get_base_model", None)
+    base = unwrap() if callable(unwrap) else module
+    return base if isinstance(base, PreTrainedModel) and base.base_model is not base else None
+
+
+def attention_configurations(module: nn.Module) -> list[Any]:
+    """The configurations under ``module`` that say which attention function its layers use."""
+    found = (getattr(submodule, "config", None) for submodule in module.modules())
+    return list({id(c): c for c in found if hasattr(c, _IMPLEMENTATION)}.values())
+
+
+@contextlib.contextmanager
+def attention_function(configurations: Sequence[Any], function: Callable[..., Any]) -> Iterator[None]:
+    """Let every layer that these configurations belong to get ``function`` for its attention."""
+    from transformers import AttentionInterface
+
+    name = f"entropy_fast_{uuid.uuid4().hex}"
+    before = [(config, getattr(config, _IMPLEMENTATION)) for config in configurations]
+    try:
+        AttentionInterface.register(name, function)
+        for config, _ in before:
+            setattr(config, _IMPLEMENTATION, name)
+        yield
+    finally:
+        for config, implementation in before:
+            setattr(config, _IMPLEMENTATION, implementation)
+        AttentionInterface._global_mapping.pop(name, None)
+
+
+def trainer_decay_names(module: nn.Module) -> set[str]:
+    """Names of the parameters that transformers' Trainer puts into its group with weight decay.
+
+    The rule is Trainer.get_decay_parameter_names.
+    """
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    patterns = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
+    return set(get_parameter_names(module, [torch.nn.LayerNorm], patterns))
+
+
+def prompt_learning(module: nn.Module) -> bool:
+    """Whether a peft model's active adapter puts virtual tokens before every sequence (prompt and prefix tuning)."""
+    config = getattr(module, "active_peft_config", None)
+    return bool(getattr(config, "is_prompt_learning", False))
+
+
+def casts_outputs_alone(module: nn.Module) -> bool:
+    """Whether a module's own forward is the one that accelerate places: autocast around it, and outputs in float32."""
+    placed = module.__dict__.get("forward")
+    inner = getattr(getattr(placed, "__func__", placed), "__wrapped__", None)
+    before = getattr(getattr(module, "_original_forward", None), "__func__", None)
+    return type(inner).__module__.startswith("accelerate.") and before is type(module).forward
