@@ -189,11 +189,14 @@ def test_truncated_files_are_refused(tmp_path: Path, kept: float, archive: bool)
         adam_state_from_file(path, model)
 
 
-def test_the_old_file_format_is_read(tmp_path: Path) -> None:
-    model = Interleaved()
+def test_the_old_file_format_has_no_checksums_and_is_read_once_rewritten(tmp_path: Path) -> None:
+    model, path = Interleaved(), tmp_path / "old.pt"
     optimizer = randomly_stepped(model, torch.optim.AdamW(model.parameters()))
-    torch.save(optimizer.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert_same(adam_state_from_file(tmp_path / "old.pt", model), AdamState.from_optimizer(optimizer, model))
+    torch.save(optimizer.state_dict(), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(OptimizerStateError, match=r"before 1\.6 has no checksums"):
+        adam_state_from_file(path, model)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert_same(adam_state_from_file(path, model), AdamState.from_optimizer(optimizer, model))
 
 
 @pytest.mark.parametrize(
