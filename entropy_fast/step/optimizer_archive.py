@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
@@ -98,15 +97,17 @@ def _check_archive(where: str, file: IO[bytes]) -> None:
         if len({record.filename.lower() for record in records}) < len(records):
             raise zipfile.BadZipFile("two records have one name")
         for record in records:
-            checksum = length = 0
             with archive.open(record) as content:
-                while piece := content.read(PIECE):
-                    checksum, length = zlib.crc32(piece, checksum), length + len(piece)
-            if (checksum, length) != (record.CRC, record.file_size):
-                raise zipfile.BadZipFile(
-                    f"the checksum of record {record.filename!r} does not fit its content: the file is damaged (or was "
-                    "written under torch.serialization.set_crc32_options(False), without checksums)"
-                )
+                try:
+                    while content.read(PIECE):
+                        pass
+                except zipfile.BadZipFile as error:
+                    raise OptimizerStateError(
+                        f"optimizer file {where} cannot be read: the checksum of record {record.filename!r} does not fit its "
+                        "content. The file is damaged, or was written without checksums "
+                        "(torch.serialization.set_crc32_options(False)).",
+                        fix="take another copy of the file, or save it again with checksums.",
+                    ) from error
 
 
 def _structure(where: str, saved: object) -> SavedOptimizer:
