@@ -20,7 +20,7 @@ from entropy_fast.errors import EntropyFastError
 from entropy_fast.ops import backend_report
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.step import AdamGroup, AdamState
+from entropy_fast.step import AdamState
 
 __all__ = ["Check", "check_environment", "check_model", "synthetic_rollouts"]
 
@@ -105,7 +105,7 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
         return "autograd records here"
 
     step("grad context", grad_context)
-    known = state or AdamState((AdamGroup(1.0, 0.999, 1e-8, amsgrad=False),), {}, {})
+    known = state or AdamState.identity(model)
     rate = known.groups[0].learning_rate
     if state is not None:
         found = f"{rate}" if rate > 0 else f"{rate}: a probe needs learning_rate=...; the other checks go on without it"

@@ -3,49 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from entropy_fast.checks.parameter_registry import unwrap_model
 from entropy_fast.errors import OptimizerStateError
+from entropy_fast.step.adam_values import (
+    AdamGroup,
+    ParameterMoments,
+    check_moments,
+    maximize_notes,
+    read_groups,
+    read_moments,
+)
 
 __all__ = ["AdamGroup", "AdamState", "ParameterMoments"]
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamGroup:
-    """Hyperparameters of one parameter group: learning rate, β2 and ε."""
-
-    learning_rate: float
-    beta2: float
-    eps: float
-    amsgrad: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterMoments:
-    """Second moment of one parameter.
+class AdamState:
+    """Groups, and for every named parameter its group and (once it has been stepped) its moments.
 
     Attributes:
-        second_moment: v, in the parameter's shape, not bias-corrected; AMSGrad's running maximum where it is used.
-        step: number of optimizer steps taken.
+        groups: hyperparameters by group.
+        group_of: parameter name -> index of its group.
+        moments: parameter name -> second moment and step count.
+        notes: what a reader of the result has to know about how this was read, one sentence each.
     """
-
-    second_moment: Tensor
-    step: float
-
-
-@dataclasses.dataclass(frozen=True)
-class AdamState:
-    """Groups, and for every named parameter its group and (once it has been stepped) its moments."""
 
     groups: tuple[AdamGroup, ...]
     group_of: Mapping[str, int]
     moments: Mapping[str, ParameterMoments]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def from_optimizer(cls, optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
@@ -56,23 +48,14 @@ class AdamState:
             model: the model it steps, possibly wrapped; parameters are matched by identity.
 
         Raises:
-            OptimizerStateError: another optimizer, or state of the wrong shape.
+            OptimizerStateError: another optimizer, or state of the wrong shape or with impossible values.
+            LearningRateError: a group's learning rate is negative, not finite, or too small to be multiplied with.
         """
-        inner = getattr(optimizer, "optimizer", None)
-        if isinstance(inner, torch.optim.Optimizer):
-            optimizer = inner
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise OptimizerStateError(
-                f"the optimizer is a {type(optimizer).__name__}, expected torch.optim.Adam or AdamW.",
-                fix="check the order of the arguments (model, optimizer, rollouts); a state_dict has to be saved with "
-                "torch.save and passed as a path, since it is matched to the model by order and shape.",
-            )
-        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-            raise OptimizerStateError(
-                f"the optimizer is a {type(optimizer).__module__}.{type(optimizer).__name__}; the geometry is Adam's.",
-                fix="pass torch.optim.Adam or AdamW, or the path of an optimizer.pt written by one of them.",
-            )
-        name_of = {id(p): name for name, p in unwrap_model(model).named_parameters()}
+        optimizer = _innermost(optimizer)
+        _refuse_sharding(model)
+        module = unwrap_model(model)
+        groups = read_groups(optimizer.param_groups)
+        name_of = {id(p): name for name, p in module.named_parameters()}
         group_of: dict[str, int] = {}
         moments: dict[str, ParameterMoments] = {}
         for index, group in enumerate(optimizer.param_groups):
@@ -81,7 +64,8 @@ class AdamState:
                 if name is None:
                     continue
                 group_of[name] = index
-                found = read_moments(name, tuple(parameter.shape), optimizer.state.get(parameter, {}), group["amsgrad"])
+                entry = optimizer.state.get(parameter, {})
+                found = read_moments(name, tuple(parameter.shape), entry, groups[index].amsgrad)
                 if found is not None:
                     moments[name] = found
         if not group_of:
@@ -90,57 +74,71 @@ class AdamState:
                 fix="build the optimizer from this model's parameters, after adapters were added and wrappers applied. "
                 "Sharded or flattened parameters (FSDP, DeepSpeed) cannot be matched.",
             )
-        return cls(read_groups(optimizer.param_groups), group_of, moments)
+        check_moments(moments)
+        return cls(groups, group_of, moments, maximize_notes(groups))
+
+    @classmethod
+    def identity(cls, model: nn.Module) -> AdamState:
+        """A state with P = 1 and learning rate 1 for every trainable parameter, where there is no optimizer to ask.
+
+        Args:
+            model: the model, possibly wrapped.
+        """
+        named = {name: p for name, p in unwrap_model(model).named_parameters() if p.requires_grad}
+        moments = {
+            name: ParameterMoments(torch.ones_like(p, dtype=torch.promote_types(p.dtype, torch.float32)).detach(), 1.0)
+            for name, p in named.items()
+        }
+        return cls((AdamGroup(1.0, 0.0, 0.0, amsgrad=False),), dict.fromkeys(named, 0), moments)
 
 
-def read_groups(param_groups: Sequence[Mapping[str, Any]]) -> tuple[AdamGroup, ...]:
-    """Hyperparameters of every group.
-
-    Raises:
-        OptimizerStateError: a group is not Adam's.
-    """
-    groups = []
-    for index, group in enumerate(param_groups):
-        try:
-            groups.append(
-                AdamGroup(
-                    float(group["lr"]), float(group["betas"][1]), float(group["eps"]), bool(group.get("amsgrad", False))
-                )
-            )
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+def _innermost(optimizer: object) -> torch.optim.Optimizer:
+    """The torch Adam under accelerate's wrapper, every other kind refused by its name."""
+    while True:
+        kind = type(optimizer)
+        called = f"{kind.__module__}.{kind.__qualname__}"
+        if kind.__module__.split(".")[0] == "deepspeed" or kind.__name__.startswith("DeepSpeed"):
             raise OptimizerStateError(
-                f"parameter group {index} has keys {sorted(map(str, group))}; Adam's lr, betas and eps are expected.",
-                fix="pass an Adam or AdamW optimizer.",
-            ) from error
-    return tuple(groups)
+                f"the optimizer is a {called}: DeepSpeed keeps second moments of flattened, partitioned fp32 copies, which "
+                "cannot be matched to the model's parameters.",
+                fix="consolidate the checkpoint and train or restore with torch.optim.AdamW on whole parameters to probe.",
+            )
+        if isinstance(optimizer, LRScheduler):
+            raise OptimizerStateError(
+                f"the optimizer is a {called}, which is a learning-rate scheduler.",
+                fix="pass the optimizer itself (scheduler.optimizer).",
+            )
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, torch.optim.Optimizer) or inner is optimizer:
+            break
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptimizerStateError(
+            f"the optimizer is a {kind.__name__}, expected torch.optim.Adam or AdamW.",
+            fix="check the order of the arguments (model, optimizer, rollouts); a state_dict has to be saved with "
+            "torch.save and passed as a path, since it is matched to the model by order and shape.",
+        )
+    if kind.__module__.split(".")[0] == "bitsandbytes":
+        raise OptimizerStateError(
+            f"the optimizer is a {called}: bitsandbytes' optimizers are not read live. 8-bit ones, LAMB, LARS, Lion, Adagrad, "
+            "RMSprop, SGD and AdEMAMix are not supported at all; 32-bit Adam and AdamW (paged or not) are, from a file.",
+            fix="for 32-bit Adam or AdamW: torch.save(optimizer.state_dict(), path), and pass the path.",
+        )
+    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+        raise OptimizerStateError(
+            f"the optimizer is a {called}; the geometry is Adam's.",
+            fix="pass torch.optim.Adam or AdamW, or the path of an optimizer.pt written by one of them.",
+        )
+    return optimizer
 
 
-def read_moments(name: str, shape: tuple[int, ...], state: Mapping[str, Any], amsgrad: bool) -> ParameterMoments | None:
-    """Moments of one parameter, None when it was never stepped.
-
-    Raises:
-        OptimizerStateError: state without a second moment or step, of another shape, or not finite.
-    """
-    if not state:
-        return None
-    key = "max_exp_avg_sq" if amsgrad else "exp_avg_sq"
-    moment, step = state.get(key), state.get("step")
-    if isinstance(step, Tensor) and step.numel() == 1:
-        step = float(step)
-    if not isinstance(moment, Tensor) or not isinstance(step, (int, float)):
+def _refuse_sharding(model: nn.Module) -> None:
+    """FSDP1 keeps parameters and their state in flattened shards, also where it shows the original ones."""
+    wrapped = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
+    if wrapped is not None:
         raise OptimizerStateError(
-            f"optimizer state of '{name}' has keys {sorted(map(str, state))}; expected '{key}' and 'step'.",
-            fix="use torch's Adam or AdamW (8-bit and factored optimizers do not keep an elementwise second moment).",
+            f"the model has a {type(wrapped).__module__}.{type(wrapped).__name__}: its optimizer keeps second moments of "
+            "flattened shards, which cannot be matched to parameters.",
+            fix="save whole states with torch.distributed.checkpoint.state_dict (get_model_state_dict and "
+            "get_optimizer_state_dict, StateDictOptions(full_state_dict=True)) and probe an unwrapped model with that file.",
         )
-    if tuple(moment.shape) != shape:
-        raise OptimizerStateError(
-            f"optimizer state of '{name}' has shape {list(moment.shape)}, the parameter {list(shape)}.",
-            fix="use the optimizer state that was saved with this model and adapter.",
-        )
-    if not math.isfinite(float(step)) or float(step) < 1 or not bool(torch.isfinite(moment).all()):
-        raise OptimizerStateError(
-            f"optimizer state of '{name}' has step {float(step)} and "
-            f"{int((~torch.isfinite(moment)).sum())} second moments that are not finite.",
-            fix="use the state of a healthy checkpoint, after at least one step.",
-        )
-    return ParameterMoments(moment.detach(), float(step))

@@ -18,6 +18,8 @@ from torch import Tensor
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.errors import GradientCoverageError, LearningRateError, OptimizerStateError
 from entropy_fast.step.adam_state import AdamState
+from entropy_fast.step.adam_values import check_learning_rate
+from entropy_fast.step.scalars import real_number, shown
 
 __all__ = ["AdamPreconditioner", "ExcludedElements", "SecondMoments"]
 
@@ -30,7 +32,7 @@ class ExcludedElements:
         zero_moment: elements with v = 0 and g != 0.
         without_state: elements (g != 0) of parameters the optimizer holds but has never stepped.
         not_in_optimizer: elements (g != 0) of trainable parameters the optimizer does not hold.
-        share: their share of ‖g‖².
+        share: their share of ‖g‖²; exactly 1 where no element with a gradient has a second moment.
         below_eps: elements that are used, but with sqrt(v̂) < ε (counted, nothing more).
     """
 
@@ -67,7 +69,8 @@ class AdamPreconditioner:
         learning_rate: rescales all groups alike, so that the first group has this rate; None takes the optimizer's.
 
     Raises:
-        LearningRateError: the rate is 0, negative or not finite, given or found.
+        LearningRateError: the rate is 0, negative, not finite or below the smallest normal number, given or found; or the
+            groups' rates are too far apart for one scale.
     """
 
     geometry = "adam_static"
@@ -78,19 +81,9 @@ class AdamPreconditioner:
         self._versions = self._current_versions()
         self._moments: dict[tuple[torch.device, ...], SecondMoments] = {}
         self._unusual: dict[str, tuple[int, int]] = {}  # by name: elements where v is 0, and where sqrt(v̂) is below ε
-        first = state.groups[0].learning_rate
-        self.learning_rate = _check_rate(first if learning_rate is None else learning_rate, learning_rate is None)
         rates = [group.learning_rate for group in state.groups]
-        if len(set(rates)) == 1:
-            self._ratios = [1.0] * len(rates)
-        elif first > 0:
-            self._ratios = [rate / first for rate in rates]
-        else:
-            raise LearningRateError(
-                f"the optimizer's groups have learning rates {rates}: the first is 0 and others are not, so there is no "
-                "common scale for the step.",
-                fix="probe at a step where the scheduler's rate is above 0.",
-            )
+        self.learning_rate = _rate(rates[0], learning_rate)
+        self._ratios = _ratios(rates)
 
     def apply_preconditioner(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """P g for one gradient per registered parameter.
@@ -156,29 +149,44 @@ class AdamPreconditioner:
         return self._moments[devices]
 
     def excluded(self, gradients: Sequence[Tensor]) -> ExcludedElements:
-        """Count what `apply_preconditioner` leaves out of these gradients."""
-        total = lost = 0.0
+        """Count what `apply_preconditioner` leaves out of these gradients.
+
+        Raises:
+            GradientCoverageError: a gradient is not finite, so that shares of it mean nothing.
+            OptimizerStateError: P is not a number that gradients can be multiplied with.
+        """
+        kept = lost = 0.0
         zero_moment = without_state = not_in_optimizer = below_eps = 0
         for gradient, parameter, scale in zip(gradients, self._registry.parameters, self._scales, strict=True):
             flat = gradient.reshape(-1).to(torch.float64)
             norm = float(flat @ flat)
-            total += norm
-            if scale is not None:
-                zeros, small = self._unusual[parameter.name]
-                below_eps += small
-                if zeros:
-                    root = self._root(parameter.name)
-                    assert root is not None
-                    undefined = (root == 0).to(gradient.device)
-                    zero_moment += int((undefined & (gradient != 0)).sum())
-                    lost += float(gradient[undefined].to(torch.float64).square().sum())
+            if not math.isfinite(norm):
+                unknown = int((~torch.isfinite(flat)).sum())
+                raise GradientCoverageError(
+                    f"the gradient of '{parameter.name}' has "
+                    + (f"{unknown} elements that are not finite" if unknown else "a norm too large for float64")
+                    + f" (of {flat.numel()}); it is the first such one.",
+                    fix="look for overflow in the model's backward (16-bit types, very large weights or advantages).",
+                )
+            if scale is None:
+                lost += norm
+                if parameter.group is None:
+                    not_in_optimizer += int((gradient != 0).sum())
+                else:
+                    without_state += int((gradient != 0).sum())
                 continue
-            lost += norm
-            if parameter.group is None:
-                not_in_optimizer += int((gradient != 0).sum())
+            zeros, small = self._unusual[parameter.name]
+            below_eps += small
+            if zeros:
+                root = self._root(parameter.name)
+                assert root is not None
+                undefined = (root == 0).to(gradient.device)
+                zero_moment += int((undefined & (gradient != 0)).sum())
+                lost += float(gradient[undefined].to(torch.float64).square().sum())
+                kept += float(gradient[~undefined].to(torch.float64).square().sum())
             else:
-                without_state += int((gradient != 0).sum())
-        share = lost / total if total > 0 else 0.0
+                kept += norm
+        share = lost / (lost + kept) if lost > 0 else 0.0
         return ExcludedElements(zero_moment, without_state, not_in_optimizer, share, below_eps)
 
     @cached_property
@@ -193,7 +201,15 @@ class AdamPreconditioner:
             group = self._state.groups[parameter.group]
             zeros = int((root == 0).sum())
             self._unusual[parameter.name] = zeros, int((root < group.eps).sum()) - zeros
-            scale = self._ratios[parameter.group] / (root + group.eps)
+            ratio = self._ratios[parameter.group]
+            scale = ratio / (root + group.eps)
+            usable = ((scale > 0) | (ratio == 0)) & torch.isfinite(scale)
+            if not bool((usable | (root == 0)).all()):
+                raise OptimizerStateError(
+                    f"P of parameter '{parameter.name}' is 0 or infinite in {root.dtype} where v is not 0: v, ε = {group.eps} "
+                    f"and the group's relative rate {ratio} are out of its range.",
+                    fix="use the state of a healthy checkpoint.",
+                )
             scales.append(torch.where(root > 0, scale, torch.zeros_like(scale)))
         return scales
 
@@ -224,28 +240,53 @@ def check_excluded(excluded: ExcludedElements, limit: float) -> None:
     """Raise when too much of the gradient has no second moment.
 
     Raises:
-        GradientCoverageError: ``excluded.share`` is above ``limit``.
+        GradientCoverageError: ``excluded.share`` is above ``limit``, or is 1 (whatever the limit: nothing would be estimated).
     """
-    if excluded.share <= limit:
+    if excluded.share <= limit and excluded.share < 1:
         return
     raise GradientCoverageError(
         f"{excluded.share:.1%} of ‖g‖² sits in elements the optimizer has no second moment for ({excluded.zero_moment} with "
-        f"v = 0, {excluded.without_state} never stepped, {excluded.not_in_optimizer} not in the optimizer); the limit is "
-        f"{limit:.1%}.",
+        f"v = 0, {excluded.without_state} never stepped, {excluded.not_in_optimizer} not in the optimizer); "
+        + (
+            f"the limit is {limit:.1%}."
+            if excluded.share < 1
+            else "that is all of it, so there is no step to estimate."
+        ),
         fix="probe after the optimizer has stepped on all trainable parameters, with the optimizer that trains them. In full "
         "fine-tuning the rows of tokens not seen in training yet (embedding, position) have v = 0: freeze the embedding, probe "
         "later, or raise ProbeConfig.max_excluded_share if their part of the step does not matter.",
     )
 
 
-def _check_rate(rate: float, from_optimizer: bool) -> float:
-    if not isinstance(rate, (int, float)):
-        raise LearningRateError(f"learning rate: {rate!r} is a {type(rate).__name__}.", fix="pass a number.")
-    if math.isfinite(rate) and rate > 0:
-        return float(rate)
-    source = "the optimizer's first group has" if from_optimizer else "the given value is"
-    consequence = "0 whatever the policy does" if rate == 0 else "undefined"
-    raise LearningRateError(
-        f"learning rate: {source} {rate}; with it δH₁ = lr · U is {consequence}.",
-        fix="pass learning_rate=... (schedulers start, and end, at 0), or probe at a step with a rate above 0.",
-    )
+def _rate(found: float, given: object) -> float:
+    """The first group's rate, or the one to take in its place."""
+    if given is None:
+        check_learning_rate(found, "the optimizer's first group has")
+        return found
+    rate = real_number(given)
+    if rate is None:
+        raise LearningRateError(
+            f"learning rate: the given value is {shown(given)}, no number.", fix="pass a number above 0."
+        )
+    check_learning_rate(rate, "the given value is")
+    return rate
+
+
+def _ratios(rates: Sequence[float]) -> list[float]:
+    """Rates relative to the first group's."""
+    if len(set(rates)) == 1:
+        return [1.0] * len(rates)
+    if rates[0] == 0:
+        raise LearningRateError(
+            f"the optimizer's groups have learning rates {rates}: the first is 0 and others are not, so there is no "
+            "common scale for the step.",
+            fix="probe at a step where the scheduler's rate is above 0.",
+        )
+    ratios = [rate / rates[0] for rate in rates]
+    range_ = torch.finfo(torch.float32)
+    if not all(ratio == 0 or range_.tiny <= ratio <= range_.max for ratio in ratios):
+        raise LearningRateError(
+            f"the optimizer's groups have learning rates {rates}: relative to the first some are outside of single precision.",
+            fix="probe with groups whose rates are closer to one another.",
+        )
+    return ratios

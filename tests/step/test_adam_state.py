@@ -9,8 +9,9 @@ import torch
 from probe_oracle.models import stepped_adam
 from torch import nn
 
+from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.errors import OptimizerStateError
-from entropy_fast.step import AdamState
+from entropy_fast.step import AdamPreconditioner, AdamState
 
 
 def small_model() -> nn.Module:
@@ -125,3 +126,51 @@ def test_a_compiled_or_data_parallel_wrapper_does_not_change_names() -> None:
     optimizer = stepped_adam(model)
     compiled = torch.compile(model, backend="eager")
     assert AdamState.from_optimizer(optimizer, compiled).group_of == AdamState.from_optimizer(optimizer, model).group_of  # type: ignore[arg-type]
+
+
+def test_deepspeed_is_refused_by_its_name_also_inside_a_wrapper() -> None:
+    """As DeepSpeed has it: not a torch optimizer by type, with a torch one of flattened copies inside."""
+    model = small_model()
+    kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    zero, wrapper = kind(), torch.optim.AdamW(model.parameters())
+    zero.optimizer = stepped(model, torch.optim.AdamW(model.parameters()))
+    wrapper.optimizer = zero  # type: ignore[attr-defined]
+    with pytest.raises(
+        OptimizerStateError, match=r"a deepspeed\.runtime\.zero\.stage_1_and_2\.DeepSpeedZeroOptimizer: "
+    ):
+        AdamState.from_optimizer(zero, model)
+    kind = type("DeepSpeedOptimizerWrapper", (type(wrapper),), {"__module__": "accelerate.utils.deepspeed"})
+    with pytest.raises(OptimizerStateError, match="DeepSpeedOptimizerWrapper: DeepSpeed keeps"):
+        AdamState.from_optimizer(kind(model.parameters()), model)
+
+
+def test_a_model_under_fsdp1_is_refused_by_its_name() -> None:
+    """Its optimizer is torch's, over flattened shards (or views of them, under the parameters' own names)."""
+    inner = small_model()
+    optimizer = stepped(inner, torch.optim.AdamW(inner.parameters()))
+    kind = type("FullyShardedDataParallel", (nn.Sequential,), {"__module__": "torch.distributed.fsdp"})
+    with pytest.raises(
+        OptimizerStateError, match=r"torch\.distributed\.fsdp\.FullyShardedDataParallel.*flattened shards"
+    ):
+        AdamState.from_optimizer(optimizer, nn.Sequential(kind(*inner)))
+
+
+def test_bitsandbytes_is_told_which_kinds_are_read() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = small_model()
+    for kind in ("AdamW8bit", "PagedAdamW32bit", "Lion"):
+        with pytest.raises(
+            OptimizerStateError, match=rf"{kind}: .* not read live\. 8-bit ones, .*; 32-bit Adam and AdamW"
+        ):
+            AdamState.from_optimizer(getattr(bitsandbytes.optim, kind)(model.parameters(), lr=1e-3), model)
+
+
+def test_the_identity_state_leaves_gradients_as_they_are() -> None:
+    model = small_model()
+    model[0].bias.requires_grad_(False)  # type: ignore[union-attr]
+    state = AdamState.identity(model)
+    preconditioner = AdamPreconditioner(state, ParameterRegistry.build(model, state.group_of))
+    gradients = [torch.randn_like(p) for p in model.parameters() if p.requires_grad]
+    for found, gradient in zip(preconditioner.apply_preconditioner(gradients), gradients, strict=True):
+        assert torch.equal(found, gradient)
+    assert preconditioner.excluded(gradients).share == 0

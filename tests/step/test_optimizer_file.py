@@ -189,11 +189,14 @@ def test_truncated_files_are_refused(tmp_path: Path, kept: float, archive: bool)
         adam_state_from_file(path, model)
 
 
-def test_the_old_file_format_is_read(tmp_path: Path) -> None:
-    model = Interleaved()
+def test_the_old_file_format_has_no_checksums_and_is_read_once_rewritten(tmp_path: Path) -> None:
+    model, path = Interleaved(), tmp_path / "old.pt"
     optimizer = randomly_stepped(model, torch.optim.AdamW(model.parameters()))
-    torch.save(optimizer.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert_same(adam_state_from_file(tmp_path / "old.pt", model), AdamState.from_optimizer(optimizer, model))
+    torch.save(optimizer.state_dict(), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(OptimizerStateError, match=r"before 1\.6 has no checksums"):
+        adam_state_from_file(path, model)
+    torch.save(torch.load(path, weights_only=True), path)
+    assert_same(adam_state_from_file(path, model), AdamState.from_optimizer(optimizer, model))
 
 
 @pytest.mark.parametrize(
@@ -216,6 +219,37 @@ def test_tensors_files_that_hold_something_else_are_refused(tmp_path: Path, cont
     torch.save(content, tmp_path / "optimizer.pt")
     with pytest.raises(OptimizerStateError):
         adam_state_from_file(tmp_path / "optimizer.pt", Interleaved())
+
+
+def renumbered(key: Any, twice: bool = False) -> Any:
+    def change(content: dict[str, Any]) -> None:
+        content["state"][key] = content["state"].pop(3)
+        if twice:
+            content["param_groups"][0]["params"][4] = key
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (renumbered("3"), "'state' has an entry for '3', which no parameter group lists"),
+        (renumbered(99), "'state' has an entry for 99, which no"),
+        (renumbered(3.0), r"'state' has an entry for 3\.0, which no"),
+        (renumbered((1, 2)), r"'state' has an entry for \[1, 2\], which no"),
+        (renumbered(5, twice=True), "parameter 5 is listed twice"),
+        (renumbered("3", twice=True), "some parameters are listed by number and others by name"),
+        (renumbered(True, twice=True), "lists no numbers or names as 'params'"),
+    ],
+)
+def test_entries_and_lists_that_do_not_belong_together_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    """An entry that no group lists would leave its parameter without second moments, in silence."""
+    model = Interleaved()
+    content = randomly_stepped(model, torch.optim.AdamW(model.parameters())).state_dict()
+    change(content)
+    torch.save(content, tmp_path / "optimizer.pt")
+    with pytest.raises(OptimizerStateError, match=message):
+        adam_state_from_file(tmp_path / "optimizer.pt", model)
 
 
 class Malicious:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from probe_oracle.models import stepped_adam
@@ -232,3 +234,97 @@ def test_a_preconditioner_does_not_outlive_an_optimizer_step() -> None:
     step()
     with pytest.raises(OptimizerStateError, match="has stepped since"):
         preconditioner.apply_preconditioner(gradients)
+
+
+@pytest.mark.parametrize("rate", [5e-324, 1e-310])
+def test_rates_that_underflow_are_refused(rate: float) -> None:
+    model = small_model()
+    with pytest.raises(LearningRateError, match=r"the given value is .*so small that lr · U underflows"):
+        preconditioner_of(model, stepped_adam(model), learning_rate=rate)
+
+
+@pytest.mark.parametrize(
+    "rate", [True, "1e-3", 10**400, None, [1e-3], torch.ones(2), torch.tensor(True), np.bool_(True)]
+)
+def test_rates_that_are_no_numbers_are_refused(rate: Any) -> None:
+    model = small_model()
+    optimizer = stepped_adam(model)
+    if rate is None:  # no rate given: the optimizer's
+        assert preconditioner_of(model, optimizer, learning_rate=rate).learning_rate == 1e-3
+        return
+    with pytest.raises(LearningRateError, match=r"the given value is .*, no number"):
+        preconditioner_of(model, optimizer, learning_rate=rate)
+
+
+@pytest.mark.parametrize("rate", [2, np.float32(0.5), np.int64(3), torch.tensor(0.25), torch.tensor([4])])
+def test_rates_in_other_forms_of_a_number(rate: Any) -> None:
+    model = small_model()
+    found = preconditioner_of(model, stepped_adam(model), learning_rate=rate).learning_rate
+    assert type(found) is float
+    assert found == float(rate)
+
+
+def test_groups_whose_rates_have_no_common_scale_are_refused() -> None:
+    model = small_model()
+    optimizer = stepped_adam(model)
+    optimizer.param_groups[1]["lr"] = 1e-60
+    with pytest.raises(LearningRateError, match="some are outside of single precision"):
+        preconditioner_of(model, optimizer)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_is_refused_and_its_parameter_named(value: float) -> None:
+    model = small_model()
+    gradients = gradients_of(model)
+    gradients[2][1] = value
+    gradients[3][0] = value
+    with pytest.raises(
+        GradientCoverageError, match=r"gradient of '1\.bias' has 1 elements that are not finite \(of 5\)"
+    ):
+        preconditioner_of(model, stepped_adam(model)).excluded(gradients)
+
+
+def test_a_gradient_whose_norm_overflows_is_refused() -> None:
+    model = small_model()
+    gradients = gradients_of(model)
+    gradients[1][0, 0] = 1e200
+    with pytest.raises(GradientCoverageError, match=r"gradient of '1\.weight' has a norm too large"):
+        preconditioner_of(model, stepped_adam(model)).excluded(gradients)
+
+
+@pytest.mark.parametrize("case", ["never stepped", "not in the optimizer", "v is 0 where g is not"])
+def test_a_step_of_nothing_is_an_error_whatever_the_limit(case: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 2, bias=False)).double()
+    gradients = [torch.ones_like(p) for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model[0].parameters() if case == "not in the optimizer" else model.parameters())
+    if case != "never stepped":
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        model[0].weight.grad[0] = 0
+        optimizer.step()
+        gradients[0] = torch.zeros_like(gradients[0])
+    if case == "v is 0 where g is not":
+        gradients[0][0] = 0.1  # an element whose square is rounded
+        gradients[1].zero_()
+    excluded = preconditioner_of(model, optimizer).excluded(gradients)
+    assert excluded.share == 1
+    with pytest.raises(
+        GradientCoverageError, match=r"100\.0% of .* that is all of it, so there is no step to estimate"
+    ):
+        check_excluded(excluded, 1.0)
+
+
+@pytest.mark.parametrize(("group", "moment"), [({"eps": 1e300}, 1.0), ({}, 3e38), ({"eps": 0.0, "lr": 1e34}, 1e-44)])
+def test_a_preconditioner_outside_of_its_type_is_refused_and_no_zero_or_infinity(
+    group: dict[str, float], moment: float
+) -> None:
+    model = small_model().float()
+    optimizer = torch.optim.AdamW([{"params": p, "lr": 1e-3} for p in model.parameters()])
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.param_groups[1].update(group)
+    optimizer.state[model[1].weight]["exp_avg_sq"][0, 0] = moment
+    preconditioner = preconditioner_of(model, optimizer)
+    ones = [torch.ones_like(p) for p in model.parameters()]
+    with pytest.raises(OptimizerStateError, match=r"P of parameter '1\.weight' is 0 or infinite in torch\.float32"):
+        preconditioner.apply_preconditioner(ones)
