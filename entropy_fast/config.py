@@ -31,6 +31,7 @@ ImportanceRatio = Literal["none", "token"]
 AccumulateOn = Literal["device", "cpu"]
 YPass = Literal["backward", "autograd_grad"]
 ConditionalVariance = Literal["per_prompt", "alpha"]
+WhenBusy = Literal["wait", "refuse"]
 
 
 def option(default: Any, help: str, *, least: float | None = None, most: float | None = None) -> Any:
@@ -142,6 +143,7 @@ class RunOptions(_Options):
         max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
             (v = 0, no state, not in the optimizer) before the probe refuses to answer.
         strict: an untouched trainable parameter is an error instead of a count.
+        when_busy: what to do while another probe runs in this process, of whatever model: they cannot run at once.
         y_pass: how the two-pass engine takes the update gradient; ``autograd_grad`` is the route some scripts use, kept to
             compare with.
         conditional_variance: how the two-pass engine obtains the per-prompt projections of the entropy batch in the two-batch
@@ -162,6 +164,7 @@ class RunOptions(_Options):
         0.01, "largest share of the squared gradient without second moment", least=0, most=1
     )
     strict: bool = option(False, "a parameter without a gradient is an error")
+    when_busy: WhenBusy = option("wait", "while another probe runs in this process")
     y_pass: YPass = option("backward", "two_pass: route of the update gradient")
     conditional_variance: ConditionalVariance = option("per_prompt", "two_pass, two batches: or the double backward")
 

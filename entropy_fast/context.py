@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from entropy_fast.checks.exclusive import raise_if_interrupted
 from entropy_fast.checks.model_state import probe_state, reentrant_checkpointing
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.columns import Columns, columns_of
@@ -94,7 +95,12 @@ class ProbeContext:
         return contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Tell the caller how far a stage has come."""
+        """Tell the caller how far a stage has come; a safe moment for an interrupt.
+
+        Raises:
+            KeyboardInterrupt: one has come.
+        """
+        raise_if_interrupted()
         if self.on_progress is not None:
             self.on_progress(stage, done, total)
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from entropy_fast.checks.exclusive import one_probe_at_a_time
 from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
+from entropy_fast.checks.model_state import refuse_shared_keys
 from entropy_fast.columns import Side
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.engines import Engine, EngineKind, engine_kind
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.estimates.assembly import Setting, empty_response_message, same_batch_result, two_batch_result
+from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 from entropy_fast.step import AdamState, adam_state_from_file
@@ -76,7 +80,7 @@ class OfflineEntropyProbe:
                 f"the same-batch estimate needs at least 2 prompts with responses, found {batch.n_prompts}.",
                 fix="probe more prompts, or pass entropy_rollouts for the two-batch estimate.",
             )
-        return same_batch_result(engine.same_batch(batch), self._setting(), batch, empty)
+        return same_batch_result(self._alone(lambda: engine.same_batch(batch)), self._setting(), batch, empty)
 
     def run_mixed_probe(self, *, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
         """Two-batch estimate: δH₁ = lr · X̄_E · Ȳ_U, its error conditional on the update batch.
@@ -108,9 +112,16 @@ class OfflineEntropyProbe:
         entropy, empty_entropy = self._prepare(entropy_rollouts, Side.FUNCTIONAL)
         update, empty_update = self._prepare(update_rollouts, Side.UPDATE)
         empty = {Side.FUNCTIONAL.value: empty_entropy, Side.UPDATE.value: empty_update}
-        return two_batch_result(engine.two_batch(entropy, update), self._setting(), entropy, update, empty)
+        measured = self._alone(lambda: engine.two_batch(entropy, update))
+        return two_batch_result(measured, self._setting(), entropy, update, empty)
+
+    def _alone(self, measure: Callable[[], Measured]) -> Measured:
+        """While no other probe runs in this process."""
+        with one_probe_at_a_time(wait=self.context.run.when_busy == "wait"):
+            return measure()
 
     def _engine(self, batches: int) -> Engine:
+        refuse_shared_keys(self.context.model)
         reason = self._kind.refuses(batches, self.context)
         if reason is not None:
             raise ConfigError(
@@ -131,6 +142,7 @@ class OfflineEntropyProbe:
             context.step.geometry,
             tuple(context.registry.names),
             frozenset(context.compute_dtypes),
+            context.step.notes,
         )
 
     def _prepare(self, rollouts: Rollouts, *sides: Side) -> tuple[Rollouts, EmptyResponseReport]:

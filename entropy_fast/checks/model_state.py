@@ -16,8 +16,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from entropy_fast.checks.parameter_registry import unwrap_model
+from entropy_fast.errors import CheckpointingError
 
-__all__ = ["checkpointed_modules", "probe_state", "reentrant_checkpointing"]
+__all__ = ["checkpointed_modules", "probe_state", "reentrant_checkpointing", "refuse_shared_keys"]
 
 # Attributes that a module's own forward may use as a probability of random change while in train().
 RANDOMNESS_MARKS = ("dropout", "layerdrop", "jitter", "drop_path")
@@ -36,6 +37,27 @@ def reentrant_checkpointing(model: nn.Module) -> str | None:
         if isinstance(function, functools.partial) and function.keywords.get("use_reentrant") in (None, True):
             return name or type(module).__name__
     return None
+
+
+def refuse_shared_keys(model: nn.Module) -> None:
+    """Raise for layers that use the keys and values of others under reentrant checkpointing.
+
+    Their backwards go into graphs that are thrown away, so the gradients of training itself are wrong (and would be here).
+
+    Raises:
+        CheckpointingError: the model has such layers, and checkpoints in reentrant mode.
+    """
+    name = reentrant_checkpointing(model)
+    if name is None:
+        return
+    configurations = (getattr(module, "config", None) for module in unwrap_model(model).modules())
+    shared = max((getattr(c, "num_kv_shared_layers", None) or 0 for c in configurations if c is not None), default=0)
+    if isinstance(shared, int) and shared > 0:
+        raise CheckpointingError(
+            f"{shared} layers use the keys and values of other layers, and '{name}' uses reentrant gradient checkpointing: the "
+            "gradients that training takes from it are wrong.",
+            fix='model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}), for training too.',
+        )
 
 
 @contextlib.contextmanager

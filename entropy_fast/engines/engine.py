@@ -12,7 +12,9 @@ from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["Engine", "EngineKind"]
+__all__ = ["COMMON", "Engine", "EngineKind"]
+
+COMMON = frozenset({"engine", "when_busy"})
 
 
 class Engine(Protocol):
@@ -41,7 +43,7 @@ class EngineKind:
     Attributes:
         name: what ``RunOptions(engine=...)`` calls it.
         make: from a context.
-        takes: the options in `RunOptions` that it has a use for, beside the name itself.
+        takes: the options in `RunOptions` that it has a use for, beside those that are about every probe (`COMMON`).
         refuses: given a number of batches (1 or 2) and the context, why it cannot do what is asked; None when it can.
     """
 
@@ -56,7 +58,7 @@ class EngineKind:
         Raises:
             ConfigError: one is; the message names it and the engines that take it.
         """
-        ignored = [name for name in options.changed() if name not in self.takes | {"engine"}]
+        ignored = [name for name in options.changed() if name not in self.takes | COMMON]
         if ignored:
             raise ConfigError(
                 f"RunOptions: `{ignored[0]}` is {getattr(options, ignored[0])!r}, and engine {self.name!r} has no use for it.",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from entropy_fast.config import RunOptions
 from entropy_fast.engines import forward_mode, one_pass, two_pass
-from entropy_fast.engines.engine import EngineKind
+from entropy_fast.engines.engine import COMMON, EngineKind
 from entropy_fast.errors import ConfigError
 
 __all__ = ["AUTO", "engine_kind", "engine_kinds", "register_engine"]
@@ -36,7 +36,7 @@ def engine_kind(options: RunOptions) -> EngineKind:
         ConfigError: there is none of that name, or it has no use for an option that is set.
     """
     if options.engine == AUTO:
-        asked = set(options.changed())
+        asked = set(options.changed()) - COMMON
         for kind in engine_kinds():
             if asked <= kind.takes:
                 return kind

@@ -85,6 +85,11 @@ class AdamPreconditioner:
         self.learning_rate = _rate(rates[0], learning_rate)
         self._ratios = _ratios(rates)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of a result has to know about how the optimizer's state was read."""
+        return self._state.notes
+
     def apply_preconditioner(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """P g for one gradient per registered parameter.
 
