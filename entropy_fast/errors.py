@@ -2,6 +2,8 @@
 
 Each message names the thing, what was found, what was expected, and what to do. Each type also derives from the built-in
 exception a caller would catch without knowing this package (``ValueError`` for bad input, ``RuntimeError`` for a bad state).
+
+Messages quote names and texts from files and models. What could act on a terminal or forge a line is escaped here, once.
 """
 
 from __future__ import annotations
@@ -21,13 +23,25 @@ __all__ = [
     "ModelStateError",
     "NativeLibraryError",
     "OptimizerStateError",
+    "OutputFileError",
     "ParameterRegistryError",
     "ProbeMemoryError",
     "RolloutsError",
     "RolloutsFileError",
     "RunFolderError",
     "SamplingError",
+    "escaped",
 ]
+
+
+def escaped(text: str) -> str:
+    """``text`` on one line, with every character that does not print written as its Python escape.
+
+    That covers control characters (so line breaks and the beginnings of terminal sequences), bidirectional overrides and
+    other invisible format characters, halves of surrogate pairs, and blanks other than the space. Escaping twice changes
+    nothing.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class EntropyFastError(Exception):
@@ -36,12 +50,15 @@ class EntropyFastError(Exception):
     Args:
         problem: the thing, what was found and what was expected, in one or two sentences.
         fix: what the reader should do about it, in the imperative.
+
+    Both are one paragraph and are kept `escaped`: the one line break of a message is the one between them, so that no text
+    from a file can look like a line of ours.
     """
 
     def __init__(self, problem: str, *, fix: str) -> None:
-        super().__init__(f"{problem}\n  What to do: {fix}")
-        self.problem = problem
-        self.fix = fix
+        self.problem = escaped(problem)
+        self.fix = escaped(fix)
+        super().__init__(f"{self.problem}\n  What to do: {self.fix}")
 
 
 class ConfigError(EntropyFastError, ValueError):
@@ -66,6 +83,10 @@ class LearningRateError(EntropyFastError, ValueError):
 
 class OptimizerStateError(EntropyFastError, ValueError):
     """The optimizer (or ``optimizer.pt``) cannot give an Adam geometry for the model's trainable parameters."""
+
+
+class OutputFileError(EntropyFastError, OSError):
+    """A file cannot be written: no space, no permission, a directory that is gone."""
 
 
 class RunFolderError(EntropyFastError, ValueError):
@@ -117,4 +138,7 @@ class NativeLibraryError(EntropyFastError, RuntimeError):
 
 
 class EntropyFastWarning(UserWarning):
-    """The result stands, but something about it should be known."""
+    """The result stands, but something about it should be known. Its message is `escaped` too."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))

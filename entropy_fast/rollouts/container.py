@@ -7,7 +7,7 @@ rows. Everything later stages need about grouping is derived here and nowhere el
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import validation
+from entropy_fast.rollouts.padded import unpack_padded_batch
 
 __all__ = ["EmptyResponseReport", "Rollouts"]
 
@@ -37,7 +38,7 @@ class EmptyResponseReport:
 class Rollouts:
     """N sampled sequences of B prompts, with what a policy-gradient update would do with them.
 
-    Tensors created under ``inference_mode`` are cloned on the way in: autograd cannot save them for backward.
+    Whatever is given is copied on the way in: what its owner does to it later does not change the rollouts.
 
     Args:
         input_ids: [N, T] integer token ids, prompt and response together; padding on either side.
@@ -45,8 +46,10 @@ class Rollouts:
         loss_mask: [N, T] 0/1, 1 at response tokens (the tokens the policy is scored on). Must lie inside
             ``attention_mask``, and never on the first real token of a row, which nothing predicts. A row of zeros is
             allowed here; the probe leaves it out, counts it and reports it.
-        group_ids: [N] integers; rows with the same id answer the same prompt. Groups may be ragged and interleaved.
-        advantages: [N] advantage of each response. Omit it to have it made from ``rewards``.
+        group_ids: [N] integers; rows with the same id answer the same prompt: they begin with the same tokens, up to the
+            earliest response token of the group. Groups may be ragged and interleaved.
+        advantages: [N] advantage of each response, 0 or between 1e-37 and 1e38 in size. Omit it to have it made from
+            ``rewards``.
         rewards: [N] reward of each response. Without ``advantages`` the advantage is the reward minus its group's mean
             (not divided by the standard deviation).
         max_lengths: generation budget L_max in tokens, one number or [B] (prompts in order of first appearance). Omitted,
@@ -88,6 +91,9 @@ class Rollouts:
         for field in ("advantages", "rewards"):
             if getattr(self, field) is not None:
                 put(field, validation.float_vector(field, getattr(self, field), shape[0], "one number per sequence"))
+        if self.rewards is not None:
+            validation.check_magnitudes("rewards", self.rewards, self.group_ids)
+        advantages_given = self.advantages is not None
         if self.advantages is None:
             if self.rewards is None:
                 raise RolloutsError(
@@ -95,15 +101,22 @@ class Rollouts:
                     fix="pass advantages [N], or rewards [N] from which group-centred advantages are made.",
                 )
             put("advantages", self._centre_by_group(self.rewards))
+        made_from = "" if advantages_given else "rewards"
+        smallest = validation.SMALLEST_ADVANTAGE
+        assert self.advantages is not None
+        validation.check_magnitudes(
+            "advantages", self.advantages, self.group_ids, smallest=smallest, made_from=made_from
+        )
         if self.max_lengths is not None:
             put("max_lengths", validation.max_lengths(self.max_lengths, self._longest_response(), self.group_order))
         if self.old_logprobs is not None:
             put("old_logprobs", validation.token_logprobs("old_logprobs", self.old_logprobs, self.loss_mask))
-        validation.check_sampling(self.temperature, self.top_p)
+        put("temperature", validation.temperature(self.temperature))
+        put("top_p", validation.top_p(self.top_p))
         for field, count, unit in (("prompts", self.n_prompts, "prompt"), ("responses", shape[0], "sequence")):
             if getattr(self, field) is not None:
                 put(field, validation.texts(field, getattr(self, field), count, unit))
-        validation.check_shared_prompts(self.input_ids, self.attention_mask, self.loss_mask, self.prompt_index)
+        self._check_shared_prompts()
 
     @classmethod
     def from_dict(cls, batch: Mapping[str, Any]) -> Rollouts:
@@ -118,7 +131,7 @@ class Rollouts:
         Raises:
             RolloutsError: a key is missing or unknown, or a field does not fit.
         """
-        return cls(**validation.unpack_padded_batch(batch))
+        return cls(**unpack_padded_batch(batch))
 
     @property
     def n_sequences(self) -> int:
@@ -217,6 +230,53 @@ class Rollouts:
         dropped = tuple(group for group in self.group_order if group not in remaining)
         return kept, EmptyResponseReport(tuple(empty.nonzero().squeeze(-1).tolist()), dropped)
 
+    def without_groups(self, group_ids: Collection[int]) -> Rollouts:
+        """The rollouts without the groups of these ids (of prompts with one response, say); advantages stay as they were.
+
+        Raises:
+            RolloutsError: there is no group of such an id, or nothing is left.
+        """
+        left_out = set(group_ids)
+        unknown = sorted(left_out.difference(self.group_order))
+        if unknown or left_out.issuperset(self.group_order):
+            found = f"there is no group {unknown[0]}" if unknown else "all groups are to be left out"
+            raise RolloutsError(
+                f"Rollouts.without_groups: {found}.", fix="name groups of these rollouts, not all of them."
+            )
+        keep = [row for row, group in enumerate(self.group_ids.tolist()) if group not in left_out]
+        return self.select_rows(torch.tensor(keep))
+
+    def notes(self) -> tuple[str, ...]:
+        """What is allowed but should be known, one sentence each; for whoever shows a result."""
+        notes = []
+        if self._advantages_of_one_sign():
+            notes.append(
+                "The advantages of every prompt are of one sign, as raw rewards are: a group-relative update centres them "
+                "within the prompt first. Pass raw rewards as `rewards`."
+            )
+        uneven = [self.group_order[prompt] for prompt in self._check_shared_prompts()]
+        if uneven:
+            shown = ", ".join(map(str, uneven[:5])) + (", ..." if len(uneven) > 5 else "")
+            notes.append(
+                f"In {len(uneven)} groups ({shown}) the loss mask begins at different tokens; what all rows of the group begin "
+                "with was taken for the prompt."
+            )
+        return tuple(notes)
+
+    def _check_shared_prompts(self) -> tuple[int, ...]:
+        return validation.check_shared_prompts(self.input_ids, self.attention_mask, self.loss_mask, self.prompt_index)
+
+    def _advantages_of_one_sign(self) -> bool:
+        """Whether no group of two or more has advantages of both signs (or 0), and some has any."""
+        assert self.advantages is not None
+        index = self.prompt_index
+        above, below = (
+            torch.zeros(self.n_prompts, dtype=torch.int64).index_add(0, index, found.cpu().long())
+            for found in (self.advantages > 0, self.advantages < 0)
+        )
+        several = torch.bincount(index, minlength=self.n_prompts) > 1
+        return bool((several & (above + below > 0)).any()) and not bool((several & (above > 0) & (below > 0)).any())
+
     def shares_all_sequences_with(self, other: Rollouts) -> bool:
         """Whether every sequence of one of the two batches (tokens and loss mask, padding aside) stands in the other."""
         mine, theirs = self._distinct_sequences(), other._distinct_sequences()
@@ -240,7 +300,8 @@ class Rollouts:
         return longest.scatter_reduce(0, self.prompt_index, self.response_lengths, "amax")
 
     def _centre_by_group(self, rewards: Tensor) -> Tensor:
-        index = self.prompt_index.to(rewards.device)
-        total = rewards.new_zeros(self.n_prompts).index_add(0, index, rewards)
-        size = rewards.new_zeros(self.n_prompts).index_add(0, index, torch.ones_like(rewards))
-        return rewards - (total / size)[index]
+        # In fp64: sums of large fp32 rewards would overflow.
+        index, wide = self.prompt_index.to(rewards.device), rewards.double()
+        total = wide.new_zeros(self.n_prompts).index_add(0, index, wide)
+        size = wide.new_zeros(self.n_prompts).index_add(0, index, torch.ones_like(wide))
+        return (wide - (total / size)[index]).to(rewards.dtype)

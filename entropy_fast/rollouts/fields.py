@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import math
+import stat
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from entropy_fast.errors import RolloutsFileError
+from entropy_fast.scalars import as_number
 
-__all__ = ["FIELDS", "Floats", "Integers", "RowSource", "check_keys", "convert"]
+__all__ = ["FIELDS", "LARGEST_ARRAY_BYTES", "Floats", "Integers", "RowSource", "check_keys", "convert", "open_regular"]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -26,6 +29,11 @@ FIELDS = (
 FORMS = (("input_ids", "loss_mask"), ("prompt_token_ids", "response_token_ids"), ("prompt", "response"))
 FORMS_TEXT = "`input_ids` + `loss_mask`, `prompt_token_ids` + `response_token_ids`, or `prompt` + `response` (texts)"
 INT64 = np.iinfo(np.int64)
+SHOWN_KEYS = 8
+
+# Bytes of one array [N, T] that a file may ask for (2^28 tokens with their padding). A few bytes can ask for any size: one
+# long row among many short ones, or a run of one value in Parquet.
+LARGEST_ARRAY_BYTES = 2**31
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +68,18 @@ class RowSource:
         raise RolloutsFileError(f"{self.path}: {problem}", fix=fix) from cause
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """The file opened for reading bytes; a pipe or a device, which may never end or never begin, is refused.
+
+    Raises:
+        OSError: it cannot be opened, or is neither a file nor (which opening refuses by itself) a folder.
+    """
+    mode = path.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "not a regular file but a pipe, socket or device", str(path))
+    return path.open("rb")
+
+
 def check_keys(keys: Collection[str], source: RowSource, position: int) -> tuple[str, str]:
     """The pair of keys (one of `FORMS`) that holds the tokens of a row with these keys.
 
@@ -68,10 +88,11 @@ def check_keys(keys: Collection[str], source: RowSource, position: int) -> tuple
     """
     unknown = [key for key in keys if key not in FIELDS]
     if unknown:
-        close = difflib.get_close_matches(unknown[0], FIELDS, n=1)
+        close = difflib.get_close_matches(_cut(unknown[0]), FIELDS, n=1)
         meant = f"did you mean `{close[0]}`? " if close else ""
         source.fail(
-            position, f"unknown keys: {', '.join(f'`{key}`' for key in unknown)}.",
+            position, f"unknown keys: {', '.join(f'`{_cut(key)}`' for key in unknown[:SHOWN_KEYS])}"
+            f"{'' if len(unknown) <= SHOWN_KEYS else f' and {len(unknown) - SHOWN_KEYS} others'}.",
             fix=f"{meant}Rename or drop them; known keys: {', '.join(FIELDS)}.",
         )  # fmt: skip
     # Texts may stand beside token ids (they are kept for reports): they are the form only when nothing else is.
@@ -131,10 +152,11 @@ def _max_length(value: Any, fail: Fail) -> int:
 
 
 def _number(value: Any, fail: Fail) -> float:
-    if type(value) is not float and type(value) is not int:
+    plain = as_number(value)
+    if plain is None:
         fail("a number")
     try:
-        number = float(value)
+        number = float(plain)
     except OverflowError as error:
         fail("a number that fits a 64-bit float", error)
     if not math.isfinite(number):
@@ -199,7 +221,13 @@ def _integers(value: Any, fail: Fail, expected: str, *, allow_booleans: bool) ->
 def _shown(value: Any) -> str:
     if value is None:
         return "null"
-    text = str(value.tolist()) if isinstance(value, np.ndarray) else repr(value)
+    try:
+        return _cut(str(value.tolist()) if isinstance(value, np.ndarray) else repr(value))
+    except (ValueError, RecursionError):  # an integer of more digits than Python writes, lists in lists in lists
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

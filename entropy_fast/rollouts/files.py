@@ -45,14 +45,16 @@ def read_rollouts(path: str | os.PathLike[str], *, tokenizer: PreTrainedTokenize
 
     Args:
         path: a ``.jsonl`` or ``.parquet`` file.
-        tokenizer: needed when tokens are given as texts, and used for nothing else. The prompt is tokenised with the
-            tokenizer's special tokens, the response without, and the two are concatenated. Nothing is appended and no
-            chat template is applied: an end-of-sequence token the sampler produced must be in the text. Tokenising a
+        tokenizer: needed when tokens are given as texts, and used for nothing else. In front of the prompt comes what the
+            tokenizer puts there (BOS), unless the text brings it; the response is tokenised without special tokens, and the
+            two are concatenated. Nothing is appended to either and no chat template is applied: an end-of-sequence token
+            the sampler produced must be in the text. Tokenising a
             text need not give back the tokens that were sampled, so token ids are better where they can be had.
 
     Raises:
         RolloutsFileError: the file cannot be read or a row is bad. The message gives the line (JSON Lines, counted from
-            1) or row (Parquet, counted from 0), what is wrong and what to do.
+            1) or row (Parquet, counted from 0), what is wrong and what to do. A file whose arrays would take more than
+            2 GiB each is refused before they are made, and so are pipes and devices.
     """
     path = Path(path)
     suffix = check_rollouts_path(path)
@@ -66,6 +68,8 @@ def read_rollouts(path: str | os.PathLike[str], *, tokenizer: PreTrainedTokenize
             fix="pass the path of an existing, readable file.",
             cause=error,
         )
+    except MemoryError as error:
+        source.fail_file("there is not enough memory to read it.", fix="split the file.", cause=error)
 
 
 def write_rollouts(rollouts: Rollouts, path: str | os.PathLike[str]) -> None:
@@ -81,7 +85,7 @@ def write_rollouts(rollouts: Rollouts, path: str | os.PathLike[str]) -> None:
 
     Raises:
         RolloutsFileError: the suffix is not supported, or a text cannot be stored in UTF-8.
-        OSError: the file cannot be written.
+        OutputFileError: the file cannot be written.
     """
     path = Path(path)
     write = write_jsonl if check_rollouts_path(path) == ".jsonl" else write_parquet

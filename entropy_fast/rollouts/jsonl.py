@@ -1,4 +1,4 @@
-"""Rows of a JSON Lines rollouts file."""
+"""JSON Lines: reading any file of objects, and the rows of a rollouts file."""
 
 from __future__ import annotations
 
@@ -7,32 +7,59 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from entropy_fast.rollouts.fields import RowSource
+from entropy_fast.rollouts.fields import RowSource, open_regular
 from entropy_fast.rollouts.rows import RolloutsTable
 
-__all__ = ["iterate_jsonl", "write_jsonl"]
+__all__ = ["JsonLineError", "iterate_jsonl", "json_lines", "write_jsonl"]
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class JsonLineError(ValueError):
+    """A line that is no JSON object; for whoever reads a file to put the file's name in front.
+
+    Attributes:
+        line: its number, from 1.
+        problem: what it holds.
+        fix: what to do about it.
+    """
+
+    def __init__(self, line: int, problem: str, fix: str) -> None:
+        super().__init__(problem)
+        self.line, self.problem, self.fix = line, problem, fix
 
 
 class _UnacceptableError(ValueError):
     """Something the JSON parser would let through and this format does not."""
 
 
-def iterate_jsonl(source: RowSource) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line; blank lines are counted and skipped.
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of every line of a file; blank lines are counted and skipped.
 
     Raises:
-        RolloutsFileError: a line is not UTF-8, not JSON, or not an object of unique keys.
-        OSError: the file cannot be opened or read.
+        JsonLineError: a line is not UTF-8, not JSON, or not an object of unique keys and finite numbers.
+        OSError: the file cannot be opened or read, or is not a regular one.
     """
-    with source.path.open("rb") as file:
+    with open_regular(path) as file:
         # Bytes, so that only "\n" ends a line (text may hold U+2028) and bad UTF-8 is found on its own line.
         for number, line in enumerate(file, start=1):
             if number == 1:
                 line = line.removeprefix(_BYTE_ORDER_MARK)
             if line.strip():
-                yield number, _parse(line, number, source)
+                yield number, _parse(line, number)
+
+
+def iterate_jsonl(source: RowSource) -> Iterator[tuple[int, dict[str, Any]]]:
+    """`json_lines` of a rollouts file.
+
+    Raises:
+        RolloutsFileError: a line is not UTF-8, not JSON, or not an object of unique keys.
+        OSError: the file cannot be opened or read.
+    """
+    try:
+        yield from json_lines(source.path)
+    except JsonLineError as error:
+        source.fail(error.line, error.problem, fix=error.fix, cause=error)
 
 
 def write_jsonl(table: RolloutsTable, path: Path) -> None:
@@ -49,21 +76,23 @@ def write_jsonl(table: RolloutsTable, path: Path) -> None:
             file.write(json.dumps(values, allow_nan=False) + "\n")
 
 
-def _parse(line: bytes, number: int, source: RowSource) -> dict[str, Any]:
+def _parse(line: bytes, number: int) -> dict[str, Any]:
     fix = "write one complete JSON object per line, in UTF-8."
     try:
         value = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
-        source.fail(number, f"it is not UTF-8 (byte {error.start + 1} of the line).", fix=fix, cause=error)
+        raise JsonLineError(number, f"it is not UTF-8 (byte {error.start + 1} of the line).", fix) from error
     except json.JSONDecodeError as error:
         cut = "" if line.endswith(b"\n") else " The file ends within this line: it may be cut off."
-        source.fail(number, f"it is not JSON ({error.msg}, column {error.colno}).{cut}", fix=fix, cause=error)
+        raise JsonLineError(number, f"it is not JSON ({error.msg}, column {error.colno}).{cut}", fix) from error
     except _UnacceptableError as error:
-        source.fail(number, str(error), fix="write every key once, and finite numbers only.", cause=error)
+        raise JsonLineError(number, str(error), "write every key once, and finite numbers only.") from error
+    except MemoryError as error:
+        raise JsonLineError(number, f"there is not enough memory for it ({len(line)} bytes).", fix) from error
     except (ValueError, RecursionError) as error:  # integers of thousands of digits, brackets nested too deep
-        source.fail(number, f"it cannot be parsed ({error}).", fix=fix, cause=error)
+        raise JsonLineError(number, f"it cannot be parsed ({error}).", fix) from error
     if not isinstance(value, dict):
-        source.fail(number, f"it holds {type(value).__name__}, not an object.", fix=fix)
+        raise JsonLineError(number, f"it holds {type(value).__name__}, not an object.", fix)
     return value
 
 

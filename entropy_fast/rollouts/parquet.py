@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from entropy_fast.errors import RolloutsFileError
-from entropy_fast.rollouts.fields import RowSource
+from entropy_fast.rollouts.fields import LARGEST_ARRAY_BYTES, RowSource, open_regular
 from entropy_fast.rollouts.rows import RolloutsTable
 
 __all__ = ["iterate_parquet", "write_parquet"]
@@ -24,20 +24,26 @@ def iterate_parquet(source: RowSource) -> Iterator[tuple[int, dict[str, Any]]]:
     arrow = _import_arrow("pyarrow", source.path)
     parquet = _import_arrow("pyarrow.parquet", source.path)
     _import_arrow("pyarrow.compute", source.path)
-    with source.path.open("rb") as file:
+    with open_regular(source.path) as file:
         try:
             # ParquetFile, not read_table: the latter would add columns it reads out of folder names (`group_id=3/`).
-            table = parquet.ParquetFile(file).read()
+            stored = parquet.ParquetFile(file, page_checksum_verification=True)
+            schema = stored.schema_arrow
+            _check_columns(arrow, schema, source)
+            _check_size(stored.metadata, source)
+            # A text of a megabyte in every one of a million rows is a small file: keep its texts once.
+            texts = [column.name for column in schema if arrow.types.is_string(column.type)]
+            stored = parquet.ParquetFile(file, page_checksum_verification=True, read_dictionary=texts)
+            table = stored.read()
             table.validate(full=True)
-        except (arrow.ArrowException, OSError, ValueError) as error:
+            columns = [_cells(arrow, column) for column in table.columns]
+        except RolloutsFileError:
+            raise
+        except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
             source.fail_file(
                 f"it cannot be read as Parquet ({error}).", fix="write the file anew; was it cut off?", cause=error
             )
     names: list[str] = table.column_names
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        source.fail_file(f"several columns are called {', '.join(twice)}.", fix="write every column once.")
-    columns = [_cells(arrow, column) for column in table.columns]
     for row in range(table.num_rows):
         yield row, {name: column[row] for name, column in zip(names, columns, strict=True)}
 
@@ -52,7 +58,46 @@ def write_parquet(table: RolloutsTable, path: Path) -> None:
     columns["loss_mask"] = arrow.LargeListArray.from_arrays(table.offsets, table.loss_mask.astype("int8"))
     if table.old_logprobs is not None:
         columns["old_logprobs"] = arrow.LargeListArray.from_arrays(table.response_offsets, table.old_logprobs)
-    parquet.write_table(arrow.table(columns), path)
+    parquet.write_table(arrow.table(columns), path, write_page_checksum=True)
+
+
+def _check_columns(arrow: Any, schema: Any, source: RowSource) -> None:
+    """Raise where two columns have one name, or one is of a type that no field has."""
+    names: list[str] = schema.names
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        source.fail_file(f"several columns are called {', '.join(twice)}.", fix="write every column once.")
+    for column in schema:
+        if not _is_plain(arrow.types, column.type):
+            source.fail_file(
+                f"the column `{column.name}` is of type {column.type}; expected numbers, texts, or lists of numbers.",
+                fix="cast it (to int64, double or string) before the file is written, or drop it.",
+            )
+
+
+def _is_plain(kinds: Any, kind: Any) -> bool:
+    if kinds.is_dictionary(kind) or kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind):
+        return _is_plain(kinds, kind.value_type)
+    text = kinds.is_string(kind) or kinds.is_large_string(kind)
+    return bool(
+        text or kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind) or kinds.is_null(kind)
+    )
+
+
+def _check_size(metadata: Any, source: RowSource) -> None:
+    """Raise where a column asks for more than an array may hold: runs of one value and compression take next to no space."""
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    for index in range(metadata.num_columns):
+        chunks = [group.column(index) for group in groups]
+        size = max(
+            8 * sum(chunk.num_values for chunk in chunks), sum(chunk.total_uncompressed_size for chunk in chunks)
+        )
+        if size > LARGEST_ARRAY_BYTES:
+            name = chunks[0].path_in_schema.partition(".")[0]
+            source.fail_file(
+                f"the column `{name}` asks for {size / 2**30:.1f} GiB; at most {LARGEST_ARRAY_BYTES / 2**30:.0f} GiB are read.",
+                fix="split the file; if it is small, its entries are damaged or repeat one value.",
+            )
 
 
 def _cells(arrow: Any, column: Any) -> Sequence[Any]:
@@ -67,6 +112,9 @@ def _cells(arrow: Any, column: Any) -> Sequence[Any]:
             values = chunk.flatten().to_numpy(zero_copy_only=False)
             ends = arrow.compute.cumulative_sum(arrow.compute.list_value_length(chunk).cast("int64")).to_pylist()
             cells.extend(values[start:end] for start, end in zip([0, *ends], ends, strict=False))
+        elif kinds.is_dictionary(kind):
+            entries = chunk.dictionary.to_pylist()  # one object for every text, however often it stands in the column
+            cells.extend(None if index is None else entries[index] for index in chunk.indices.to_pylist())
         else:
             cells.extend(chunk.to_pylist())
     return cells

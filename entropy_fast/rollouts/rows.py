@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,15 +12,13 @@ import torch
 
 from entropy_fast.errors import MissingTokenizerError, RolloutsError
 from entropy_fast.rollouts.container import Rollouts
-from entropy_fast.rollouts.fields import Floats, Integers, RowSource, check_keys, convert
+from entropy_fast.rollouts.fields import LARGEST_ARRAY_BYTES, Floats, Integers, RowSource, check_keys, convert
+from entropy_fast.rollouts.tokenizing import LONE_SURROGATE, prompt_token_ids, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["RolloutsTable", "rollouts_from_rows", "table_from_rollouts"]
-
-# JSON escapes can spell what UTF-8 cannot, and tokenizers refuse it with an error that names no row.
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +118,7 @@ class _Columns:
         max_lengths = self._per_group("max_length", groups)
         if max_lengths is not None:
             self._check_budgets(masks)
+        self._check_size(tokens)
         ids, attention_mask, loss_mask = _rectangle(tokens, masks)
         fields: dict[str, Any] = {
             "input_ids": ids,
@@ -159,6 +157,7 @@ class _Columns:
             if self.form == ("prompt", "response"):
                 first, second = self._tokenise(tokenizer)
             pairs = list(zip(first, second, strict=True))
+            self._check_same_prompts(first)
             tokens = [np.concatenate(pair) for pair in pairs]
             masks = [np.repeat(np.array([0, 1]), [len(prompt), len(response)]) for prompt, response in pairs]
         for row, mask in enumerate(masks):
@@ -170,6 +169,16 @@ class _Columns:
                     fix="start the prompt with at least one token, such as the BOS token.",
                 )  # fmt: skip
         return tokens, masks
+
+    def _check_size(self, tokens: list[Integers]) -> None:
+        longest = max(range(len(tokens)), key=lambda row: len(tokens[row]))
+        size = 8 * len(tokens) * len(tokens[longest])
+        if size > LARGEST_ARRAY_BYTES:
+            self._fail(
+                longest, f"it has {len(tokens[longest])} tokens; {len(tokens)} rows padded to that length ask for "
+                f"{size / 2**30:.1f} GiB an array, at most {LARGEST_ARRAY_BYTES / 2**30:.0f} GiB are made.",
+                fix="put the longest rows into a file of their own, or split the file.",
+            )  # fmt: skip
 
     def _old_logprobs(self, loss_mask: torch.Tensor) -> torch.Tensor | None:
         """[N, T] in the columns of the response tokens."""
@@ -196,16 +205,26 @@ class _Columns:
             )
         for key in self.form:
             for row, text in enumerate(self.values[key]):
-                if _LONE_SURROGATE.search(text):
+                if LONE_SURROGATE.search(text):
                     self._fail(
                         row, f"`{key}` cannot be tokenised: it holds half of a surrogate pair, which is no character.",
                         fix="write the text as UTF-8.",
                     )  # fmt: skip
+        texts, answers = self.values["prompt"], self.values["response"]
         # Every prompt comes once per response: tokenise the distinct ones.
-        distinct = list(dict.fromkeys(self.values["prompt"]))
-        encoded = dict(zip(distinct, _encode(tokenizer, distinct, special=True), strict=True))
-        prompts = [encoded[text] for text in self.values["prompt"]]
-        return prompts, _encode(tokenizer, self.values["response"], special=False)
+        distinct = list(dict.fromkeys(texts))
+        encoded = dict(zip(distinct, map(_int64, prompt_token_ids(tokenizer, distinct)), strict=True))
+        prompts = [encoded[text] for text in texts]
+        responses = [_int64(ids) for ids in token_ids(tokenizer, answers)]
+        knows_no_answer = any(map(str.strip, answers)) and not any(ids.size for ids in responses)
+        for row, (text, ids) in enumerate(zip(texts, prompts, strict=True)):
+            if text.strip() and (knows_no_answer or not ids.size):
+                self._fail(
+                    row, "the tokenizer makes no token of a text that is not empty (its vocabulary has "
+                    f"{len(tokenizer)} entries).",
+                    fix="pass the tokenizer of the model that sampled; a folder without tokenizer files gives an empty one.",
+                )  # fmt: skip
+        return prompts, responses
 
     def _groups(self) -> list[int]:
         """[N] integer group ids; names become 0, 1, ... in order of appearance."""
@@ -220,6 +239,19 @@ class _Columns:
             return given
         number = {name: index for index, name in enumerate(dict.fromkeys(given))}
         return [number[name] for name in given]
+
+    def _check_same_prompts(self, prompts: Sequence[Integers]) -> None:
+        """Where a row says which tokens are its prompt, those of a group must be the same."""
+        first: dict[int | str, int] = {}
+        for row, (group, prompt) in enumerate(zip(self.values["group_id"], prompts, strict=True)):
+            other = first.setdefault(group, row)
+            if not np.array_equal(prompt, prompts[other]):
+                self._fail(
+                    row, f"its prompt has other tokens than that of {self.source.unit} {self.positions[other]}, which has "
+                    f"the same `group_id` ({group!r}).",
+                    fix="give every prompt its own id; what a response is forced to begin with goes into `input_ids` under a "
+                    "`loss_mask` of 0.",
+                )  # fmt: skip
 
     def _per_group(self, key: str, groups: list[int]) -> list[Any] | None:
         """One value per group, in order of first appearance."""
@@ -271,11 +303,8 @@ class _Columns:
         self.source.fail(self.positions[row], problem, fix=fix)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], *, special: bool) -> list[Integers]:
-    encoding = tokenizer(
-        texts, add_special_tokens=special, padding=False, truncation=False, verbose=False, return_attention_mask=False
-    )
-    return [np.array(ids, dtype=np.int64) for ids in encoding["input_ids"]]
+def _int64(ids: Sequence[int]) -> Integers:
+    return np.array(ids, dtype=np.int64)
 
 
 def _rectangle(tokens: list[Integers], masks: list[Integers]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

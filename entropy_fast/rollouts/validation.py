@@ -3,40 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from entropy_fast.errors import RolloutsError
-
-PADDED_REQUIRED = ("sequences", "attention_masks", "prompt_lens")
-PADDED_OPTIONAL = (
-    "advantages",
-    "rewards",
-    "old_logprobs",
-    "max_lengths",
-    "temperature",
-    "top_p",
-    "prompts",
-    "responses",
-)
+from entropy_fast.scalars import as_number
 
 # Log-probs of tokens that are all but certain come out of 16-bit samplers a little above 0.
 LARGEST_LOGPROB = 1e-2
 
+# A coefficient times a gradient in fp32 must neither overflow nor vanish.
+LARGEST_MAGNITUDE = 1e38
+SMALLEST_ADVANTAGE = 1e-37
 
-def as_tensor(field: str, value: Any) -> Tensor:
-    """``value`` as a tensor autograd can save (a list becomes one, an inference-mode tensor is cloned)."""
-    if isinstance(value, Tensor):
-        return value.detach().clone() if value.is_inference() else value.detach()
+PAD_LOGPROBS = (
+    "where they are of the responses alone: full = torch.zeros(loss_mask.shape, dtype=torch.float64); full[loss_mask.bool()] = "
+    "torch.cat([row[:n] for row, n in zip(old_logprobs, loss_mask.sum(-1))]).double()"
+)
+
+
+def as_tensor(field: str, value: Any, *, copy: bool = True) -> Tensor:
+    """``value`` as a dense tensor without a graph; a copy, so that nothing done to ``value`` later reaches it.
+
+    A copy is also what autograd needs of a tensor made in inference mode.
+
+    Raises:
+        RolloutsError: it is not a rectangle of numbers, or holds no values (a meta tensor).
+    """
     try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+        tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise TypeError("it is nested, sparse, quantised or on the device meta")
+        return tensor.clone() if copy else tensor
+    except (TypeError, ValueError, RuntimeError, OverflowError, RecursionError) as error:
         raise RolloutsError(
             f"Rollouts: `{field}` cannot be made a tensor ({error}).",
-            fix="pass a tensor, or a rectangular list of numbers.",
+            fix="pass a tensor (a dense one), or a rectangular list of numbers.",
         ) from error
 
 
@@ -65,7 +70,7 @@ def mask_matrix(field: str, value: Any, shape: torch.Size) -> Tensor:
             f"Rollouts: `{field}` has shape {list(tensor.shape)}, but input_ids is {list(shape)}.",
             fix="give one 0/1 entry per token; a per-response mask must be padded with zeros over the prompt.",
         )
-    if not bool(((tensor == 0) | (tensor == 1)).all()):
+    if tensor.is_complex() or not bool(((tensor == 0) | (tensor == 1)).all()):
         raise RolloutsError(
             f"Rollouts: `{field}` holds values other than 0 and 1.",
             fix="pass a 0/1 or boolean mask; per-token weights are not supported here.",
@@ -104,6 +109,11 @@ def integer_vector(field: str, value: Any, length: int, meaning: str) -> Tensor:
 def float_vector(field: str, value: Any, length: int, meaning: str) -> Tensor:
     """[length] finite numbers, fp64 where given as fp64 and fp32 otherwise."""
     tensor = _vector(field, as_tensor(field, value), length, meaning)
+    if tensor.dtype == torch.bool or tensor.is_complex():
+        raise RolloutsError(
+            f"Rollouts: `{field}` has dtype {tensor.dtype}; expected real numbers.",
+            fix="cast it to float32 or float64.",
+        )
     tensor = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
     if not bool(torch.isfinite(tensor).all()):
         where = int((~torch.isfinite(tensor)).nonzero()[0])
@@ -114,14 +124,40 @@ def float_vector(field: str, value: Any, length: int, meaning: str) -> Tensor:
     return tensor
 
 
+def check_magnitudes(
+    field: str, values: Tensor, group_ids: Tensor, *, smallest: float = 0.0, made_from: str = ""
+) -> None:
+    """Raise where a number is so large that sums or squares overflow, or (0 aside) so small that products vanish.
+
+    Args:
+        field: what the numbers are.
+        values: [N] finite numbers.
+        group_ids: [N].
+        smallest: the largest |number| that counts as too small.
+        made_from: the field they come from, where they were not given.
+    """
+    size = values.abs()
+    bad = ((size >= LARGEST_MAGNITUDE) | ((size > 0) & (size <= smallest))).nonzero()
+    if bad.numel():
+        row = int(bad[0])
+        source = f" (made from `{made_from}`)" if made_from else ""
+        problem = "overflow" if float(size[row]) >= LARGEST_MAGNITUDE else "vanish in 32-bit floats"
+        raise RolloutsError(
+            f"Rollouts: `{field}`[{row}]{source} is {float(values[row]):.6g} (group {int(group_ids[row])}): sums and products "
+            f"of such numbers {problem}.",
+            fix=f"give {made_from or field} of the order of 1, and an exact 0 for none; between {SMALLEST_ADVANTAGE:g} and "
+            f"{LARGEST_MAGNITUDE:g} in size is taken.",
+        )
+
+
 def token_logprobs(field: str, value: Any, loss_mask: Tensor) -> Tensor:
     """[N, T] log-probs in fp64, or fp32 where given as fp32 or narrower; 0 outside the loss mask, whatever was there."""
     tensor = as_tensor(field, value)
     if tensor.shape != loss_mask.shape:
         raise RolloutsError(
             f"Rollouts: `{field}` has shape {list(tensor.shape)}, but input_ids is {list(loss_mask.shape)}.",
-            fix="give one log-prob per token, in the token's own column: shifted ones [N, T - 1] lack a column in front, those "
-            "of responses alone belong in the responses' columns. What stands over prompt and padding is not read.",
+            fix="give one log-prob per token, in the token's own column (what stands over prompt and padding is not read): "
+            f"shifted ones [N, T - 1] lack a column in front; {PAD_LOGPROBS}.",
         )
     if not tensor.is_floating_point():
         raise RolloutsError(
@@ -144,9 +180,10 @@ def token_logprobs(field: str, value: Any, loss_mask: Tensor) -> Tensor:
 def max_lengths(value: Any, longest: Tensor, group_order: Sequence[int]) -> Tensor:
     """[B] int64 generation budgets, none below the longest response of its prompt."""
     count = len(group_order)
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = torch.full((count,), value)
-    tensor = integer_vector("max_lengths", value, count, "one budget per prompt").cpu()
+    tensor = as_tensor("max_lengths", value)
+    if tensor.dim() == 0 and tensor.dtype != torch.bool:
+        tensor = tensor.repeat(count)
+    tensor = integer_vector("max_lengths", tensor, count, "one budget per prompt").cpu()
     short = ((tensor < longest) | (tensor < 1)).nonzero()
     if short.numel():
         n = int(short[0])
@@ -158,18 +195,26 @@ def max_lengths(value: Any, longest: Tensor, group_order: Sequence[int]) -> Tens
     return tensor
 
 
-def check_sampling(temperature: float | None, top_p: float | None) -> None:
-    """Temperature above 0 and top-p in (0, 1], where known."""
-    if temperature is not None and not (_is_number(temperature) and math.isfinite(temperature) and temperature > 0):
+def temperature(value: object) -> float | None:
+    """The number above 0; None when unknown."""
+    number = as_number(value)
+    if value is not None and (number is None or not (math.isfinite(number) and number > 0)):
         raise RolloutsError(
-            f"Rollouts: `temperature` is {temperature!r}; expected a number above 0, or None when unknown.",
+            f"Rollouts: `temperature` is {_shown(value)}; expected a number above 0, or None when unknown.",
             fix="record the temperature the sampler used; greedy decoding gives no estimate of entropy gradients.",
         )
-    if top_p is not None and not (_is_number(top_p) and 0 < top_p <= 1):
+    return None if number is None else float(number)
+
+
+def top_p(value: object) -> float | None:
+    """The number in (0, 1]; None when unknown."""
+    number = as_number(value)
+    if value is not None and (number is None or not 0 < number <= 1):
         raise RolloutsError(
-            f"Rollouts: `top_p` is {top_p!r}; expected a number in (0, 1], or None when unknown.",
+            f"Rollouts: `top_p` is {_shown(value)}; expected a number in (0, 1], or None when unknown.",
             fix="record the nucleus mass the sampler used (1 means the full distribution).",
         )
+    return None if number is None else float(number)
 
 
 def texts(field: str, value: Any, count: int, unit: str) -> tuple[str, ...]:
@@ -186,80 +231,48 @@ def texts(field: str, value: Any, count: int, unit: str) -> tuple[str, ...]:
     return items
 
 
-def check_shared_prompts(ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, prompt_index: Tensor) -> None:
-    """Rows of one group must share the tokens before their first response token: the baseline is per prompt."""
-    seen: dict[int, tuple[int, list[int]]] = {}
-    before = (loss_mask.cumsum(-1) == 0) & (attention_mask == 1)
+def check_shared_prompts(
+    ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, prompt_index: Tensor
+) -> tuple[int, ...]:
+    """Rows of one group must begin with the same tokens, up to the earliest response token of any: the baseline is per prompt.
+
+    A response may begin with tokens that are not scored (a forced beginning, what a tool returned), so the loss mask of one
+    row says nothing about where the prompt ends; that of the group says where it ends at the latest. Rows without response
+    tokens are not compared.
+
+    Returns:
+        Prompt indices of the groups in which the loss mask begins at different places.
+
+    Raises:
+        RolloutsError: two rows of a group differ before that.
+    """
+    scored = loss_mask.any(-1).tolist()
+    unscored = ((loss_mask.cumsum(-1) == 0) & (attention_mask == 1)).sum(-1).tolist()
+    rows_of: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompt_index.tolist()):
-        if not bool(loss_mask[row].any()):
-            continue
-        tokens = ids[row][before[row]].tolist()
-        first, expected = seen.setdefault(prompt, (row, tokens))
-        if tokens != expected:
-            raise RolloutsError(
-                f"Rollouts: rows {first} and {row} have the same group id but different prompts "
-                f"({len(expected)} and {len(tokens)} prompt tokens).",
-                fix="give every prompt its own group id; for the padded form check `prompt_lens` (a column, not a count).",
-            )
-
-
-def unpack_padded_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """The padded [B, G, T] form as keyword arguments of `Rollouts`."""
-    missing = [key for key in PADDED_REQUIRED if key not in batch]
-    unknown = [key for key in batch if key not in PADDED_REQUIRED + PADDED_OPTIONAL]
-    if missing or unknown:
-        found = f"is missing {missing}" if missing else f"has unknown keys {unknown}"
-        raise RolloutsError(
-            f"Rollouts.from_dict: the batch {found}.",
-            fix=f"required keys: {', '.join(PADDED_REQUIRED)}; optional: {', '.join(PADDED_OPTIONAL)}.",
-        )
-    sequences = as_tensor("sequences", batch["sequences"])
-    if sequences.dim() != 3:
-        raise RolloutsError(
-            f"Rollouts.from_dict: `sequences` has shape {list(sequences.shape)}; expected [B, G, T].",
-            fix="reshape to prompts x responses x tokens; ragged groups go through Rollouts(...) with group_ids.",
-        )
-    b, g, t = sequences.shape
-    masks = mask_matrix("attention_masks", batch["attention_masks"], sequences.shape)
-    starts = integer_vector("prompt_lens", batch["prompt_lens"], b, "the column at which responses start").to(
-        masks.device
-    )
-    if bool(((starts < 1) | (starts > t)).any()):
-        raise RolloutsError(
-            f"Rollouts.from_dict: `prompt_lens` is {starts.tolist()}; expected columns from 1 to T = {t}.",
-            fix="pass the padded width of the prompt part, the column at which responses start.",
-        )
-    loss = masks * (torch.arange(t, device=masks.device) >= starts[:, None, None]).to(masks.dtype)
-    fields: dict[str, Any] = {
-        "input_ids": sequences.reshape(b * g, t),
-        "attention_mask": masks.reshape(b * g, t),
-        "loss_mask": loss.reshape(b * g, t),
-        "group_ids": torch.arange(b).repeat_interleave(g),
-    }
-    for key in ("advantages", "rewards"):
-        if batch.get(key) is not None:
-            value = as_tensor(key, batch[key])
-            if value.shape != (b, g):
+        if scored[row]:
+            rows_of.setdefault(prompt, []).append(row)
+    uneven = []
+    for prompt, rows in rows_of.items():
+        length = min(unscored[row] for row in rows)
+        if any(unscored[row] != length for row in rows):
+            uneven.append(prompt)
+        first, *others = rows
+        expected = ids[first][attention_mask[first] == 1][:length]
+        for row in others:
+            if not torch.equal(ids[row][attention_mask[row] == 1][:length], expected):
                 raise RolloutsError(
-                    f"Rollouts.from_dict: `{key}` has shape {list(value.shape)}; expected [B, G] = [{b}, {g}].",
-                    fix="give one number per response.",
+                    f"Rollouts: rows {first} and {row} have the same group id but different prompts (tokens differ before "
+                    f"the first response token of the group, the {length + 1}th of its row; {unscored[first]} and "
+                    f"{unscored[row]} tokens come before that of these rows).",
+                    fix="give every prompt its own group id; for the padded form check `prompt_lens` (a column, not a count).",
                 )
-            fields[key] = value.reshape(b * g)
-    if batch.get("old_logprobs") is not None:
-        value = as_tensor("old_logprobs", batch["old_logprobs"])
-        if value.shape != (b, g, t):
-            raise RolloutsError(
-                f"Rollouts.from_dict: `old_logprobs` has shape {list(value.shape)}; expected [B, G, T] = [{b}, {g}, {t}].",
-                fix="give one log-prob per token, in the token's own column.",
-            )
-        fields["old_logprobs"] = value.reshape(b * g, t)
-    others = [key for key in PADDED_OPTIONAL if key not in ("advantages", "rewards", "old_logprobs")]
-    fields.update({key: batch[key] for key in others if batch.get(key) is not None})
-    return fields
+    return tuple(uneven)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _vector(field: str, tensor: Tensor, length: int, meaning: str) -> Tensor:

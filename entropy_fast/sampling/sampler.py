@@ -15,6 +15,7 @@ from entropy_fast.errors import SamplingError
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.sampling.tasks import PromptTask, format_prompt
 from entropy_fast.sampling.verifiers import Verifier
+from entropy_fast.scalars import as_number
 
 __all__ = ["SamplingSettings", "sample_rollouts"]
 
@@ -44,6 +45,13 @@ class SamplingSettings:
     prompts_per_batch: int = 8
 
     def __post_init__(self) -> None:
+        for field in ("responses_per_prompt", "max_new_tokens", "prompts_per_batch", "temperature", "top_p", "seed"):
+            number = as_number(getattr(self, field))
+            if number is None or (isinstance(number, float) and field not in ("temperature", "top_p")):
+                raise SamplingError(
+                    f"sampling: `{field}` is {getattr(self, field)!r}.", fix="pass a number, an integer for counts."
+                )
+            object.__setattr__(self, field, number)
         for field, low in (("responses_per_prompt", 2), ("max_new_tokens", 1), ("prompts_per_batch", 1)):
             if getattr(self, field) < low:
                 raise SamplingError(f"sampling: `{field}` is {getattr(self, field)}.", fix=f"use {low} or more.")

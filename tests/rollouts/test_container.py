@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,7 +51,11 @@ def test_prompts_are_numbered_by_first_appearance_however_groups_interleave(rows
 
 
 @settings(deadline=None)
-@given(rows=ragged, rewards=st.lists(st.floats(-1e3, 1e3), min_size=12, max_size=12), double=st.booleans())
+@given(
+    rows=ragged,
+    rewards=st.lists(st.floats(-1e3, 1e3).filter(lambda r: r == 0 or abs(r) > 1e-30), min_size=12, max_size=12),
+    double=st.booleans(),
+)
 def test_advantages_from_rewards_are_centred_within_each_group(
     rows: list[tuple[int, int]], rewards: list[float], double: bool
 ) -> None:
@@ -97,6 +102,7 @@ def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int
         return data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
 
     prompt_sizes = draw_integers(1, prompt, b)  # left padding up to the column `prompt`
+    prompt_sizes[0] = prompt  # padders pad to the longest
     sizes = torch.tensor(draw_integers(0, width, b * g)).reshape(b, g, 1)
     columns = torch.arange(prompt + width)
     starts = prompt - torch.tensor(prompt_sizes)[:, None, None]
@@ -277,3 +283,155 @@ def test_the_callers_tensors_are_not_changed_and_carry_no_graph_in() -> None:
     assert rollouts.advantages.tolist() == [0.5, -0.5]  # type: ignore[union-attr]
     assert not rollouts.advantages.requires_grad  # type: ignore[union-attr]
     assert rewards.tolist() == [1.0, 0.0]
+
+
+def test_what_is_given_is_copied() -> None:
+    """Whatever its owner does later, and to whatever it was: tensors of every kind of sharing, arrays, lists."""
+    ids, ones = torch.tensor([[5, 6, 7], [5, 6, 8]]), np.ones((2, 3), dtype=np.int64)
+    loss = torch.tensor([[0, 1, 1]]).expand(2, 3).clone()
+    groups, advantages = torch.tensor([0, 0]), torch.tensor([1.0, -1.0], dtype=torch.float64)
+    rewards, budgets = np.array([3.0, 1.0]), torch.tensor([4])
+    old = torch.full((2, 3), -1.0, dtype=torch.float64)
+    given: list[Any] = [ids, ones, loss, groups, advantages, rewards, budgets, old]
+    rollouts = Rollouts(ids, ones, loss, groups, advantages, rewards, budgets, old)  # type: ignore[arg-type]
+    before = {name: value.clone() for name, value in tensors(rollouts).items()}
+    for value in given:
+        value[...] = 1 - value
+    after = tensors(rollouts)
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def test_the_padded_form_is_copied_too() -> None:
+    batch = padded_batch(left=[0, 2], prompts=[[3, 4, 5], [6]], width=3)
+    rollouts = Rollouts.from_dict(batch)
+    before = {name: value.clone() for name, value in tensors(rollouts).items()}
+    for key in ("sequences", "attention_masks", "advantages"):
+        batch[key].zero_()
+    assert all(torch.equal(tensors(rollouts)[name], value) for name, value in before.items())
+
+
+def masked_start(mask: list[list[int]], ids: list[list[int]] | None = None) -> Rollouts:
+    tokens = torch.tensor(ids or [[5, 6, 7, 8], [5, 6, 7, 9]])
+    return Rollouts(
+        tokens, torch.ones_like(tokens), torch.tensor(mask), torch.tensor([3, 3]), torch.tensor([1.0, -1.0])
+    )
+
+
+def test_a_response_may_begin_with_tokens_that_are_not_scored() -> None:
+    rollouts = masked_start([[0, 0, 1, 1], [0, 0, 0, 1]])
+    assert rollouts.response_lengths.tolist() == [2, 1]
+    (note,) = rollouts.notes()
+    assert "In 1 groups (3) the loss mask begins at different tokens" in note
+    assert masked_start([[0, 0, 1, 1], [0, 0, 1, 0]]).notes() == ()
+
+
+def test_rows_that_differ_before_every_response_are_other_prompts() -> None:
+    for ids in ([[5, 6, 7, 8], [5, 9, 7, 8]], [[5, 6, 7, 8], [4, 6, 7, 8]]):
+        with pytest.raises(ValueError, match="rows 0 and 1 have the same group id but different prompts"):
+            masked_start([[0, 0, 1, 1], [0, 0, 0, 1]], ids)
+
+
+def padded_batch(left: list[int], prompts: list[list[int]], width: int, answers: Any = None) -> dict[str, Any]:
+    """Two responses to every prompt, [left padding, prompt] of one width and three response tokens."""
+    rows = [
+        [[0] * pad + prompt + answer for answer in (answers or [[8, 9, 8], [9, 8, 9]])]
+        for pad, prompt in zip(left, prompts, strict=True)
+    ]
+    sequences = torch.tensor(rows)
+    columns = torch.arange(sequences.shape[-1])
+    masks = (columns >= torch.tensor(left)[:, None, None]).long().expand(sequences.shape).clone()
+    advantages = torch.tensor([[1.0, -1.0]] * len(left))
+    starts = torch.full((len(left),), width)
+    return {"sequences": sequences, "attention_masks": masks, "prompt_lens": starts, "advantages": advantages}
+
+
+PROMPTS = [[1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2, 3]]
+
+
+def test_counts_beside_left_padding_are_told_from_columns() -> None:
+    batch = padded_batch([0, 1, 2], PROMPTS, 5)
+    assert Rollouts.from_dict(batch).response_lengths.tolist() == [3] * 6
+    counts = batch | {"prompt_lens": torch.tensor([5, 4, 3])}
+    with pytest.raises(
+        ValueError, match=r"\[5, 4, 3\], which look like counts[\s\S]*pass \[5, 5, 5\] if they are counts"
+    ):
+        Rollouts.from_dict(counts)
+    # One response to a prompt: no tokens to compare, and the one width that counts lead to is enough.
+    alone = {key: value[:, :1] if value.dim() > 1 else value for key, value in counts.items()}
+    with pytest.raises(ValueError, match="look like counts"):
+        Rollouts.from_dict(alone)
+
+
+def test_where_all_prompts_are_equally_long_tokens_tell_counts_from_columns() -> None:
+    batch = padded_batch([2, 2], [[1, 2, 3], [3, 2, 1]], 5)
+    assert Rollouts.from_dict(batch).response_lengths.tolist() == [3] * 4
+    with pytest.raises(ValueError, match="look like counts"):
+        Rollouts.from_dict(batch | {"prompt_lens": torch.tensor([3, 3])})
+
+
+def test_columns_that_no_count_could_be_are_taken() -> None:
+    """Responses that agree in their first token beside one column of padding, in prompts of different lengths."""
+    batch = padded_batch([0, 1], [[1, 2, 3], [1, 2]], 3, answers=[[8, 9, 8], [8, 8, 9]])
+    assert Rollouts.from_dict(batch).response_lengths.tolist() == [3] * 4
+
+
+def test_rows_of_a_prompt_that_are_padded_differently_are_refused() -> None:
+    batch = padded_batch([0, 0], [[1, 2, 3], [1, 2, 3]], 3)
+    batch["attention_masks"][1, 1, 0] = 0
+    with pytest.raises(ValueError, match=r"prompt 1, and before that column its rows have \[2, 3\] tokens"):
+        Rollouts.from_dict(batch)
+
+
+@pytest.mark.parametrize(
+    ("advantages", "noted"),
+    [
+        ([1.0, 0.0, 1.0, 1.0], True), ([0.0, 0.0, 1.0, 1.0], True), ([-1.0, -2.0, 0.0, 3.0], True),
+        ([1.0, -1.0, 1.0, 1.0], False), ([0.5, -0.5, 0.0, 0.0], False), ([0.0, 0.0, 0.0, 0.0], False),
+    ],
+)  # fmt: skip
+def test_advantages_of_one_sign_within_every_prompt_are_noted(advantages: list[float], noted: bool) -> None:
+    notes = build([0, 0, 1, 1], [1, 1, 1, 1], advantages=advantages).notes()
+    assert any("of one sign, as raw rewards are" in note for note in notes) == noted
+    centred = build([0, 0, 1, 1], [1, 1, 1, 1], advantages=None, rewards=advantages)
+    assert centred.notes() == ()
+
+
+def test_prompts_with_one_response_say_nothing_about_the_sign() -> None:
+    assert build([0, 1, 2], [1, 1, 1], advantages=[1.0, 1.0, 1.0]).notes() == ()
+
+
+def test_large_float32_rewards_are_centred_without_overflow() -> None:
+    rewards = torch.full((4,), 9e37)
+    rewards[0] = 9.00001e37
+    found = build([0] * 4, [1] * 4, advantages=None, rewards=rewards).advantages
+    assert found is not None
+    expected = rewards.double() - rewards.double().mean()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_numbers_may_be_numpys_and_tensors() -> None:
+    rollouts = build(
+        [0, 0],
+        [1, 1],
+        temperature=np.float32(0.5),
+        top_p=torch.tensor(0.25),
+        max_lengths=np.int64(7),
+        advantages=[np.float32(1), -1],
+    )
+    assert (rollouts.temperature, rollouts.top_p) == (0.5, 0.25)
+    assert type(rollouts.temperature) is type(rollouts.top_p) is float
+    assert build([0, 0], [1, 1], max_lengths=torch.tensor(7)).length_budgets.tolist() == [7]
+    ids = torch.tensor([[5, 6], [5, 7]])
+    groups: Any = [np.int32(4), torch.tensor(4)]
+    found = Rollouts(ids, torch.ones_like(ids), torch.tensor([[0, 1]] * 2), groups, torch.tensor([1.0, -1.0]))
+    assert found.group_order == (4,)
+
+
+def test_groups_can_be_left_out() -> None:
+    whole = build([4, 8, 4, 6], [1, 2, 3, 1])
+    assert whole.without_groups([8, 6]).group_ids.tolist() == [4, 4]
+    assert whole.without_groups([]).n_sequences == 4
+    for ids, message in (([7], "no group 7"), ([4, 6, 8], "all groups")):
+        with pytest.raises(ValueError, match=message):
+            whole.without_groups(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ NAN = float("nan")
 def good() -> dict[str, Any]:
     """Three rows of two groups: [prompt prompt response response], the last row padded on both sides."""
     return {
-        "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9], [0, 5, 7, 0]]),
+        "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 9, 9], [0, 4, 7, 0]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 0]]),
         "loss_mask": torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 0]]),
         "group_ids": torch.tensor([7, 7, 3]),
@@ -87,6 +88,24 @@ FIELDS: list[tuple[str, Any, str, str]] = [
     ("advantages", torch.tensor([0, NAN, 1]), "`advantages`[1] is nan; expected finite", "use 0 there"),
     ("advantages", torch.tensor([0, 0, -float("inf")]), "`advantages`[2] is -inf", "zero reward spread"),
     ("advantages", None, "neither `advantages` nor `rewards` was given", "pass advantages [N], or rewards [N]"),
+    ("advantages", torch.tensor([0, 1e38, 1]), "`advantages`[1] is 1e+38 (group 7)", "an exact 0 for none"),
+    ("advantages", torch.tensor([0, 0, -1e-37]), "`advantages`[2] is -1e-37 (group 3)", "of the order of 1"),
+    ("advantages", torch.tensor([1e-40, 0, 0], dtype=torch.float64), "`advantages`[0] is 1e-40 (group 7)", "exact 0"),
+    (
+        "rewards",
+        torch.tensor([3e38, 0, 0]),
+        "`rewards`[0] is 3e+38 (group 7): sums and products",
+        "rewards of the order",
+    ),
+    ("rewards", torch.tensor([0, 0, -1e300], dtype=torch.float64), "`rewards`[2] is -1e+300 (group 3)", "order of 1"),
+    ("advantages", torch.tensor([True, False, True]), "`advantages` has dtype torch.bool; expected real", "cast it"),
+    ("rewards", torch.tensor([1j, 0, 0]), "`rewards` has dtype torch.complex64; expected real", "cast it"),
+    ("input_ids", ONES.to_sparse(), "`input_ids` cannot be made a tensor (it is nested, sparse", "a dense one"),
+    ("loss_mask", ONES.to("meta"), "`loss_mask` cannot be made a tensor (it is nested, sparse", "a dense one"),
+    ("temperature", torch.tensor([1.0, 1.0]), "`temperature` is tensor([1., 1.])", "temperature the sampler used"),
+    ("temperature", np.bool_(True), "`temperature` is", "temperature the sampler used"),
+    ("top_p", torch.tensor(True), "`top_p` is tensor(True)", "nucleus mass"),
+    ("max_lengths", 2**70, "`max_lengths` cannot be made a tensor", "rectangular"),
     ("rewards", torch.zeros(4), "`rewards` has shape [4]", "flat tensor of 3 entries"),
     ("rewards", torch.tensor([NAN, 0, 1]), "`rewards`[0] is nan", "use 0 there"),
     (
@@ -108,8 +127,9 @@ FIELDS: list[tuple[str, Any, str, str]] = [
         "old_logprobs",
         torch.zeros(3, 2),
         "`old_logprobs` has shape [3, 2], but input_ids is [3, 4]",
-        "lack a column in front",
+        "full[loss_mask.bool()]",
     ),
+    ("old_logprobs", torch.zeros(3, 3), "`old_logprobs` has shape [3, 3]", "lack a column in front"),
     ("old_logprobs", ONES, "`old_logprobs` has dtype torch.int64", "pass nats"),
     ("old_logprobs", ONES * 0.5, "`old_logprobs` is 0.5 at row 0, column 2", "not probabilities"),
     ("old_logprobs", ONES * NAN, "`old_logprobs` is nan at row 0, column 2", "in nats"),
@@ -134,6 +154,26 @@ FIELDS: list[tuple[str, Any, str, str]] = [
 @pytest.mark.parametrize(("field", "value", "problem", "fix"), FIELDS)
 def test_a_bad_field_is_named_with_the_finding_and_the_fix(field: str, value: Any, problem: str, fix: str) -> None:
     check(lambda: Rollouts(**good() | {field: value}), problem, fix)
+
+
+def test_rewards_whose_differences_vanish_are_named_as_the_cause() -> None:
+    rewards = torch.tensor([1e-40, 0, 0], dtype=torch.float64)
+    check(
+        lambda: Rollouts(**good() | {"advantages": None, "rewards": rewards}),
+        "`advantages`[0] (made from `rewards`) is 5e-41 (group 7)", "give rewards of the order of 1",
+    )  # fmt: skip
+
+
+def test_the_hint_how_to_pad_log_probs_of_responses_is_right() -> None:
+    """The code in the message, run."""
+    fields = good() | {"old_logprobs": torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, 0.0]])}
+    with pytest.raises(RolloutsError) as caught:
+        Rollouts(**fields)
+    code = caught.value.fix.split("of the responses alone: ")[1].rstrip(".")
+    names = {"torch": torch, "loss_mask": fields["loss_mask"], "old_logprobs": fields["old_logprobs"]}
+    exec(code, names)
+    rollouts = Rollouts(**fields | {"old_logprobs": names["full"]})
+    assert rollouts.old_response_logprobs(torch.arange(3)).tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
 
 
 def test_a_row_without_tokens_is_refused() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -76,7 +77,8 @@ def any_rollouts(draw: st.DrawFn) -> Rollouts:
         return draw(st.none() | strategy)
 
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
-    numbers = st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=n, max_size=n).map(
+    number = st.floats(-(2.0**120), 2.0**120, width=32).filter(lambda value: value == 0 or abs(value) > 1e-36)
+    numbers = st.lists(number, min_size=n, max_size=n).map(
         lambda values: torch.tensor(values, dtype=dtype) / (3 if dtype == torch.float64 else 1)
     )
     logprobs = st.lists(st.floats(-1e3, 0, width=32), min_size=n * width, max_size=n * width).map(
@@ -228,10 +230,57 @@ def test_texts_are_tokenised_with_special_tokens_on_the_prompt_only(
     assert found.responses == tuple(answers)
 
 
+@pytest.mark.parametrize(
+    "template", ["$A", "[BOS] $A", "$A [EOS]", "[BOS] $A [EOS]", "[BOS] $A [SEP]", "[BOS] [SEP] $A [EOS]"]
+)
+@pytest.mark.parametrize("own", ["", "[BOS] ", "[EOS] "])
+@pytest.mark.parametrize("text", ["two plus two is", "two [EOS]", ""])
+def test_no_second_beginning_and_nothing_between_prompt_and_response(
+    write_rows: Write, template: str, own: str, text: str
+) -> None:
+    """The right sequence is written down by hand: beginning (once), text, response."""
+    words = ["[BOS]", "[EOS]", "[SEP]", "[UNK]", "two", "plus", "is", "four"]
+    number = {word: index for index, word in enumerate(words)}
+    model = Tokenizer(models.WordLevel(number, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model.add_special_tokens(words[:4])
+    special = [(word, number[word]) for word in words[:3]]
+    model.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=model, bos_token="[BOS]", eos_token="[EOS]", sep_token="[SEP]", unk_token="[UNK]"
+    )
+    prompt = (own + text).split()
+    beginning = template.split("$A")[0].split()
+    if prompt and prompt[0] in beginning:
+        beginning = []
+    expected = [*beginning, *prompt, "four", "[EOS]"]
+    rows = [{"group_id": 0, "prompt": own + text, "response": "four [EOS]", "advantage": 0.0}]
+    path = write_rows(rows)
+    if expected[0] == "four":
+        with pytest.raises(RolloutsFileError, match="the first token is a response token"):
+            read_rollouts(path, tokenizer=fast)
+        return
+    found = read_rollouts(path, tokenizer=fast)
+    assert [words[token] for token in found.input_ids[0].tolist()] == expected
+    assert found.response_lengths.tolist() == [2]
+
+
+def test_pages_are_written_with_checksums_that_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.parquet"
+    write_rollouts(some_rollouts(advantages=torch.full((3,), 0.123456789, dtype=torch.float64)), path)
+    content = path.read_bytes()
+    value = np.float64(0.123456789).tobytes()
+    assert value in content
+    path.write_bytes(content.replace(value, np.float64(0.123456788).tobytes()))
+    with pytest.raises(RolloutsFileError, match=r"could not verify page integrity|checksum"):
+        read_rollouts(path)
+
+
 def some_rollouts(n: int = 3, **fields: Any) -> Rollouts:
     mask = torch.ones(n, 4, dtype=torch.int64)
     loss_mask = torch.tensor([0, 1, 1, 1]).expand(n, 4)
-    return Rollouts(mask, mask, loss_mask, torch.zeros(n, dtype=torch.int64), advantages=torch.zeros(n), **fields)
+    fields = {"advantages": torch.zeros(n)} | fields
+    return Rollouts(mask, mask, loss_mask, torch.zeros(n, dtype=torch.int64), **fields)
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -250,7 +299,7 @@ def test_a_writer_that_fails_midway_leaves_the_old_file(
         written.append(1)
         return json.dumps(value, **options)
 
-    def write_table(table: Any, where: Path) -> None:
+    def write_table(table: Any, where: Path, **options: Any) -> None:
         written.append(where.write_bytes(b"PAR1 and then"))
         raise OSError(28, "No space left on device")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from entropy_fast.errors import RolloutsError, RolloutsFileError
-from entropy_fast.rollouts import read_rollouts
+from entropy_fast.rollouts import parquet, read_rollouts
+from entropy_fast.rollouts import rows as rows_module
 
 Write = Callable[[list[dict[str, Any]]], Path]
 At = Callable[[int], str]
@@ -221,6 +225,26 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path: Path, suffix: str) -
     assert isinstance(failure(path, "Is a directory", "existing").__cause__, IsADirectoryError)
 
 
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows.{suffix}"
+    os.mkfifo(path)
+    failure(path, "not a regular file but a pipe", "existing, readable file")
+
+
+def test_long_and_many_unknown_keys_are_cut(tmp_path: Path) -> None:
+    row = GOOD | {"x" * 10_000: 1} | {f"key{n}": 1 for n in range(50)}
+    error = failure(lines(tmp_path, row), "x...`, `key0`", "Rename or drop them")
+    assert "and 43 others" in error.problem
+    assert len(error.problem) < 500
+
+
+def test_names_from_the_file_are_shown_escaped(tmp_path: Path) -> None:
+    row = GOOD | {"\x1b[2Jkey\n  What to do: run this": 1}
+    error = failure(lines(tmp_path, row), r"`\x1b[2Jkey\n  What to do: run this`", "Rename or drop them")
+    assert "\x1b" not in str(error)
+    assert str(error).count("\n") == 1
+
+
 def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.Table.from_pylist([GOOD] * 50), path)
@@ -259,6 +283,63 @@ def test_a_parquet_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     failure(path, ": it cannot be read as Parquet (", "write the file anew")
 
 
+@pytest.mark.parametrize("column", ["group_id", "advantage", "input_ids", "extra"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.timestamp("ns"), pa.timestamp("s", "UTC"), pa.date32(), pa.date64(), pa.time64("ns"), pa.duration("ns"),
+        pa.decimal128(5, 2), pa.decimal256(70, 2), pa.binary(), pa.binary(4), pa.struct([("a", pa.int64())]),
+        pa.map_(pa.string(), pa.int64()), pa.list_(pa.timestamp("ns")), pa.list_(pa.struct([("a", pa.date32())])),
+        pa.list_(pa.list_(pa.decimal128(3, 1))),
+    ],
+)  # fmt: skip
+def test_a_parquet_column_of_a_type_that_no_field_has(tmp_path: Path, column: str, kind: pa.DataType) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([GOOD])
+    if column in table.column_names:
+        table = table.drop_columns(column)
+    pq.write_table(table.append_column(column, pa.nulls(1, kind)), path)
+    stored = pq.read_schema(path).field(column).type  # some types become another in the file
+    failure(path, f": the column `{column}` is of type {stored}; expected numbers, texts, or lists of", "cast it")
+
+
+def test_dates_no_calendar_holds_are_refused_like_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    values = pa.array([2**62], pa.int64()).cast(pa.timestamp("us"))
+    pq.write_table(pa.Table.from_pylist([GOOD]).append_column("reward", values), path)
+    failure(path, "the column `reward` is of type timestamp[us]", "double")
+
+
+@pytest.mark.parametrize("key", ["input_ids", "response"])
+def test_a_small_parquet_file_that_asks_for_much_is_refused_before_it_is_read(
+    tmp_path: Path, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of one value, and a page that shrinks to nothing."""
+    path = tmp_path / "rows.parquet"
+    row = GOOD | {"response": "x", key: [0] * 1_200_000 if key == "input_ids" else "x" * 9_600_000}
+    pq.write_table(pa.Table.from_pylist([row]), path, compression="zstd", use_dictionary=["input_ids"])
+    assert path.stat().st_size < 2**13
+    monkeypatch.setattr(parquet, "LARGEST_ARRAY_BYTES", 2**23)
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda self: pytest.fail("it was read"))
+    failure(path, f"the column `{key}` asks for 0.0 GiB; at most 0 GiB are read", "split the file")
+
+
+def test_two_long_rows_among_short_ones_are_refused_before_the_rectangle_is_made(
+    write_rows: Write, at: At, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "LARGEST_ARRAY_BYTES", 8 * 4 * 100)
+    long = GOOD | {"input_ids": [5, 6] * 50, "loss_mask": [0, 0] + [1] * 98}
+    assert read_rollouts(write_rows([GOOD, long, GOOD, GOOD])).input_ids.shape == (4, 100)
+    error = failure(write_rows([GOOD, long, GOOD, GOOD, long]), "it has 100 tokens; 5 rows padded", "file of their own")
+    assert at(1) in error.problem
+
+
+def test_prompts_that_a_row_marks_as_such_must_be_the_same(write_rows: Write, at: At) -> None:
+    """Where the boundary is written down, a shared beginning is not enough."""
+    path = write_rows([IDS, IDS | {"prompt_token_ids": [5, 7]}])
+    assert at(1) in failure(path, "its prompt has other tokens than that of", "`loss_mask` of 0").problem
+
+
 def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     table = pa.Table.from_pylist([GOOD])
@@ -270,3 +351,15 @@ def test_half_of_a_surrogate_pair_cannot_be_tokenised(tmp_path: Path) -> None:
     path = lines(tmp_path, TEXT, TEXT | {"response": "\ud800"})
     with pytest.raises(RolloutsFileError, match=r"line 2 .*`response` cannot be tokenised"):
         read_rollouts(path, tokenizer=object())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", ["two plus two is", "[EOS] two"])
+def test_a_tokenizer_without_a_vocabulary_is_named_as_the_cause(tmp_path: Path, prompt: str) -> None:
+    """What AutoTokenizer makes of some model folders without tokenizer files: only special tokens are known."""
+    empty = Tokenizer(models.BPE())
+    empty.add_special_tokens(["[EOS]"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=empty, eos_token="[EOS]")  # type: ignore[no-untyped-call]
+    path = lines(tmp_path, TEXT | {"prompt": prompt})
+    with pytest.raises(RolloutsFileError, match=r"line 1 .* makes no token of a text .* 1 entries") as caught:
+        read_rollouts(path, tokenizer=tokenizer)
+    assert "folder without tokenizer files" in caught.value.fix

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_policy import WORDS, digit_count, policy, tasks, tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from entropy_fast.errors import SamplingError
@@ -161,3 +162,19 @@ def test_chat_template_is_used_where_there_is_one():
     )
     ids = format_prompt(PromptTask("3 times 4"), chat)
     assert chat.decode(ids) == "plus 3 times 4 is"
+
+
+def test_nothing_is_appended_to_a_prompt_and_nothing_stands_in_front_twice():
+    appending = tokenizer()
+    appending.backend_tokenizer.add_special_tokens(["<pad>", "<eos>"])
+    appending.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A <eos>", special_tokens=[("<pad>", 1), ("<eos>", 0)]
+    )
+    expected = [WORDS.index(word) for word in ["<pad>", "3", "times", "4"]]
+    assert format_prompt(PromptTask("3 times 4"), appending) == expected
+    assert format_prompt(PromptTask("<pad> 3 times 4"), appending) == expected
+
+
+def test_a_prompt_without_tokens_is_named():
+    with pytest.raises(SamplingError, match=r"no token of the prompt ' ' \(its vocabulary has 19 entries"):
+        sample_rollouts(policy(), tokenizer(), [PromptTask(" ")], digit_count, SamplingSettings())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pytest
 
 from entropy_fast.errors import SamplingError
@@ -66,10 +69,14 @@ def test_read_tasks(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "a"}\n{"prompt": ', "line 2: not JSON"),
+        ('{"prompt": "a"}\n{"prompt": ', "line 2: it is not JSON"),
         ('{"prompt": 3}', "line 1: expected an object"),
         ('{"prompt": "a", "anwser": "1"}', "line 1: expected an object"),
-        ('["a"]', "line 1: expected an object"),
+        ('["a"]', "line 1: it holds list, not an object"),
+        ('{"prompt": "a", "prompt": "b"}', "line 1: the key `prompt` is there twice"),
+        ('{"prompt": "a"}\n{"prompt": ' + "[" * 100_000 + "}", "line 2: it cannot be parsed"),
+        ('{"prompt": "\\ud800"}', "line 1: `prompt` holds half of a surrogate pair"),
+        ('{"prompt": "a", "answer": NaN}', "line 1: it holds NaN"),
         ('{"prompt": "a", "answer": 4}', "line 1: `answer` is not a string"),
         ("\n", "holds no prompt"),
     ],
@@ -79,6 +86,28 @@ def test_read_tasks_names_the_line(tmp_path, content, message):
     path.write_text(content)
     with pytest.raises(SamplingError, match=message):
         read_tasks(path)
+
+
+def test_only_a_line_feed_ends_a_line_of_tasks(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    text = "a\u2028b\x85c\u2029d\x0be"
+    line = json.dumps({"prompt": text, "answer": "1"}, ensure_ascii=False)
+    assert "\u2028" in line
+    path.write_text(line + "\r\n" + '{"prompt": "b"}', encoding="utf-8", newline="")
+    assert read_tasks(path) == [PromptTask(text, "1"), PromptTask("b", None)]
+
+
+def test_tasks_that_are_not_utf8_are_named_by_their_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(SamplingError, match=r"line 2: it is not UTF-8 \(byte 13"):
+        read_tasks(path)
+
+
+def test_a_pipe_of_tasks_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "prompts.jsonl")
+    with pytest.raises(SamplingError, match="not a regular file but a pipe"):
+        read_tasks(tmp_path / "prompts.jsonl")
 
 
 def test_read_tasks_missing_file(tmp_path):
