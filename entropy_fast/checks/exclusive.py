@@ -64,7 +64,7 @@ def raise_if_interrupted() -> None:
         _pass_on(None)
 
 
-_before: signal.Handlers | int | None | object = None
+_before: signal.Handlers | int | object | None = None
 
 
 @contextlib.contextmanager

@@ -16,16 +16,16 @@ def check_group_sizes(rollouts: Rollouts) -> None:
     """Raise unless every prompt has the two responses the leave-one-out baseline needs.
 
     Raises:
-        RolloutsError: a group has a single sequence; the message names it.
+        RolloutsError: groups have a single sequence; the message names them.
     """
     sizes = torch.bincount(rollouts.prompt_index, minlength=rollouts.n_prompts)
     alone = (sizes < 2).nonzero()
     if alone.numel():
-        group = rollouts.group_order[int(alone[0])]
+        groups = [rollouts.group_order[number] for number in alone.flatten().tolist()]
         raise RolloutsError(
-            f"Rollouts: group {group} has 1 response with tokens ({alone.numel()} such groups); the leave-one-out baseline "
-            "needs at least 2 responses per prompt.",
-            fix="sample more responses per prompt, or drop the prompt (empty responses are left out before this check).",
+            f"Rollouts: groups {groups} have 1 response with tokens; the leave-one-out baseline needs at least 2 responses per "
+            "prompt.",
+            fix=f"use entropy_estimator='rao_blackwell', or leave them out: rollouts.without_groups({groups}).",
         )
 
 

@@ -45,7 +45,7 @@ def empty_response_message(report: EmptyResponseReport) -> str:
 
 
 def _of_batch(measured: Measured, setting: Setting, name: str, batch: Rollouts) -> list[str]:
-    notes = []
+    notes = [f"{name}: {note}" for note in batch.notes()]
     message = _sampling_message(name, batch)
     if message is not None:
         notes.append(message)

@@ -57,10 +57,13 @@ def refused(call: Callable[[], object], what: object) -> bool:
         with time_limit():
             call()
     except EntropyFastError as error:
-        return error.problem.isprintable()
+        said = error.problem
     except Exception as error:
         raise AssertionError(f"a foreign {type(error).__name__} ({error}) for {what!r:.2000}") from error
-    return False
+    else:
+        return False
+    assert said.isprintable(), f"an error that cannot be printed for {what!r:.2000}"
+    return True
 
 
 def sample() -> Rollouts:

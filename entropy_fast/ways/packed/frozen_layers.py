@@ -1,13 +1,18 @@
 """A decoder's untrained RMS norms and gated MLPs exchanged for compiled ones, for as long as a context lasts.
 
-Only what is seen to compute the same: a layer of each class is held to the formula before any is exchanged. On other devices
-and in other dtypes the layers run as they are.
+Only what is seen to compute the same. The source of a class says that nothing but the formula's operations stands in its
+forward (a clamp of values that are rarely that large would not show in numbers), and a layer of each class is held to the
+formula. On other devices and in other dtypes the layers run as they are.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
+import functools
+import inspect
+import textwrap
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +25,28 @@ from entropy_fast.ops import compiled_layers_take, gated_silu, rms_norm
 __all__ = ["FrozenLayers"]
 
 Forward = Callable[[Tensor], Tensor]
+_BRANCHES = (ast.If, ast.IfExp, ast.For, ast.While, ast.Try, ast.With, ast.Lambda, ast.FunctionDef)
+
+# The words that a forward may be written with, beside its own variables: with any other it may do more.
+_NORM_WORDS = frozenset(
+    {
+        "self",
+        "weight",
+        "variance_epsilon",
+        "eps",
+        "_norm",
+        "to",
+        "dtype",
+        "float",
+        "float32",
+        "pow",
+        "mean",
+        "rsqrt",
+        "type_as",
+    }
+    | {"torch"}
+)
+_GATE_WORDS = frozenset({"self", "gate_proj", "up_proj", "down_proj", "act_fn"})
 
 # Roundings of the largest number that a layer may be away from the formula: sums may be taken in another order.
 _ROUNDINGS = 16
@@ -77,6 +104,8 @@ def _norm_weight(module: Any) -> Tensor | None:
     weight = parameters.get("weight")
     if not type(module).__name__.endswith("RMSNorm") or len(parameters) != 1 or module._modules or weight is None:
         return None
+    if not written_with(type(module), _NORM_WORDS):
+        return None
     known = weight.dim() == 1 and not weight.requires_grad and compiled_layers_take(weight)
     return weight if known and _epsilon(module) is not None else None
 
@@ -123,7 +152,31 @@ def _is_gated(module: Any) -> bool:
     projections = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
     silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
     own = any(True for _ in module.parameters(recurse=False))
-    return silu and not own and all(isinstance(projection, nn.Module) for projection in projections)
+    parts = all(isinstance(projection, nn.Module) for projection in projections)
+    return silu and not own and parts and written_with(type(module), _GATE_WORDS)
+
+
+@functools.cache
+def written_with(kind: type, words: frozenset[str]) -> bool:
+    """Whether the forward of a class, and its ``_norm`` if it has one, is straight-line code made of these words alone."""
+    try:
+        methods = [getattr(kind, name) for name in ("forward", "_norm") if hasattr(kind, name)]
+        trees = [ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method)))) for method in methods]
+    except (OSError, TypeError, SyntaxError):
+        # No source to read: compiled, or made at run time.
+        return False
+    for tree in trees:
+        (definition,) = tree.body
+        if not isinstance(definition, ast.FunctionDef):
+            return False
+        nodes = [node for statement in definition.body for node in ast.walk(statement)]
+        own = {argument.arg for argument in definition.args.args}
+        own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        used = {node.id for node in nodes if isinstance(node, ast.Name)} - own
+        used |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        if used - words or any(isinstance(node, _BRANCHES) for node in nodes):
+            return False
+    return True
 
 
 def _gates_as_expected(module: Any) -> bool:
