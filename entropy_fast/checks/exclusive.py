@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from entropy_fast.errors import ModelStateError
@@ -64,7 +64,7 @@ def raise_if_interrupted() -> None:
         _pass_on(None)
 
 
-_before: signal.Handlers | int | object | None = None
+_before: Callable[[int, FrameType | None], object] | None = None
 
 
 @contextlib.contextmanager
@@ -96,5 +96,5 @@ def _note(number: int, frame: FrameType | None) -> None:
 def _pass_on(frame: FrameType | None) -> None:
     global _interrupts
     _interrupts = 0
-    assert callable(_before)
+    assert _before is not None
     _before(signal.SIGINT, frame)

@@ -56,7 +56,8 @@ def refuse_shared_keys(model: nn.Module) -> None:
         raise CheckpointingError(
             f"{shared} layers use the keys and values of other layers, and '{name}' uses reentrant gradient checkpointing: the "
             "gradients that training takes from it are wrong.",
-            fix='model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}), for training too.',
+            fix='model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}), for training '
+            "too.",
         )
 
 

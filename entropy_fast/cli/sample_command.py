@@ -42,7 +42,7 @@ def sample(
     """Sample responses, reward them, and write rollouts a probe can read."""
     quiet_libraries()
     from entropy_fast.cli.inputs import load_policy
-    from entropy_fast.rollouts import check_rollouts_path, write_rollouts
+    from entropy_fast.rollouts import format_of, write_rollouts
     from entropy_fast.run_folder.model_source import load_tokenizer
     from entropy_fast.sampling import VERIFIERS, SamplingSettings, read_tasks, sample_rollouts
 
@@ -52,7 +52,7 @@ def sample(
         responses, max_new_tokens, temperature, top_p, tuple(stop or ()), seed, prompts_per_batch
     )
     tasks = read_tasks(prompts)
-    check_rollouts_path(out)
+    format_of(out)
     if not out.parent.is_dir():
         raise SamplingError(f"folder {out.parent} of --out does not exist.", fix="make it, or pass another path.")
     source = model_source(None, name=model, dtype=dtype, load_in_4bit=load_in_4bit, device=device)

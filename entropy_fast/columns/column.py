@@ -191,7 +191,8 @@ def refuse_not_finite(scored: ScoredTokens) -> None:
         raise GraphDetachedError(
             f"{int(torch.isnan(values).sum())} of {values.numel()} response-token log-probs are NaN.",
             fix="look for NaN in the weights or adapter, or fp16 overflow (use bfloat16 autocast); in float64, eager attention "
-            "gives NaN where padded queries see no key (a sliding window, rows of unequal length): use attn_implementation='sdpa'.",
+            "gives NaN where padded queries see no key (a sliding window, rows of unequal length): load with "
+            "attn_implementation='sdpa'.",
         )
     first = int((~finite).nonzero()[0])
     row, place = int(scored.rows[scored.places.sequence[first]]), int(scored.places.column[first])

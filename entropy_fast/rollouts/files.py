@@ -26,14 +26,13 @@ from entropy_fast.atomic import atomic_path
 from entropy_fast.errors import RolloutsFileError
 from entropy_fast.rollouts.container import Rollouts
 from entropy_fast.rollouts.fields import RowSource
-from entropy_fast.rollouts.jsonl import iterate_jsonl, write_jsonl
-from entropy_fast.rollouts.parquet import iterate_parquet, write_parquet
+from entropy_fast.rollouts.formats import format_of
 from entropy_fast.rollouts.rows import rollouts_from_rows, table_from_rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_rollouts_path", "read_rollouts", "write_rollouts"]
+__all__ = ["read_rollouts", "write_rollouts"]
 
 
 def read_rollouts(path: str | os.PathLike[str], *, tokenizer: PreTrainedTokenizerBase | None = None) -> Rollouts:
@@ -57,11 +56,10 @@ def read_rollouts(path: str | os.PathLike[str], *, tokenizer: PreTrainedTokenize
             2 GiB each is refused before they are made, and so are pipes and devices.
     """
     path = Path(path)
-    suffix = check_rollouts_path(path)
-    source = RowSource(path, "line", 1) if suffix == ".jsonl" else RowSource(path, "row", 0)
-    rows = iterate_jsonl(source) if suffix == ".jsonl" else iterate_parquet(source)
+    kind = format_of(path)
+    source = RowSource(path, kind.place, kind.first)
     try:
-        return rollouts_from_rows(rows, source, tokenizer)
+        return rollouts_from_rows(kind.iterate(source), source, tokenizer)
     except OSError as error:
         source.fail_file(
             f"the file cannot be opened or read ({error.strerror or error}).",
@@ -88,27 +86,12 @@ def write_rollouts(rollouts: Rollouts, path: str | os.PathLike[str]) -> None:
         OutputFileError: the file cannot be written.
     """
     path = Path(path)
-    write = write_jsonl if check_rollouts_path(path) == ".jsonl" else write_parquet
+    kind = format_of(path)
     with atomic_path(path) as temporary:
         try:
-            write(table_from_rollouts(rollouts), temporary)
+            kind.write(table_from_rollouts(rollouts), temporary)
         except UnicodeEncodeError as error:
             raise RolloutsFileError(
                 f"{path}: a prompt or response text cannot be stored in UTF-8 ({error.reason}).",
                 fix="write .jsonl, or replace the text: it holds half of a surrogate pair.",
             ) from error
-
-
-def check_rollouts_path(path: Path) -> str:
-    """The suffix of a rollouts file, ``.jsonl`` or ``.parquet``.
-
-    Raises:
-        RolloutsFileError: another suffix.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".parquet"):
-        raise RolloutsFileError(
-            f"{path}: the suffix {path.suffix!r} names no rollouts format.",
-            fix="use .jsonl (JSON Lines) or .parquet; compressed JSON Lines must be unpacked first.",
-        )
-    return suffix

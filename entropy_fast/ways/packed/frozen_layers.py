@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
@@ -156,9 +155,17 @@ def _is_gated(module: Any) -> bool:
     return silu and not own and parts and written_with(type(module), _GATE_WORDS)
 
 
-@functools.cache
+_written: dict[tuple[type, frozenset[str]], bool] = {}  # what `written_with` has found
+
+
 def written_with(kind: type, words: frozenset[str]) -> bool:
     """Whether the forward of a class, and its ``_norm`` if it has one, is straight-line code made of these words alone."""
+    if (kind, words) not in _written:
+        _written[kind, words] = _is_written_with(kind, words)
+    return _written[kind, words]
+
+
+def _is_written_with(kind: type, words: frozenset[str]) -> bool:
     try:
         methods = [getattr(kind, name) for name in ("forward", "_norm") if hasattr(kind, name)]
         trees = [ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(method)))) for method in methods]
