@@ -1,7 +1,7 @@
 """Formats of rollouts files, by suffix: the registry, and JSON Lines and Parquet in it.
 
-To add one, write a file beside `entropy_fast.rollouts.jsonl` with a function that goes through rows and one that writes a table,
-and register a `RolloutsFormat` of them.
+To add one, write a file beside `entropy_fast.rollouts.jsonl` with a function that goes through rows and one that writes a
+table, and register a `RolloutsFormat` of them.
 """
 
 from __future__ import annotations
