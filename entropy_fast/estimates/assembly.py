@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -66,20 +67,10 @@ def same_batch_result(
     by_sequence: dict[Role, SequenceContributions] | None = None
     if found is not None:
         by_sequence = {"both": sequence_contributions(found.entropy, found.update, factor, empty)}
-    return _result(
-        measured,
-        setting,
-        {"rollouts": batch},
-        {"rollouts": empty},
-        shares,
-        notes,
-        value=lr * estimate.value,
-        std_error=_scaled(estimate.se_jackknife, lr),
-        standard_errors=errors,
-        unbiased_variance=variance,
-        factor=factor,
-        by_sequence=by_sequence,
+    scaled = _Scaled(
+        lr * estimate.value, _scaled(estimate.se_jackknife, lr), errors, shares, factor, by_sequence, variance, notes
     )
+    return _result(measured, setting, {"rollouts": batch}, {"rollouts": empty}, scaled)
 
 
 def two_batch_result(
@@ -117,20 +108,22 @@ def two_batch_result(
             "entropy": sequence_contributions(found.entropy, None, factor, empty[ENTROPY]),
             "update": sequence_contributions(None, found.update, factor, empty[UPDATE]),
         }
-    return _result(
-        measured,
-        setting,
-        {ENTROPY: entropy, UPDATE: update},
-        empty,
-        shares,
-        [],
-        value=lr * estimate.value,
-        std_error=_scaled(estimate.se_conditional, lr),
-        standard_errors=errors,
-        unbiased_variance=None,
-        factor=factor,
-        by_sequence=by_sequence,
-    )
+    scaled = _Scaled(lr * estimate.value, _scaled(estimate.se_conditional, lr), errors, shares, factor, by_sequence)
+    return _result(measured, setting, {ENTROPY: entropy, UPDATE: update}, empty, scaled)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """An estimate times the learning rate, and what comes with it: fields as of `DeltaH1Result` and `Diagnostics`."""
+
+    value: float
+    std_error: float | None
+    standard_errors: tuple[StandardError, ...]
+    shares: list[PromptContribution]
+    factor: float  # of sums over the kernel
+    by_sequence: dict[Role, SequenceContributions] | None
+    unbiased_variance: float | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def _result(
@@ -138,29 +131,21 @@ def _result(
     setting: Setting,
     batches: dict[str, Rollouts],
     empty: dict[str, EmptyResponseReport],
-    shares: list[PromptContribution],
-    notes: list[str],
-    *,
-    value: float,
-    std_error: float | None,
-    standard_errors: tuple[StandardError, ...],
-    unbiased_variance: float | None,
-    factor: float,
-    by_sequence: dict[Role, SequenceContributions] | None,
+    scaled: _Scaled,
 ) -> DeltaH1Result:
     sums, weighting = measured.sums, setting.estimate.weighting
-    _refuse_unknown(measured, value, standard_errors)
-    notes = [*notes_of(measured, setting, batches, empty), *notes]
-    for role, shares_of in (by_sequence or {}).items():
-        gap = abs(float(shares_of.delta_h1.sum()) - value)
-        if gap > ADDS_UP * abs(value):
+    _refuse_unknown(measured, scaled.value, scaled.standard_errors)
+    notes = [*notes_of(measured, setting, batches, empty), *scaled.notes]
+    for role, shares_of in (scaled.by_sequence or {}).items():
+        gap = abs(float(shares_of.delta_h1.sum()) - scaled.value)
+        if gap > ADDS_UP * abs(scaled.value):
             notes.append(
                 f"the shares of sequences ({role}) add up to δH₁ but for {gap:.2g}, which rounding leaves where large shares "
                 "cancel."
             )
     return DeltaH1Result(
-        delta_h1=value,
-        std_error=std_error,
+        delta_h1=scaled.value,
+        std_error=scaled.std_error,
         learning_rate=setting.learning_rate,
         estimate="same_batch" if sums.diagonal is not None else "two_batch",
         engine=setting.engine,
@@ -173,25 +158,25 @@ def _result(
         row_sums=sums.row_sums,
         column_sums=sums.column_sums,
         kernel=sums.kernel,
-        per_prompt=tuple(shares),
+        per_prompt=tuple(scaled.shares),
         sequences=measured.sequences,
         estimate_options=setting.estimate,
         run_options=setting.run,
         diagnostics=Diagnostics(
-            standard_errors=standard_errors,
+            standard_errors=scaled.standard_errors,
             coverage=measured.coverage,
             excluded=measured.excluded,
             empty_responses=empty,
             leading_products=measured.leading_products,
             length_budget="; ".join(f"{name}: {_budget(batch)}" for name, batch in batches.items()),
             sampling={name: (batch.temperature, batch.top_p) for name, batch in batches.items()},
-            unbiased_variance=unbiased_variance,
+            unbiased_variance=scaled.unbiased_variance,
             warnings=tuple(notes),
             plan=measured.plan,
         ),
         derivatives=sums.derivatives,
-        by_parameter=by_parameter(setting.parameters, sums.by_parameter, factor),
-        by_sequence=by_sequence,
+        by_parameter=by_parameter(setting.parameters, sums.by_parameter, scaled.factor),
+        by_sequence=scaled.by_sequence,
     )
 
 

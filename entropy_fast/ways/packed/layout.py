@@ -106,50 +106,36 @@ def pack_microbatch(
         device: where the forward runs.
         share: whether what the responses of a prompt begin with is taken out; otherwise prefixes are empty.
     """
-    on = rollouts.attention_mask.device
-    attention, ids, loss = (
-        t[rows.to(on)].cpu() for t in (rollouts.attention_mask, rollouts.input_ids, rollouts.loss_mask)
-    )
-    real = [row == 1 for row in attention]
-    tokens = [row[keep] for row, keep in zip(ids, real, strict=True)]
-    scored = [(row[keep] == 1).nonzero().flatten() for row, keep in zip(loss, real, strict=True)]
-    prompts = rollouts.prompt_index[rows].tolist()
+    rows_of = _Tokens.of(rollouts, rows)
     groups: list[PackedGroup] = []
     prefixes: list[Tensor] = []
     tails: list[Tensor] = []
     first_positions: list[int] = []
-    source: list[Tensor] = []
+    sources: list[tuple[int, Tensor, int, int]] = []  # shared length, scored positions, group, first tail token
     n_prefix = n_tail = 0
-    spans: list[tuple[int, int]] = []  # of rows
-    for row, prompt in enumerate(prompts):
-        if row and prompts[row - 1] == prompt:
-            spans[-1] = (spans[-1][0], row + 1)
-        else:
-            spans.append((row, row + 1))
-    pending: list[tuple[int, Tensor, int, int]] = []  # scored positions, shared length, group, first tail token
-    for number, (begin, end) in enumerate(spans):
+    for number, (begin, end) in enumerate(_spans_of_prompts(rollouts.prompt_index[rows].tolist())):
         own = range(begin, end)
-        length = shared_length([tokens[r] for r in own], [int(scored[r][0]) for r in own]) if share else 0
-        prefixes.append(tokens[begin][:length])
+        first_scored = [int(rows_of.scored[row][0]) for row in own]
+        length = shared_length([rows_of.tokens[row] for row in own], first_scored) if share else 0
+        prefixes.append(rows_of.tokens[begin][:length])
         places = []
         for row in own:
-            last = int(scored[row][-1])
-            tail = tokens[row][length:last]
+            # The last token predicts nothing.
+            tail = rows_of.tokens[row][length : int(rows_of.scored[row][-1])]
             tails.append(tail)
             first_positions.append(length)
             places.append((n_tail, n_tail + len(tail)))
-            pending.append((length, scored[row], number, n_tail))
+            sources.append((length, rows_of.scored[row], number, n_tail))
             n_tail += len(tail)
         groups.append(PackedGroup(unit[begin], (begin, end), (n_prefix, n_prefix + length), tuple(places)))
         n_prefix += length
-    for length, positions, number, first in pending:
-        index = positions - 1 - length + first
-        # The token right after the prefix is predicted by the prefix.
-        source.append(torch.where(positions == length, n_tail + number, index))
-    longest = max(len(s) for s in scored)
-    counts = torch.tensor([len(s) for s in scored])
-    ends = counts.cumsum(0)
-    place = [torch.arange(len(s)) + r * longest for r, s in enumerate(scored)]
+    # The token right after the prefix is predicted by the prefix.
+    source = [
+        torch.where(positions == length, n_tail + number, positions - 1 - length + first)
+        for length, positions, number, first in sources
+    ]
+    counts = torch.tensor([len(scored) for scored in rows_of.scored])
+    longest, ends = int(counts.max()), counts.cumsum(0)
 
     def joined(parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts)).to(device)
@@ -163,9 +149,39 @@ def pack_microbatch(
         tail_positions=joined([at + torch.arange(len(t)) for at, t in zip(first_positions, tails, strict=True)])[None],
         tail_row=joined([torch.full((len(t),), r) for r, t in enumerate(tails)]),
         source=joined(source),
-        targets=joined([t[s] for t, s in zip(tokens, scored, strict=True)]),
-        scored_row=torch.repeat_interleave(torch.arange(len(scored)), counts).to(device),
-        scored_ends=tuple(int(ends[end - 1]) for _, end in spans),
-        place=joined(place),
+        targets=joined([t[s] for t, s in zip(rows_of.tokens, rows_of.scored, strict=True)]),
+        scored_row=torch.repeat_interleave(torch.arange(len(counts)), counts).to(device),
+        scored_ends=tuple(int(ends[group.rows[1] - 1]) for group in groups),
+        place=joined([torch.arange(int(count)) + r * longest for r, count in enumerate(counts)]),
         longest=longest,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """The real tokens of every row, and the positions among them of those that are scored; on the CPU."""
+
+    tokens: list[Tensor]
+    scored: list[Tensor]
+
+    @classmethod
+    def of(cls, rollouts: Rollouts, rows: Tensor) -> _Tokens:
+        on = rollouts.attention_mask.device
+        attention, ids, loss = (
+            t[rows.to(on)].cpu() for t in (rollouts.attention_mask, rollouts.input_ids, rollouts.loss_mask)
+        )
+        real = [row == 1 for row in attention]
+        tokens = [row[keep] for row, keep in zip(ids, real, strict=True)]
+        scored = [(row[keep] == 1).nonzero().flatten() for row, keep in zip(loss, real, strict=True)]
+        return cls(tokens, scored)
+
+
+def _spans_of_prompts(prompts: Sequence[int]) -> list[Span]:
+    """Of the rows of every prompt, which stand next to one another."""
+    spans: list[Span] = []
+    for row, prompt in enumerate(prompts):
+        if row and prompts[row - 1] == prompt:
+            spans[-1] = (spans[-1][0], row + 1)
+        else:
+            spans.append((row, row + 1))
+    return spans
