@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 from benchmarks.kernels.memory import peak_of_cuda, peak_of_process
@@ -18,4 +19,5 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         kept.append(call())
         return {}
 
+    gc.collect()
     return peak_of_cuda(Contender("call", "backend", run))

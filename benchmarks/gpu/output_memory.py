@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-
 from benchmarks.gpu.device_memory import peak_bytes
 from benchmarks.gpu.process import run_as_stage
 from benchmarks.gpu.rows import RowWriter
@@ -30,7 +28,6 @@ def _weigh(rows: RowWriter, contender: Contender, spec: Spec, expected: Results,
         if complaint:
             row.set("wrong" if contender.kind == "backend" else "skipped", complaint)
             return
-        gc.collect()
         found = peak_bytes(contender.run, device)
         row.values["MiB"] = found / MIB
         row.values["of one copy of the logits"] = found / (spec.rows * spec.vocabulary * spec.torch_dtype.itemsize)

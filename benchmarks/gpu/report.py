@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gpu import rows
 from benchmarks.gpu.runner import Files, Outcome, settled
@@ -59,12 +60,16 @@ def markdown(content: dict[str, object]) -> str:
     if not_well:
         parts += ["## Wrong, skipped or out of time", _table(["stage", "row", "status", "why"], not_well)]
     for stage in stages:
-        own = [r for r in found if r["stage"] == stage["name"]]
-        if not own:
-            continue
-        columns = list(dict.fromkeys(name for r in own for name in r["values"]))
-        body = [[r["name"], r["status"], *(r["values"].get(c) for c in columns), r["seconds"]] for r in own]
-        parts += [f"## {stage['title']}", _table(["row", "status", *columns, "took, s"], body)]
+        # Rows with the same numbers share a table. Those without any have said why above.
+        tables: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+        for row in found:
+            if row["stage"] == stage["name"] and (row["values"] or row["status"] == rows.OK):
+                tables.setdefault(tuple(row["values"]), []).append(row)
+        if tables:
+            parts.append(f"## {stage['title']}")
+        for columns, own in tables.items():
+            body = [[r["name"], r["status"], *r["values"].values(), r["seconds"]] for r in own]
+            parts.append(_table(["row", "status", *columns, "took, s"], body))
     return "\n\n".join(parts) + "\n"
 
 

@@ -14,7 +14,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.probe.padded import Padded, padded_of
 from benchmarks.probe.plain_step import plain_step
-from benchmarks.probe.text_rollouts import pretrained_model, text_rollouts
 from benchmarks.probe.workloads import LORA_TARGETS, Workload
 from entropy_fast import Rollouts
 
@@ -74,6 +73,9 @@ def build(workload: Workload, rollouts_file: Path | None = None) -> Setting:
     """
     torch.manual_seed(0)
     if workload.pretrained is not None:
+        # What samples text needs the packages of the demo.
+        from benchmarks.probe.text_rollouts import pretrained_model, text_rollouts
+
         model: nn.Module = pretrained_model(workload.pretrained, workload.bfloat16)
         adapted = with_lora(model, workload.rank)
         assert rollouts_file is not None and workload.batches == 1
