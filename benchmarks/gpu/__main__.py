@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def ask_to_stop(number: int, _frame: FrameType | None) -> None:
         stop.reason = f"the run was stopped by {signal.Signals(number).name}"
 
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    # One that is ignored, as under nohup, stays so.
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handled = [number for number in asked if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, ask_to_stop) for number in handled}
     try:
         deadline = start + 60 * options.minutes - MARGIN

@@ -91,7 +91,10 @@ def run(options: Options, rows: RowWriter) -> int:
     """Spec by spec; then the targets of those that were measured."""
     full = options.size == "full"
     device, chosen = options.device, chosen_specs(options)
-    torch._dynamo.config.recompile_limit = 64
+    compiling = full and device == "cuda"
+    if compiling:
+        # Compiling one function for several shapes is what is wanted here.
+        torch._dynamo.config.recompile_limit = 64
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     rows.plan([title(spec) for spec in chosen])
     copy = Copy(device, BYTES if full else QUICK_BYTES)
@@ -99,7 +102,7 @@ def run(options: Options, rows: RowWriter) -> int:
     for spec in chosen:
         with rows.row(title(spec)) as row:
             # Compiling for every shape of the factors would take most of the time there is.
-            compiles = full and device == "cuda" and spec.timed and spec.op != FOLD
+            compiles = compiling and spec.timed and spec.op != FOLD
             found = measure(build(spec, device, compiles), spec, device, ROUNDS if full else FEW_ROUNDS, copy)
             write_rows(rows, found, device)
             measured.append(found)

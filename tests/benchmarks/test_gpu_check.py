@@ -38,6 +38,7 @@ def rows_of(content: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in content["rows"] if row["stage"] == stage}
 
 
+@pytest.mark.slow
 def test_the_whole_command_on_a_cpu(tmp_path: Path) -> None:
     """In a source tree beside which little is installed."""
     site = tmp_path / "site"
