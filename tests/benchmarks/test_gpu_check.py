@@ -174,7 +174,7 @@ def _alive(pid: int) -> bool:
 
 def _wait_for(condition: Any) -> None:
     """Poll; the limit is for a test that would hang."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
