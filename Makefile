@@ -9,7 +9,7 @@ EDITABLE := -e '.[demo,dev]' --config-settings editable_mode=strict
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 NATIVE_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup test test-all sanitize demo bench-kernels bench-probe lint format clean FORCE
+.PHONY: setup test test-all sanitize demo bench-kernels bench-probe gpu-check lint format clean FORCE
 
 setup: $(VENV)/installed
 
@@ -53,6 +53,11 @@ bench-kernels: setup
 bench-probe: setup
 	$(INSTALL) 'opacus>=1.6'
 	$(BIN)/python -m benchmarks.probe --growth --profile
+
+# On a machine with a GPU and the packages in docs/gpu.md: no virtual environment is made and nothing is downloaded.
+gpu-check: MINUTES ?= 10
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --minutes $(MINUTES)
 
 lint: setup
 	$(BIN)/ruff check .

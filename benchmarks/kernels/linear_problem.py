@@ -69,7 +69,10 @@ def problem(spec: Spec, device: str, compiles: bool) -> Problem:
             Contender("cross_entropy", "rival", lambda: rivals.with_gradient(function, *inputs), function.__doc__)
         )
         for name, other in (
-            ("cut-cross-entropy", third_party.cut_cross_entropy(device) if compiles else "left out with --no-compile"),
+            (
+                "cut-cross-entropy",
+                third_party.cut_cross_entropy(device) if compiles else "left out, as is torch.compile",
+            ),
             ("Liger", third_party.liger(device)),
         ):
             if isinstance(other, str):

@@ -56,9 +56,9 @@ def sums_of(result: DeltaH1Result) -> Sums:
     return Sums(result.x_dot_y, diagonal, result.row_sums, result.column_sums)
 
 
-def two_pass_result(setting: Setting) -> DeltaH1Result:
+def two_pass_result(setting: Setting, prompts_at_a_time: int = PROMPTS_AT_A_TIME) -> DeltaH1Result:
     """The reference."""
-    return probe(setting, "two_pass", prompts_per_microbatch=PROMPTS_AT_A_TIME)
+    return probe(setting, "two_pass", prompts_per_microbatch=prompts_at_a_time)
 
 
 def one_pass_result(setting: Setting) -> DeltaH1Result:

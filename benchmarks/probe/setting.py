@@ -14,7 +14,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.probe.padded import Padded, padded_of
 from benchmarks.probe.plain_step import plain_step
-from benchmarks.probe.text_rollouts import pretrained_model, text_rollouts
 from benchmarks.probe.workloads import LORA_TARGETS, Workload
 from entropy_fast import Rollouts
 
@@ -74,8 +73,11 @@ def build(workload: Workload, rollouts_file: Path | None = None) -> Setting:
     """
     torch.manual_seed(0)
     if workload.pretrained is not None:
+        # What samples text needs the packages of the demo.
+        from benchmarks.probe.text_rollouts import pretrained_model, text_rollouts
+
         model: nn.Module = pretrained_model(workload.pretrained, workload.bfloat16)
-        adapted = _with_lora(model, workload.rank)
+        adapted = with_lora(model, workload.rank)
         assert rollouts_file is not None and workload.batches == 1
         batches = [text_rollouts(adapted, workload, rollouts_file)]
     else:
@@ -92,23 +94,31 @@ def build(workload: Workload, rollouts_file: Path | None = None) -> Setting:
         )
         if workload.bfloat16:
             model.to(torch.bfloat16)
-        adapted = _with_lora(model, workload.rank)
+        adapted = with_lora(model, workload.rank)
         batches = [random_rollouts(workload) for _ in range(workload.batches)]
-    adapted.train()
-    trained = [p for p in adapted.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    setting = Setting(workload, adapted, optimizer, batches[0], batches[1] if len(batches) > 1 else None)
+    return stepped(Setting(workload, adapted, adamw(adapted), batches[0], batches[1] if len(batches) > 1 else None))
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    """Of the trained parameters."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+
+def stepped(setting: Setting) -> Setting:
+    """The same setting, in train mode and with an optimizer that has stepped."""
+    setting.model.train()
     for step in range(STEPS):
         # Other advantages each time: gradients that differ, over rollouts of the same shape.
         part = setting.padded.part(step % 2, step % 2 + 2)
-        noise = torch.randn(part.advantages.shape)
-        plain_step(adapted, dataclasses.replace(part, advantages=noise), setting.autocast())
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        noise = torch.randn(part.advantages.shape).to(part.advantages.device)
+        plain_step(setting.model, dataclasses.replace(part, advantages=noise), setting.autocast())
+        setting.optimizer.step()
+    setting.optimizer.zero_grad(set_to_none=True)
     return setting
 
 
-def _with_lora(model: nn.Module, rank: int | None) -> nn.Module:
+def with_lora(model: nn.Module, rank: int | None) -> nn.Module:
+    """LoRA on every linear map of a layer, away from its start at zero; the model as it is where ``rank`` is None."""
     if rank is None:
         return model
     adapted = get_peft_model(
