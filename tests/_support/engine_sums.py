@@ -76,7 +76,7 @@ def median_error(found: Tensor, expected: Tensor) -> float:
 
 
 def ratio_of(errors: dict[str, list[float]], last: int | None = None) -> float:
-    """Geometric mean over all draws, or over so many of the last, of one engine's error relative to the other's."""
+    """Geometric mean over all draws, or over so many of the last, of the first list's errors relative to the second's."""
     one, two = (own[-last:] if last else own for own in errors.values())
     return math.exp(sum(math.log(a / b) for a, b in zip(one, two, strict=True)) / len(one))
 

@@ -317,11 +317,14 @@ def test_shares_of_tokens_with_token_entropies_by_central_differences() -> None:
     assert not found.entropies[~scored].any()
 
 
-@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(None, id="fp32", marks=pytest.mark.exhaustive), pytest.param(torch.bfloat16, id="bf16 autocast")],
+)
 def test_rounds_no_more_than_the_reference(precision: torch.dtype | None) -> None:
     """Errors of K against fp64 of the same weights, over four families and 16 prompts.
 
-    Ratios of errors as in `test_exactness_matrix`: 1.5 for twelve draws is more than six standard errors away.
+    Logarithms of their ratios spread by less than 0.2 over draws (0.17 in twelve): 1.5 is more than six standard errors away.
     """
     errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
     for family in ("qwen2", "gpt2", "llama", "qwen3"):

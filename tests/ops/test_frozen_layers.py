@@ -15,7 +15,6 @@ from entropy_fast import reference
 from entropy_fast.errors import NativeLibraryError
 from entropy_fast.ops import compiled_layers_take, gated_silu, native_backend, rms_norm
 
-
 EPSILON = 1e-6
 Sizes = Callable[..., list[Tensor]]
 
