@@ -38,7 +38,11 @@ class Rule:
 
 # The first that fits. Checks keep whatever they call: a second forward for their sake is their cost.
 RULES = (
-    Rule(CHECKS, r"/entropy_fast/", r"check|same_|again|repeatable|excluded|refuse|assert_|uncaptured|find_|_try_"),
+    Rule(
+        CHECKS,
+        r"/entropy_fast/",
+        r"check|again|repeatable|excluded|refuse|assert_|uncaptured|find_|_try_|^why_not$|^choose",
+    ),
     Rule(CHECKS, r"/entropy_fast/ways/trial"),
     Rule(BACKWARD, r"/entropy_fast/.*attention", r"backward", (BACKWARD,)),
     Rule(CAPTURED, r"/entropy_fast/(capture|engines|ways)/", "", (BACKWARD,)),
@@ -48,7 +52,7 @@ RULES = (
     Rule(BACKWARD, r"/torch/autograd/", r"^(backward|grad|_engine_run_backward)$"),
     Rule(
         SUMS,
-        r"/entropy_fast/(engines/(one_pass/engine|(.*/)?gradient_)|step/|ops/(accum|precond)|estimates/)",
+        r"/entropy_fast/(engines/(sums|one_pass/engine|(.*/)?gradient_)|step/|ops/(accum|precond)|estimates/)",
         r"kernel$|^_kernel|^kernel_of|^collect|_dots|^_add$|^add$|apply_precond|_scales|second_moments|precondition_acc|finish_|compare_|estimate",
     ),
     Rule(SUMS, r"/entropy_fast/probe_components", r"finish_|compare_"),
