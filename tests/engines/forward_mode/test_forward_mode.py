@@ -284,7 +284,7 @@ def test_coefficients_that_are_all_zero() -> None:
     samples = [Sample(s.group, s.prompt, s.response, 0.0) for s in make_samples((2, 2), seed=8)]
     (result,) = two_batches(model, optimizer, batches=(make_rollouts(GROUPS), pack(samples)), engines=("jvp",))
     assert result.delta_h1 == 0
-    assert any("update gradient is exactly 0" in note for note in result.diagnostics.warnings)
+    assert any("update is exactly 0" in note for note in result.diagnostics.warnings)
     # Logits of 0, with their derivatives: every log-prob is -log V to the bit, in whatever order a row is added up.
     model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: out - out.detach())
     same = [Sample(s.group, s.prompt, (3, 4, 5), s.advantage) for s in make_samples((2, 2, 2))]
