@@ -30,12 +30,12 @@ $(VENV)/python-files: FORCE | $(BIN)/python
 # Parallel test workers with a thread pool each would slow one another down many times over.
 test: export OMP_NUM_THREADS = 1
 test: setup lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # With every combination of the tests marked exhaustive.
 test-all: export OMP_NUM_THREADS = 1
 test-all: setup lint
-	$(BIN)/pytest -n 2 -m ""
+	$(BIN)/pytest -n 2 --dist worksteal -m ""
 
 # Part of `test` too.
 sanitize: setup

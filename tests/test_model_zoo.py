@@ -7,11 +7,12 @@ groups. So padding, positions, masks, sliding windows, microbatches and wrappers
 from __future__ import annotations
 
 import copy
-import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from engine_sums import median_error, ratio_of
 from probe_models.architectures import (
     BUILDERS,
     add_lora,
@@ -24,7 +25,7 @@ from probe_models.architectures import (
 from probe_models.batches import make_samples, pack
 from probe_models.cases import Case, case_of
 from probe_models.oracle import Kernel, kernel_by_definition
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_fast import fast_delta_h1
 
@@ -106,46 +107,39 @@ def test_gradient_checkpointing(family: str, reentrant: bool) -> None:
     disable_checkpointing(case.model)
 
 
-def relative_error(found: Tensor, truth: Tensor) -> float:
-    return float((found - truth).norm() / truth.norm())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_over_a_bf16_base(family: str) -> None:
-    """Judged against fp32 with the same weights: no worse than twice the error of the plain loop in bf16."""
-    case = case_of(add_lora(build_model(family, dtype=torch.bfloat16)))
-    assert all(p.dtype == torch.float32 for p in case.model.parameters() if p.requires_grad)
-    truth = definition(case, copy.deepcopy(case.model).float())
-    plain = definition(case)
-    result = case.probe(full_kernel=True).compute_delta_h1(case.rollouts)
-    assert result.kernel is not None
-    allowed = 2 * relative_error(plain.matrix, truth.matrix) + 1e-3
-    assert relative_error(result.kernel, truth.matrix) <= allowed
-    assert allowed < 0.1
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bf16_autocast(family: str) -> None:
-    """Errors of 16 prompts pooled: those of three prompts are a matter of luck, by a factor of three either way."""
-    model = add_lora(build_model(family))
-    optimizer = stepped_adamw(model)
-    errors: dict[str, list[float]] = {"plain": [], "1": [], "3": []}
-    for seed in range(2):
-        samples = make_samples((2, 3, 2, 2, 2, 2, 3, 2), seed=seed)
-        case = Case(model, optimizer, samples, pack(samples))
-        truth = definition(case)
-        errors["plain"].append(relative_error(definition(case, autocast=torch.bfloat16).matrix, truth.matrix))
-        for size in (1, 3):
-            options = {"autocast_dtype": torch.bfloat16, "prompts_per_microbatch": size}
+def errors_of(build: Callable[[str], nn.Module], options: dict[str, Any]) -> dict[str, list[float]]:
+    """Of the probe and of the plain loop in the same precision, against fp32 with the same weights; twice eight prompts."""
+    errors: dict[str, list[float]] = {"probe": [], "plain": []}
+    for family in FAMILIES:
+        model = build(family)
+        assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+        optimizer = stepped_adamw(model)
+        for seed in range(2):
+            samples = make_samples((2, 3, 2, 2, 2, 2, 3, 2), seed=seed)
+            case = Case(model, optimizer, samples, pack(samples))
+            truth = definition(case, copy.deepcopy(model).float()).matrix
+            plain = definition(case, autocast=options.get("autocast_dtype"))
             result = case.probe(full_kernel=True, **options).compute_delta_h1(case.rollouts)
             assert result.kernel is not None
-            errors[str(size)].append(relative_error(result.kernel, truth.matrix))
-    pooled = {way: math.sqrt(sum(e * e for e in values) / len(values)) for way, values in errors.items()}
-    assert pooled["plain"] < 0.1
-    for size in ("1", "3"):
-        assert pooled[size] <= 1.5 * pooled["plain"], pooled
-        # It really ran in bf16.
-        assert pooled[size] > 1e-5
+            errors["probe"].append(median_error(result.kernel, truth))
+            errors["plain"].append(median_error(plain.matrix, truth))
+    # It really ran in 16 bits.
+    assert min(errors["plain"]) > 1e-6 and max(errors["plain"]) < 0.1
+    return errors
+
+
+# Logarithms of such ratios spread by less than 0.25 over draws (0.17 and 0.24 in 18): 1.5 for two draws of nine families is
+# more than six standard errors away.
+def test_lora_over_a_bf16_base() -> None:
+    errors = errors_of(lambda family: add_lora(build_model(family, dtype=torch.bfloat16)), {})
+    assert ratio_of(errors) <= 1.5, errors
+
+
+@pytest.mark.parametrize("size", [3, pytest.param(1, marks=pytest.mark.exhaustive)])
+def test_bf16_autocast(size: int) -> None:
+    options = {"autocast_dtype": torch.bfloat16, "prompts_per_microbatch": size}
+    errors = errors_of(lambda family: add_lora(build_model(family)), options)
+    assert ratio_of(errors) <= 1.5, errors
 
 
 def test_the_caller_s_own_autocast_is_left_alone() -> None:

@@ -6,6 +6,7 @@ Legend: X_sum = Σ_n X_n raw, Y_sum = P Σ_n g_n, K_nm = X_n · Y_m, U the mean 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,6 +68,17 @@ def observe(engine: str, model: nn.Module, optimizer: Optimizer, rollouts: Rollo
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def median_error(found: Tensor, expected: Tensor) -> float:
+    """Of K's entries: a norm would hang on the few largest."""
+    return float((found.double() - expected.double()).abs().median() / expected.double().norm())
+
+
+def ratio_of(errors: dict[str, list[float]], last: int | None = None) -> float:
+    """Geometric mean over all draws, or over so many of the last, of the first list's errors relative to the second's."""
+    one, two = (own[-last:] if last else own for own in errors.values())
+    return math.exp(sum(math.log(a / b) for a, b in zip(one, two, strict=True)) / len(one))
 
 
 def assert_same_sums(found: Observed, expected: Observed, tolerance: float) -> None:

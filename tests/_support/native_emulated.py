@@ -25,7 +25,7 @@ FUNCTIONS = (
     ("gated_silu_forward_cpu", "@3P2qi0q"),
     ("gated_silu_backward_cpu", "@5P2qi0q"),
     ("packed_attention_forward_cpu", "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
-    ("packed_attention_backward_cpu", "@PqqPqqPqqPqqPqqP5qdPqq9P3qi0q"),
+    ("packed_attention_backward_cpu", "@PqqPqqPqqPqqPqqP5qdPqq9P4qi0q"),
 )
 
 

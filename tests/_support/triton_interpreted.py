@@ -1,6 +1,6 @@
 """Run the Triton kernels in Triton's interpreter against the truth. A process of its own, with TRITON_INTERPRET=1.
 
-One argument, the op: ``token_logprobs``, ``linear_token_logprobs`` or ``precondition_accumulate``.
+One argument, a key of `CHECKS`.
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ def poison_new_memory() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def check_linear_token_logprobs() -> int:
+def check_linear_token_logprobs(*dtypes: torch.dtype) -> int:
     poison_new_memory()
     checked = 0
-    for dtype in DTYPES:
+    for dtype in dtypes:
         tiles = tiles_for(8 * dtype.itemsize)
         around = (1, tiles.tokens - 1, tiles.tokens, tiles.tokens + 1)
         cases = [make_linear_case(5, vocabulary, 24, dtype) for vocabulary in around]
@@ -209,7 +209,8 @@ def check_precondition_accumulate() -> int:
 
 CHECKS = {
     "token_logprobs": check_token_logprobs,
-    "linear_token_logprobs": check_linear_token_logprobs,
+    "linear_token_logprobs": lambda: check_linear_token_logprobs(torch.float32, torch.float64, torch.bfloat16),
+    "linear_token_logprobs of float16": lambda: check_linear_token_logprobs(torch.float16),
     "precondition_accumulate": check_precondition_accumulate,
 }
 

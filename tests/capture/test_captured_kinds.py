@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import peft
 import pytest
 import torch
-from engine_sums import Observed, assert_same_estimate, assert_same_sums, observe, relative
-from exactness import BATCHES, BUDGET, CHECKPOINTING, checkpointed
+from engine_sums import Observed, assert_same_estimate, assert_same_sums, median_error, observe, ratio_of, relative
+from exactness import BATCHES, BUDGET, CHECKPOINTING, batch_of_every_kind, checkpointed
 from probe_models.adapters import gpt_oss_with_lora, ia3_over, lora_over, with_adapter
 from probe_models.architectures import build_model, quantize_nf4, stepped_adamw
 from probe_models.batches import pack
@@ -109,22 +109,26 @@ def test_exact_with_checkpointing(kind: str, how: str) -> None:
 
 
 def test_under_autocast_rounds_no_more_than_the_reference() -> None:
-    """Against fp64 of the same weights, pooled over the kinds."""
+    """Against fp64 of the same weights, two batches a kind.
+
+    Ratios of errors spread as in `test_exactness_matrix`, with four prompts by less than 0.4 (0.34 in 17 draws): 1.5 for 34
+    draws is six standard errors away.
+    """
     errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
     for build in KINDS.values():
         model = build().float()
         state = AdamState.from_optimizer(stepped_adamw(model), model)
         wide = copy.deepcopy(model).double()
-        rollouts = with_padding_tokens()
-        with computing_in_own_dtype(wide):
-            truth = observe("two_pass", wide, state, rollouts)
-        for engine, found in errors.items():
-            with no_slower_path():
-                result = observe(engine, model, state, rollouts, autocast_dtype=torch.bfloat16)
-            found.append(relative(result.kernel, truth.kernel))
-    one, two = (torch.tensor(values).square().mean().sqrt() for values in errors.values())
-    assert two > 1e-3  # it really computes in bf16
-    assert one <= 1.5 * two, errors
+        for seed in (5, 6):
+            rollouts = with_padding_tokens(seed)
+            with computing_in_own_dtype(wide):
+                truth = observe("two_pass", wide, state, rollouts)
+            for engine, found in errors.items():
+                with no_slower_path():
+                    result = observe(engine, model, state, rollouts, autocast_dtype=torch.bfloat16)
+                found.append(median_error(result.kernel, truth.kernel))
+    assert min(errors["two_pass"]) > 1e-6  # it really computes in bf16
+    assert ratio_of(errors) <= 1.5, errors
 
 
 SLOWER: dict[str, Callable[[], nn.Module]] = {
@@ -264,21 +268,24 @@ def wide_adapters_over_bf16(seed: int) -> nn.Module:
 
 
 def test_wide_adapters_over_a_narrow_base_round_no_more_than_the_reference() -> None:
-    """Without autocast, against fp64 of the same weights, pooled over draws of the weights."""
+    """Without autocast, against fp64 of the same weights.
+
+    Both engines round activations to bf16 alike: the logarithms of the ratios spread by less than 0.13 (0.07 in four draws of
+    sixteen prompts), so that 1.5 is six standard errors away.
+    """
     errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
-    for seed in range(8):
+    for seed in range(4):
         model = wide_adapters_over_bf16(seed)
         state = AdamState.from_optimizer(stepped_adamw(model), model)
         wide = copy.deepcopy(model).double()
-        rollouts = with_padding_tokens(seed)
+        rollouts = batch_of_every_kind(seed)
         with computing_in_own_dtype(wide):
             truth = observe("two_pass", wide, state, rollouts)
         for engine, found in errors.items():
             with no_slower_path():
-                found.append(relative(observe(engine, model, state, rollouts).kernel, truth.kernel))
-    one, two = (torch.tensor(values).square().mean().sqrt() for values in errors.values())
-    assert two > 1e-3  # it really computes in bf16
-    assert one <= 1.5 * two, errors
+                found.append(median_error(observe(engine, model, state, rollouts).kernel, truth.kernel))
+    assert min(errors["two_pass"]) > 1e-6  # it really computes in bf16
+    assert ratio_of(errors) <= 1.5, errors
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])

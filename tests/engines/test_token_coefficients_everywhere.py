@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from engine_sums import assert_same_estimate, assert_same_sums, observe, relative
+from engine_sums import assert_same_estimate, assert_same_sums, median_error, observe, ratio_of, relative
 from exactness import CHECKPOINTING, checkpointed, model_of, widened
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import make_samples, pack
@@ -317,20 +317,26 @@ def test_shares_of_tokens_with_token_entropies_by_central_differences() -> None:
     assert not found.entropies[~scored].any()
 
 
-@pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param(None, id="fp32", marks=pytest.mark.exhaustive), pytest.param(torch.bfloat16, id="bf16 autocast")],
+)
 def test_rounds_no_more_than_the_reference(precision: torch.dtype | None) -> None:
-    """Errors of K against fp64 of the same weights, pooled over four families and 16 prompts."""
+    """Errors of K against fp64 of the same weights, over four families and 16 prompts.
+
+    Logarithms of their ratios spread by less than 0.2 over draws (0.17 in twelve): 1.5 is more than six standard errors away.
+    """
     errors: dict[str, list[float]] = {"one_pass": [], "two_pass": []}
-    for seed, family in enumerate(("qwen2", "gpt2", "llama", "qwen3")):
+    for family in ("qwen2", "gpt2", "llama", "qwen3"):
         model = model_of(family, "lora")
         state = AdamState.from_optimizer(stepped_adamw(model), model)
         wide = widened(model)
-        rollouts = rollouts_of(make_samples((2, 3) * 8, seed=seed))
-        with computing_in_own_dtype(wide):
-            truth = observe("two_pass", wide, state, rollouts, **OPTIONS["both"])
-        for engine, own in errors.items():
-            found = observe(engine, model, state, rollouts, autocast_dtype=precision, **OPTIONS["both"])
-            own.append(relative(found.kernel, truth.kernel))
-    one, two = (sum(e * e for e in own) ** 0.5 for own in errors.values())
-    assert one <= 1.5 * two, errors
-    assert two > (1e-3 if precision else 1e-8)
+        for seed in range(3):
+            rollouts = rollouts_of(make_samples((2, 3) * 8, seed=seed))
+            with computing_in_own_dtype(wide):
+                truth = observe("two_pass", wide, state, rollouts, **OPTIONS["both"])
+            for engine, own in errors.items():
+                found = observe(engine, model, state, rollouts, autocast_dtype=precision, **OPTIONS["both"])
+                own.append(median_error(found.kernel, truth.kernel))
+    assert ratio_of(errors) <= 1.5, errors
+    assert min(errors["two_pass"]) > (1e-6 if precision else 1e-11)

@@ -40,7 +40,7 @@ class TokenValues:
 
 @cache
 def values_of(policy: ToyPolicy) -> TokenValues:
-    gradients = torch.autograd.functional.jacobian(policy.token_values, policy.theta)
+    gradients = torch.autograd.functional.jacobian(policy.token_values, policy.theta, vectorize=True)
     return TokenValues(*(t.detach() for t in (*policy.token_values(policy.theta), *gradients)))
 
 

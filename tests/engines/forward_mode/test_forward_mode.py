@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from engine_results import TOLERANCE, distance
+from engine_sums import median_error, ratio_of
 from probe_models.architectures import (
     BUILDERS,
     ROPE_SHAPE,
@@ -198,20 +199,23 @@ def test_nf4() -> None:
 
 @pytest.mark.parametrize(("family", "adapter"), [("qwen2", True), ("gpt2", True), ("qwen2", False)])
 def test_bfloat16_autocast_is_no_worse_than_the_two_pass_engine(family: str, adapter: bool) -> None:
-    """Against fp64 of the same weights; errors pooled over 96 prompts."""
+    """Against fp64 of the same weights, over 96 prompts.
+
+    For engines that round alike, the logarithm of the ratio of median errors is of mean 0 and spreads by less than 0.6 over
+    batches of eight prompts: 3 for twelve of them is more than six standard errors away, once in 10^9 runs.
+    """
     model = build_model(family)
     model = add_lora(model) if adapter else model
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     truth = copy.deepcopy(model).double()
-    errors: list[list[float]] = [[], []]
-    for seed in range(24):
-        (exact,) = two_batches(truth, state, seed=seed, engines=("two_pass",))
-        for own, result in zip(
-            errors, two_batches(model, state, seed=seed, autocast_dtype=torch.bfloat16), strict=True
-        ):
-            own.append(distance(result.row_sums, exact.row_sums))
-    pooled = [math.sqrt(sum(e * e for e in own) / len(own)) for own in errors]
-    assert pooled[0] <= 1.5 * pooled[1], pooled
+    errors: dict[str, list[float]] = {"jvp": [], "two_pass": []}
+    for seed in range(12):
+        batches = (make_rollouts(2 * GROUPS, seed=seed), make_rollouts((3, 2, 2), seed=seed + 50))
+        (exact,) = two_batches(truth, state, batches=batches, engines=("two_pass",))
+        found = two_batches(model, state, batches=batches, autocast_dtype=torch.bfloat16)
+        for own, result in zip(errors.values(), found, strict=True):
+            own.append(median_error(result.row_sums, exact.row_sums))
+    assert ratio_of(errors) <= 3, errors
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -280,10 +284,13 @@ def test_coefficients_that_are_all_zero() -> None:
     samples = [Sample(s.group, s.prompt, s.response, 0.0) for s in make_samples((2, 2), seed=8)]
     (result,) = two_batches(model, optimizer, batches=(make_rollouts(GROUPS), pack(samples)), engines=("jvp",))
     assert result.delta_h1 == 0
-    assert any("update gradient is exactly 0" in note for note in result.diagnostics.warnings)
+    assert any("update is exactly 0" in note for note in result.diagnostics.warnings)
+    # Logits of 0, with their derivatives: every log-prob is -log V to the bit, in whatever order a row is added up.
+    model.get_output_embeddings().register_forward_hook(lambda _m, _i, out: out - out.detach())
     same = [Sample(s.group, s.prompt, (3, 4, 5), s.advantage) for s in make_samples((2, 2, 2))]
     (result,) = two_batches(model, optimizer, batches=(pack(same), make_rollouts((2, 2), seed=8)), engines=("jvp",))
     assert result.delta_h1 == 0
+    assert result.derivatives is not None and bool((result.derivatives.sequences != 0).all())
     assert any("entropy gradient is exactly 0" in note for note in result.diagnostics.warnings)
 
 

@@ -198,7 +198,12 @@ def test_nothing_is_said_of_sequences_unless_asked() -> None:
 def test_rounding_that_keeps_shares_from_adding_up_is_named() -> None:
     model = add_lora(build_model("qwen2"))
     probe = probe_of(model, stepped_adamw(model), autocast_dtype=torch.bfloat16)
-    result = probe.compute_delta_h1(pack(make_samples(GROUPS)))
-    gap = abs(float(result.by_sequence["both"].delta_h1.sum()) - result.delta_h1)
-    assert gap > 1e-6 * abs(result.delta_h1)
-    assert any(f"add up to δH₁ but for {gap:.2g}" in note for note in result.diagnostics.warnings)
+    gaps = []
+    # That eight bits happen to leave a gap of less than a millionth takes a luck of about 10^-4 in each batch.
+    for seed in range(3):
+        result = probe.compute_delta_h1(pack(make_samples(GROUPS, seed=seed)))
+        gap = abs(float(result.by_sequence["both"].delta_h1.sum()) - result.delta_h1)
+        said = any(f"add up to δH₁ but for {gap:.2g}" in note for note in result.diagnostics.warnings)
+        assert said == (gap > 1e-6 * abs(result.delta_h1))
+        gaps.append(gap / abs(result.delta_h1))
+    assert max(gaps) > 1e-6
