@@ -55,7 +55,7 @@ def _expected(result: DeltaH1Result, own_error: dict[str, float] | None = None) 
     names = ("x_dot_y", "diagonal", "row_sums", "column_sums", "sequence_logprobs")
     own = own_error or {}
     allowed = {name: max(FLOAT32, TIMES_THE_REFERENCE_S_OWN * own.get(name, 0.0)) for name in names}
-    return Expected(sums_of(result), result.sequences["Y"].sequence_logprobs, allowed)
+    return Expected(sums_of(result), result.sequences["update"].sequence_logprobs, allowed)
 
 
 def expected_of(setting: Setting, rollouts_file: Path | None) -> Expected:
@@ -68,8 +68,8 @@ def expected_of(setting: Setting, rollouts_file: Path | None) -> Expected:
     off = differences(sums_of(rounded), sums_of(exact))
     # One measure for all of them: any one number, a scalar above all, can be nearly right by luck.
     own = dict.fromkeys(off, max(off.values()))
-    truth = exact.sequences["Y"].sequence_logprobs
-    own["sequence_logprobs"] = _logprobs_off(rounded.sequences["Y"].sequence_logprobs, truth)
+    truth = exact.sequences["update"].sequence_logprobs
+    own["sequence_logprobs"] = _logprobs_off(rounded.sequences["update"].sequence_logprobs, truth)
     expected = _expected(exact, own)
     expected.allowed["sequence_logprobs"] += BFLOAT16_ROUNDING
     return expected

@@ -38,20 +38,19 @@ class Rule:
 
 # The first that fits. Checks keep whatever they call: a second forward for their sake is their cost.
 RULES = (
-    Rule(CHECKS, r"/entropy_fast/", r"check|same_|again|repeatable|excluded|refuse|assert_|uncaptured|find_|_try_"),
-    Rule(CHECKS, r"/entropy_fast/engines/packed/trial"),
+    Rule(CHECKS, r"/entropy_fast/", r"check|again|repeatable|excluded|refuse|assert_|uncaptured|find_|choose"),
+    Rule(CHECKS, r"/entropy_fast/ways/trial"),
     Rule(BACKWARD, r"/entropy_fast/.*attention", r"backward", (BACKWARD,)),
-    Rule(CAPTURED, r"/entropy_fast/engines/", "", (BACKWARD,)),
-    Rule(OUTPUT, r"/entropy_fast/(ops/(blockwise|linear_|token_)|engines/packed/output)"),
+    Rule(CAPTURED, r"/entropy_fast/capture/", "", (BACKWARD,)),
+    Rule(OUTPUT, r"/entropy_fast/(ops/(blockwise|linear_|token_)|ways/packed/output)"),
     Rule(OUTPUT, r"/entropy_fast/", r"hidden_logprobs|linear_token_logprobs|token_logprobs", (REST,)),
     Rule(FORWARD, r"/(transformers|peft)/", "", (REST, OUTPUT)),
     Rule(BACKWARD, r"/torch/autograd/", r"^(backward|grad|_engine_run_backward)$"),
     Rule(
         SUMS,
-        r"/entropy_fast/(engines/(one_pass|gradient_|kernel)|geometry/|ops/(accum|precond)|statistics/)",
-        r"kernel$|^_kernel|^kernel_of|^collect|_dots|^_add$|^add$|apply_precond|_scales|second_moments|precondition_acc|finish_|compare_|estimate",
+        r"/entropy_fast/(engines/(one_pass|gradient_|sums)|step/|ops/(accum|precond)|estimates/)",
+        r"kernel$|^_kernel|^kernel_of|^collect|_dots|^_add$|^add$|apply_precond|_scales|second_moments|precondition_acc|finish|_products$|estimate",
     ),
-    Rule(SUMS, r"/entropy_fast/probe_components", r"finish_|compare_"),
 )
 
 
