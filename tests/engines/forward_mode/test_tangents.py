@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, fast_delta_h1, reference
-from entropy_fast.engines.forward_mode import ForwardWithTangents, functions, output
+from entropy_fast.engines.forward_mode import functions, output
+from entropy_fast.engines.forward_mode.forward import ForwardWithTangents
 from entropy_fast.engines.forward_mode.functions import FunctionsWithTangents
 from entropy_fast.engines.forward_mode.quantized import quantized_modules, quantized_with_tangents
 from entropy_fast.errors import ForwardDerivativeError
