@@ -125,6 +125,20 @@ def test_beside_other_options(more: dict[str, object]) -> None:
         assert abs(one.std_error - two.std_error) <= 1e-9 * two.std_error
 
 
+def test_what_is_clipped_is_said_by_every_engine() -> None:
+    model = wide_model("gpt2", True)
+    state = AdamState.from_optimizer(stepped_adamw(model), model)
+    rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
+    notes = []
+    for engine in ("one_pass", "two_pass"):
+        result = fast_delta_h1(model, state, rollouts, **options_of(engine=engine, **OPTIONS["clipped ratios"]))
+        share = float(result.sequences["update"].ratios.clipped.mean())
+        assert 0 < share < 1
+        notes.append([note for note in result.diagnostics.warnings if "clipping leaves out" in note])
+        assert notes[-1] == [f"rollouts: clipping leaves out {share:.1%} of a response's tokens on average."]
+    assert notes[0] == notes[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_in_16_bits(dtype: torch.dtype) -> None:
     """Every engine near fp64 of the same weights; fp16 would lose small coefficients that are not scaled."""

@@ -284,7 +284,7 @@ def test_coefficients_that_are_all_zero() -> None:
     samples = [Sample(s.group, s.prompt, s.response, 0.0) for s in make_samples((2, 2), seed=8)]
     (result,) = two_batches(model, optimizer, batches=(make_rollouts(GROUPS), pack(samples)), engines=("jvp",))
     assert result.delta_h1 == 0
-    assert any("update gradient is exactly 0" in note for note in result.diagnostics.warnings)
+    assert any("this batch's own update is exactly 0" in note for note in result.diagnostics.warnings)
     same = [Sample(s.group, s.prompt, (3, 4, 5), s.advantage) for s in make_samples((2, 2, 2))]
     (result,) = two_batches(model, optimizer, batches=(pack(same), make_rollouts((2, 2), seed=8)), engines=("jvp",))
     assert result.delta_h1 == 0
