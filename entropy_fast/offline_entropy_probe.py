@@ -126,7 +126,8 @@ class OfflineEntropyProbe:
         if reason is not None:
             raise ConfigError(
                 f"engine {self._kind.name!r}: {reason}.",
-                fix="pass entropy_rollouts, an independent batch, for the two-batch estimate; or leave the option out."
+                fix="pass entropy_rollouts, an independent batch, for the two-batch estimate; or leave the option out, or use "
+                "engine='one_pass', for one batch."
                 if batches == 1
                 else "leave the option out, or the entropy batch.",
             )

@@ -91,12 +91,26 @@ def test_a_tree_out_of_order_is_refused(tmp_path: Path, name: str, text: str, ex
 
 
 def test_cycles_are_refused_unless_deferred(tmp_path: Path) -> None:
-    files = GOOD | {"rollouts/container.py": "from entropy_fast.checks import state\n"}
-    (found,) = violations(make_tree(tmp_path / "cycle", files))
-    assert found.startswith("import cycle: ")
-    assert {"entropy_fast.checks.state", "entropy_fast.rollouts.container"} <= set(found[14:].split(" -> "))
-    files = GOOD | {"rollouts/container.py": "def late():\n    from entropy_fast.checks import state\n"}
-    assert violations(make_tree(tmp_path / "deferred", files)) == []
+    files = GOOD | {"sampling/sampler.py": "from entropy_fast.run_folder import manifest\n"}
+    back = {"run_folder/manifest.py": "from entropy_fast.sampling import sampler\n"}
+    cycle, circle = violations(make_tree(tmp_path / "cycle", files | back))
+    assert cycle.startswith("import cycle: ")
+    assert {"entropy_fast.run_folder.manifest", "entropy_fast.sampling.sampler"} <= set(cycle[14:].split(" -> "))
+    assert circle.startswith("folders in a circle: ")
+    back = {"run_folder/manifest.py": "def late():\n    from entropy_fast.sampling import sampler\n"}
+    assert violations(make_tree(tmp_path / "deferred", files | back)) == []
+
+
+def test_folders_in_a_circle_are_refused_where_no_file_is_in_one(tmp_path: Path) -> None:
+    files = {
+        "sampling/sampler.py": "from entropy_fast.run_folder import manifest\n",
+        "sampling/texts.py": "",
+        "run_folder/manifest.py": "",
+        "run_folder/texts.py": "from entropy_fast.sampling import texts\n",
+    }
+    (found,) = violations(make_tree(tmp_path, GOOD | files))
+    assert found.startswith("folders in a circle: ")
+    assert {"entropy_fast.run_folder", "entropy_fast.sampling"} <= set(found[21:].split(" -> "))
 
 
 def too_long(root: Path) -> list[str]:

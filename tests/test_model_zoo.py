@@ -51,7 +51,7 @@ def assert_matches(case: Case, expected: Kernel, tolerance: float, **options: An
     assert result.diagonal is not None
     torch.testing.assert_close(result.diagonal, expected.matrix.diagonal(), rtol=0, atol=tolerance * scale)
     assert result.delta_h1 == pytest.approx(expected.same_batch, abs=3 * tolerance * scale * expected.learning_rate)
-    scored = result.sequences["X"].sequence_logprobs.tolist()
+    scored = result.sequences["entropy"].sequence_logprobs.tolist()
     assert scored == pytest.approx([expected.sequence_logprobs[s] for s in case.samples], rel=10 * tolerance)
 
 
@@ -67,7 +67,7 @@ def test_lora(family: str, size: int) -> None:
     case = case_of(add_lora(build_model(family)))
     expected = definition(case)
     # LoRA's B away from zero: otherwise half of the gradients vanish and nothing below would notice their absence.
-    for gradient, parameter in zip(expected.x_gradients[0], case.probe().components.registry.parameters, strict=True):
+    for gradient, parameter in zip(expected.x_gradients[0], case.probe().context.registry.parameters, strict=True):
         assert bool((gradient != 0).any()), parameter.name
     assert_matches(case, expected, 1e-5, prompts_per_microbatch=size)
 
@@ -92,7 +92,7 @@ def test_eager_attention_in_fp64(family: str) -> None:
     """A fully masked query row would be NaN here. Several families compute norms or rotations in fp32 all the same."""
     case = case_of(build_model(family, dtype=torch.float64, attention="eager"))
     result = case.probe().compute_delta_h1(case.rollouts)
-    assert not result.sequences["X"].sequence_logprobs.isnan().any()
+    assert not result.sequences["entropy"].sequence_logprobs.isnan().any()
     assert_matches(case, definition(case), 1e-12 if family == "gpt2" else 1e-6)
 
 

@@ -20,8 +20,7 @@ from probe_oracle.batches import Shape, make_rollouts
 from probe_oracle.oracle import relative_error
 from torch import nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeComponents, Rollouts
-from entropy_fast.config import ProbeConfig
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeComponents, Rollouts, RunOptions
 from entropy_fast.errors import GradientCoverageError
 from entropy_fast.rollouts.units import prompt_units
 from entropy_fast.step import AdamState
@@ -152,11 +151,10 @@ def test_same_batch_estimate_and_the_whole_kernel(
     kept = rollouts.without_empty_responses()[0]
     rows = [row for row in range(rollouts.n_sequences) if row in expected.logprobs]
     assert kept.n_sequences == len(rows)
-    for label in ("X", "Y"):
-        table = result.sequences[label]
+    for side, coefficients, name in (("entropy", expected.entropy, "c_i"), ("update", expected.update, "a_i")):
+        table = result.sequences[side]
         check(table.sequence_logprobs, [expected.logprobs[row] for row in rows], "S_i")
-        check(table.entropy, [expected.entropy[row] for row in rows], "c_i")
-        check(table.update, [expected.update[row] for row in rows], "a_i")
+        check(table.coefficients[side], [coefficients[row] for row in rows], name)
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen2", "gpt2"])
@@ -169,8 +167,8 @@ def test_accumulated_sums_tensor_by_tensor(
     rollouts = make_rollouts(Shape(budget=2), models.VOCABULARY, seed=4)
     expected = oracle.prompt_gradients(model, optimizer, rollouts, "dr_grpo")
     state = AdamState.from_optimizer(optimizer, model)
-    config = {"prompts_per_microbatch": 2, "accumulate_on": accumulate_on, "y_pass": y_pass}  # type: ignore[arg-type]
-    components = ProbeComponents(model, state, config)
+    run = RunOptions(prompts_per_microbatch=2, accumulate_on=accumulate_on, y_pass=y_pass)  # type: ignore[arg-type]
+    components = ProbeComponents(model, state, run=run)
     x_sum, y_sum = components.accumulate_sum_X(rollouts), components.accumulate_sum_Y(rollouts)
     shapes = [p.shape for p in model.parameters()]
     for total, flat in ((x_sum, expected.x.sum(0)), (y_sum, expected.y.sum(0))):
@@ -243,7 +241,7 @@ def test_alpha_projections_per_prompt_of_a_direction_of_ones_own(setups: dict[st
     generator = torch.Generator().manual_seed(0)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
     components = ProbeComponents(
-        model, AdamState.from_optimizer(optimizer, model), ProbeConfig(prompts_per_microbatch=2)
+        model, AdamState.from_optimizer(optimizer, model), run=RunOptions(prompts_per_microbatch=2)
     )
     found = components.compute_conditional_variance_over_E_alpha(rollouts, direction)
     flat = oracle.flatten(direction)

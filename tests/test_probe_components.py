@@ -9,13 +9,14 @@ import pytest
 import torch
 from probe_models.architectures import add_lora, build_model
 from probe_models.batches import make_rollouts
-from probe_models.cases import Case, case_of, lora_case
+from probe_models.cases import Case, case_of, components_of, lora_case
 from torch import Tensor
 
-from entropy_fast import ProbeComponents, probe_components
+from entropy_fast import ProbeComponents
+from entropy_fast.engines.two_pass import engine as two_pass_engine
 from entropy_fast.errors import EntropyFastWarning, GraphDetachedError
 from entropy_fast.step import AdamState
-from entropy_fast.ways.teacher_forcing import ForwardResult, PackedBatch, align_logprobs, model_logits
+from entropy_fast.ways.teacher_forcing import ForwardResult, PaddedBatch, align_logprobs, model_logits
 
 
 def both_estimates(case: Case) -> list[Callable[[], object]]:
@@ -24,7 +25,7 @@ def both_estimates(case: Case) -> list[Callable[[], object]]:
     return [
         lambda: probe.compute_delta_h1(case.rollouts),
         lambda: probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=case.rollouts),
-        lambda: probe.components.compute_conditional_variance_over_E_alpha(other, [torch.zeros(())]),
+        lambda: components_of(probe).compute_conditional_variance_over_E_alpha(other, [torch.zeros(())]),
     ]
 
 
@@ -43,7 +44,7 @@ def test_a_forward_under_no_grad_is_found_out() -> None:
 
 def test_detached_logits_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     case = lora_case()
-    monkeypatch.setattr(probe_components, "model_logits", lambda *arguments: model_logits(*arguments).detach())
+    monkeypatch.setattr(two_pass_engine, "model_logits", lambda *arguments: model_logits(*arguments).detach())
     for estimate in both_estimates(case):
         with pytest.raises(GraphDetachedError, match=r"_teacher_force_logprobs: logits .*float32 on cpu"):
             estimate()
@@ -53,7 +54,7 @@ def test_logits_that_are_leaves_are_found_out(monkeypatch: pytest.MonkeyPatch) -
     """requires_grad alone proves nothing: a detached tensor on which it was set again has no graph."""
     case = lora_case()
     monkeypatch.setattr(
-        probe_components, "model_logits", lambda *arguments: model_logits(*arguments).detach().requires_grad_(True)
+        two_pass_engine, "model_logits", lambda *arguments: model_logits(*arguments).detach().requires_grad_(True)
     )
     with pytest.raises(GraphDetachedError, match="grad_fn=None"):
         case.probe().compute_delta_h1(case.rollouts)
@@ -62,11 +63,11 @@ def test_logits_that_are_leaves_are_found_out(monkeypatch: pytest.MonkeyPatch) -
 def test_log_probs_detached_from_the_logits_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     case = lora_case()
 
-    def cut(logits: Tensor, batch: PackedBatch, **options: bool) -> ForwardResult:
+    def cut(logits: Tensor, batch: PaddedBatch, **options: bool) -> ForwardResult:
         whole = align_logprobs(logits, batch, **options)
         return dataclasses.replace(whole, sequence_logprobs=whole.sequence_logprobs.detach())
 
-    monkeypatch.setattr(probe_components, "align_logprobs", cut)
+    monkeypatch.setattr(two_pass_engine, "align_logprobs", cut)
     for estimate in both_estimates(case):
         with pytest.raises(GraphDetachedError, match="_teacher_force_logprobs: S "):
             estimate()
@@ -95,13 +96,12 @@ def test_the_sampling_temperature_is_reported_and_never_used(temperature: float 
     case = lora_case()
     probe = case.probe()
     expected = probe.compute_delta_h1(make_rollouts())
-    scored = {label: table.sequence_logprobs for label, table in probe.components.sequences.items()}
+    scored = {label: table.sequence_logprobs for label, table in expected.sequences.items()}
     assert not any("temperature" in note for note in expected.diagnostics.warnings)
     odd = make_rollouts(temperature=temperature, top_p=top_p)
     with pytest.warns(EntropyFastWarning, match="temperature"):
         found = probe.compute_delta_h1(odd)
     for label, values in scored.items():
-        assert torch.equal(probe.components.sequences[label].sequence_logprobs, values)
         assert torch.equal(found.sequences[label].sequence_logprobs, values)
     assert found.delta_h1 == expected.delta_h1
     assert found.std_error == expected.std_error
@@ -133,9 +133,10 @@ def test_microbatches_of_any_size_give_the_same_sums(lora: bool) -> None:
         for field in ("row_sums", "column_sums", "diagonal"):
             torch.testing.assert_close(getattr(several, field), getattr(one, field), rtol=1e-5, atol=1e-5 * scale)
         assert several.x_dot_y == pytest.approx(one.x_dot_y, abs=1e-5 * scale)
-        for field in ("sequence_logprobs", "entropy", "update"):
-            left, right = getattr(several.sequences["X"], field), getattr(one.sequences["X"], field)
-            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+        for side in ("entropy", "update"):
+            left, right = several.sequences[side], one.sequences[side]
+            torch.testing.assert_close(left.sequence_logprobs, right.sequence_logprobs, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(left.coefficients[side], right.coefficients[side], rtol=1e-5, atol=1e-6)
 
 
 def test_sums_kept_on_the_cpu_are_the_same_bits() -> None:
@@ -156,5 +157,5 @@ def test_progress_covers_every_pass_and_every_prompt() -> None:
     )
     components._compute_delta_h1_exact(case.rollouts)
     n = case.rollouts.n_prompts
-    for stage in ("X", "Y", "diagonal"):
+    for stage in ("entropy", "update", "diagonal"):
         assert [(done, total) for name, done, total in seen if name == stage] == [(k + 1, n) for k in range(n)]

@@ -53,7 +53,7 @@ RULES = (
     Rule(
         SUMS,
         r"/entropy_fast/(engines/(sums|one_pass/engine|(.*/)?gradient_)|step/|ops/(accum|precond)|estimates/)",
-        r"kernel$|^_kernel|^kernel_of|^collect|_dots|^_add$|^add$|apply_precond|_scales|second_moments|precondition_acc|finish_|compare_|estimate",
+        r"kernel$|^_kernel|^kernel_of|^collect|_dots|_products$|^_add$|^add$|apply_precond|_scales|second_moments|precondition_acc|finish|estimate",
     ),
     Rule(SUMS, r"/entropy_fast/probe_components", r"finish_|compare_"),
 )

@@ -106,7 +106,7 @@ def _sampling_message(name: str, batch: Rollouts) -> str | None:
 
 def _old_logprobs_messages(measured: Measured, setting: Setting, name: str) -> list[str]:
     """What has to be known where the rollouts of one batch say which policy sampled them, and it is not this one."""
-    found = measured.sequences[UPDATE if name == UPDATE else ENTROPY].ratios
+    found = measured.sequences[ENTROPY if name == ENTROPY else UPDATE].ratios  # of the update, as a clip range is
     if found is None:
         return []
     moved, largest = _mean(found.mean_log_ratio), float(found.largest_log_ratio.max())

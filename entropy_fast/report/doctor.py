@@ -10,17 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import nn
 
+from entropy_fast.checks.coverage import PassCoverage
 from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.checks.model_state import checkpointed_modules, reentrant_checkpointing
-from entropy_fast.columns.coefficients import check_group_sizes
-from entropy_fast.config import ProbeConfig
-from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.columns import Side
+from entropy_fast.columns.lengths import check_group_sizes
+from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.engines.gradient_sum import GradientSum, inner_product
+from entropy_fast.engines.sums import finish_functional, finish_update
 from entropy_fast.errors import EntropyFastError
 from entropy_fast.ops import backend_report
 from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.step import AdamState
+from entropy_fast.step import AdamState, ExcludedElements
 
 __all__ = ["Check", "check_environment", "check_model", "synthetic_rollouts"]
 
@@ -110,8 +113,9 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
     if state is not None:
         found = f"{rate}" if rate > 0 else f"{rate}: a probe needs learning_rate=...; the other checks go on without it"
         checks.append(Check("learning rate", rate > 0, found))
-    components = ProbeComponents(model, known, ProbeConfig(max_excluded_share=1.0), rate if rate > 0 else 1.0)
-    registry = components.registry
+    estimate = EstimateOptions(learning_rate=rate if rate > 0 else 1.0)
+    components = ProbeComponents(model, known, estimate, RunOptions(max_excluded_share=1.0))
+    registry = components.context.registry
     step("trainable parameters", lambda: f"{len(registry.parameters)} tensors, {registry.numel:,} elements")
     checks.append(_checkpointing(model))
     batch, empty = rollouts.for_autograd().without_empty_responses()
@@ -124,7 +128,7 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
     )
     few = batch.select_rows(torch.cat([batch.rows_of_prompt(n) for n in range(min(2, batch.n_prompts))]))
     rows = torch.arange(few.n_sequences)
-    with components.probe_state():
+    with components.context.probe_state():
         first = components._compute_aligned_batch_logprobs(few, rows)
         again = components._compute_aligned_batch_logprobs(few, rows)
         alone = [components._compute_aligned_batch_logprobs(few, row[None]) for row in rows]
@@ -150,12 +154,13 @@ def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollout
             + ("; remove batch statistics and expert capacity limits" if relative >= INVARIANCE_LIMIT else ""),
         )
     )
-    x_sum = components.accumulate_sum_X(few)
-    checks.append(_coverage(components, "X"))
-    y_sum = components.accumulate_sum_Y(few)
-    checks.append(_coverage(components, "Y"))
+    context = components.context
+    x_sum, x_coverage = finish_functional(context, components._pass(Side.FUNCTIONAL, few).total, few)
+    checks.append(_coverage("X", x_coverage))
+    y_sum, y_coverage, excluded = finish_update(context, components._pass(Side.UPDATE, few).total, few)
+    checks.append(_coverage("Y", y_coverage))
     checks.append(_alpha(components, few, x_sum))
-    checks.append(_optimizer(components, state, y_sum))
+    checks.append(_optimizer(components, state, y_sum, excluded))
 
 
 def _checkpointing(model: nn.Module) -> Check:
@@ -170,8 +175,7 @@ def _checkpointing(model: nn.Module) -> Check:
     )
 
 
-def _coverage(components: ProbeComponents, label: str) -> Check:
-    found = components.coverage[label]
+def _coverage(label: str, found: PassCoverage) -> Check:
     return Check(
         f"{label} gradients",
         not found.untouched,
@@ -183,31 +187,35 @@ def _coverage(components: ProbeComponents, label: str) -> Check:
 def _alpha(components: ProbeComponents, batch: Rollouts, direction: GradientSum) -> Check:
     """s_n along X_sum by the alpha trick, against X_n · X_sum by one backward a prompt."""
     try:
-        projections = components.compute_conditional_variance_over_E_alpha(batch, direction.tensors)
+        found = components._alpha_projections(batch, direction.tensors)
     except EntropyFastError as error:
         return Check("alpha trick", None, f"not usable: {error.problem} Per-prompt backwards are used instead.")
-    expected = components._projections("X", batch, direction.tensors)
+    projections = torch.cat([of_prompts.projections for of_prompts in found])
+    reached = min(of_prompts.n_with_gradient for of_prompts in found)
+    expected = components._projections(Side.FUNCTIONAL, batch, direction.tensors)
     relative = _distance(projections, expected) / float(expected.abs().max().clamp_min(1e-300))
     return Check(
         "alpha trick",
         relative < 1e-2,
-        f"{components.n_reached_by_alpha} of {len(components.registry.parameters)} tensors, {len(projections)} prompts, "
+        f"{reached} of {len(components.context.registry.parameters)} tensors, {len(projections)} prompts, "
         f"{relative:.1e} from per-prompt backwards",
     )
 
 
-def _optimizer(components: ProbeComponents, state: AdamState | None, y_sum: GradientSum) -> Check:
+def _optimizer(
+    components: ProbeComponents, state: AdamState | None, y_sum: GradientSum, excluded: ExcludedElements
+) -> Check:
     if state is None:
         return Check("optimizer", None, "not given: coverage by second moments was not checked")
-    held = sum(p.group is not None for p in components.registry.parameters)
-    stepped = sum(name in state.moments for name in components.registry.names)
-    excluded = components.excluded
-    assert excluded is not None
+    registry = components.context.registry
+    norm = inner_product(y_sum.tensors, y_sum.tensors) ** 0.5
+    held = sum(p.group is not None for p in registry.parameters)
+    stepped = sum(name in state.moments for name in registry.names)
     return Check(
         "optimizer",
-        excluded.share <= ProbeConfig().max_excluded_share,
-        f"holds {held} and has stepped {stepped} of {len(components.registry.parameters)} tensors; {excluded.share:.2%} of "
-        f"‖g‖² without second moment, {excluded.below_eps} elements with sqrt(v̂) below ε, ‖Y_sum‖ {y_sum.norm():.4g}",
+        excluded.share <= RunOptions().max_excluded_share,
+        f"holds {held} and has stepped {stepped} of {len(registry.parameters)} tensors; {excluded.share:.2%} of "
+        f"‖g‖² without second moment, {excluded.below_eps} elements with sqrt(v̂) below ε, ‖Y_sum‖ {norm:.4g}",
     )
 
 

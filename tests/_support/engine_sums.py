@@ -8,12 +8,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from probe_options import options_of
 from torch import Tensor, nn
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, Rollouts
+from entropy_fast.context import ProbeContext
+from entropy_fast.engines import sums
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.step import AdamState
 
@@ -44,26 +48,26 @@ class Observed:
 
 
 def observe(engine: str, model: nn.Module, optimizer: Optimizer, rollouts: Rollouts, **options: object) -> Observed:
-    """Probe with ``engine`` and keep what `ProbeComponents.finish_sum_X` and `finish_sum_Y` returned."""
+    """Probe with ``engine`` and keep what `finish_functional` and `finish_update` returned."""
     config = dict(full_kernel=True, **{"prompts_per_microbatch": 2, **options})
     probe = OfflineEntropyProbe(model, optimizer, **options_of(engine=engine, **config))
-    components = probe.components
-    sums: dict[str, dict[str, Tensor]] = {}
+    kept: dict[str, dict[str, Tensor]] = {}
 
-    def kept(label: str, finish: Callable[[GradientSum, Rollouts], GradientSum]) -> Callable[..., GradientSum]:
-        def run(total: GradientSum, batch: Rollouts) -> GradientSum:
-            done = finish(total, batch)
-            sums[label] = {n: t.detach().clone() for n, t in zip(components.registry.names, done.tensors, strict=True)}
+    def keeping(label: str, finish: Callable[..., Any]) -> Callable[..., Any]:
+        def run(context: ProbeContext, total: GradientSum, batch: Rollouts) -> Any:
+            done = finish(context, total, batch)
+            assert label not in kept, f"{engine} formed {label}_sum twice"
+            kept[label] = {n: t.detach().clone() for n, t in zip(context.registry.names, done[0].tensors, strict=True)}
             return done
 
         return run
 
-    for label in "XY":
-        name = f"finish_sum_{label}"
-        setattr(components, name, kept(label, getattr(components, name)))
-    result = probe.compute_delta_h1(rollouts)
-    assert sums.keys() == {"X", "Y"}, f"{engine} formed its sums without ProbeComponents.finish_sum_X and finish_sum_Y"
-    return Observed(result, sums)
+    with pytest.MonkeyPatch.context() as patch:
+        for label, name in (("X", "finish_functional"), ("Y", "finish_update")):
+            patch.setattr(sums, name, keeping(label, getattr(sums, name)))
+        result = probe.compute_delta_h1(rollouts)
+    assert kept.keys() == {"X", "Y"}, f"{engine} formed its sums without finish_functional and finish_update"
+    return Observed(result, kept)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

@@ -210,8 +210,8 @@ def test_a_wrong_engine_ends_the_command_with_1(
 
     right = contenders.probe
 
-    def wrong(setting, engine, config):  # type: ignore[no-untyped-def]
-        result = right(setting, engine, config)
+    def wrong(setting, engine, **options):  # type: ignore[no-untyped-def]
+        result = right(setting, engine, **options)
         return dataclasses.replace(result, row_sums=-result.row_sums) if engine == "one_pass" else result
 
     monkeypatch.setattr(contenders, "probe", wrong)

@@ -1,4 +1,4 @@
-"""What the X and the Y pass reached: the counts are right, and nothing reached is an error that names the cause."""
+"""What the pass of either side reached: the counts are right, and nothing reached is an error that names the cause."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from probe_models.architectures import add_lora, build_model, enable_checkpointing
 from probe_models.batches import make_samples, pack
-from probe_models.cases import Case, case_of, lora_case, mute_adapters
+from probe_models.cases import Case, case_of, components_of, lora_case, mute_adapters
 from probe_models.oracle import kernel_by_definition
 from torch import nn
 
@@ -42,9 +42,9 @@ def test_diagnostics_hold_the_counts_that_can_be_counted_by_hand() -> None:
     mean_length = sum(len(s.response) for s in case.samples) / len(case.samples)
     x_sum = [sum(parts) for parts in zip(*kernel.x_gradients, strict=True)]
     g_sum = [sum(parts) for parts in zip(*kernel.g_gradients, strict=True)]
-    for label, summed in (("X", x_sum), ("Y", g_sum)):
-        found = result.diagnostics.coverage[label]
-        assert found.label == label
+    for side, summed in (("entropy", x_sum), ("update", g_sum)):
+        found = result.diagnostics.coverage[side]
+        assert found.side == side
         assert found.n_trainable == len(named)
         assert found.n_with_gradient == len(named) - 1
         assert found.untouched == ("unused",)
@@ -69,11 +69,11 @@ def test_two_batches_are_counted_each_on_its_own() -> None:
     case = lora_case()
     update = make_samples((2, 2), seed=21)
     result = case.probe().run_mixed_probe(entropy_rollouts=case.rollouts, update_rollouts=pack(update))
-    for label, samples in (("X", case.samples), ("Y", update)):
+    for side, samples in (("entropy", case.samples), ("update", update)):
         mean_length = sum(len(s.response) for s in samples) / len(samples)
-        assert result.diagnostics.coverage[label].mean_response_length == pytest.approx(mean_length)
-        assert result.sequences[label].sequence_logprobs.shape == (len(samples),)
-    assert result.diagnostics.coverage["X"].norm != result.diagnostics.coverage["Y"].norm
+        assert result.diagnostics.coverage[side].mean_response_length == pytest.approx(mean_length)
+        assert result.sequences[side].sequence_logprobs.shape == (len(samples),)
+    assert result.diagnostics.coverage["entropy"].norm != result.diagnostics.coverage["update"].norm
 
 
 def test_an_untouched_parameter_is_an_error_when_strict() -> None:
@@ -95,12 +95,12 @@ def test_strict_autograd_grad_lets_torch_name_the_trouble() -> None:
 def test_passes_that_reach_different_parameters_are_warned_about_with_both_counts() -> None:
     case = case_with_reentrant_checkpointing_and_trainable_head()
     n = sum(p.requires_grad for p in case.model.parameters())
-    message = f"X pass reached {n} and the Y pass 1 of {n}"
+    message = f"entropy pass reached {n} and the update pass 1 of {n}"
     with pytest.warns(EntropyFastWarning, match=message):
         result = case.probe(y_pass="autograd_grad").compute_delta_h1(case.rollouts)
     assert any(message in note for note in result.diagnostics.warnings)
-    assert result.diagnostics.coverage["X"].n_with_gradient == n
-    assert result.diagnostics.coverage["Y"].n_with_gradient == 1
+    assert result.diagnostics.coverage["entropy"].n_with_gradient == n
+    assert result.diagnostics.coverage["update"].n_with_gradient == 1
     with pytest.warns(EntropyFastWarning, match=message):
         case.probe(y_pass="autograd_grad").run_mixed_probe(
             entropy_rollouts=case.rollouts, update_rollouts=pack(make_samples((2, 2), seed=21))
@@ -108,11 +108,11 @@ def test_passes_that_reach_different_parameters_are_warned_about_with_both_count
 
 
 def test_equal_counts_of_different_parameters_differ_too() -> None:
-    left = PassCoverage("X", 3, 2, 0.5, 1.0, ("a",), 4.0)
-    assert coverage_difference(left, dataclasses.replace(left, label="Y")) is None
-    assert coverage_difference(left, dataclasses.replace(left, label="Y", untouched=("b",))) is not None
+    left = PassCoverage("entropy", 3, 2, 0.5, 1.0, ("a",), 4.0)
+    assert coverage_difference(left, dataclasses.replace(left, side="update")) is None
+    assert coverage_difference(left, dataclasses.replace(left, side="update", untouched=("b",))) is not None
     one = dataclasses.replace(left, norm=None, one_prompt=True)
-    assert coverage_difference(one, dataclasses.replace(left, label="Y", untouched=("b",))) is None
+    assert coverage_difference(one, dataclasses.replace(left, side="update", untouched=("b",))) is None
 
 
 def test_no_parameter_reached_names_an_inactive_adapter() -> None:
@@ -123,9 +123,9 @@ def test_no_parameter_reached_names_an_inactive_adapter() -> None:
     with pytest.raises(GradientCoverageError, match="adapter") as caught:
         probe.compute_delta_h1(case.rollouts)
     n = sum(p.requires_grad for p in case.model.parameters())
-    assert f"X pass: none of the {n} trainable parameters" in str(caught.value)
-    with pytest.raises(GradientCoverageError, match="Y pass: none"):
-        probe.components.accumulate_sum_Y(case.rollouts)
+    assert f"entropy pass: none of the {n} trainable parameters" in str(caught.value)
+    with pytest.raises(GradientCoverageError, match="update pass: none"):
+        components_of(probe).accumulate_sum_Y(case.rollouts)
 
 
 def test_no_parameter_reached_names_reentrant_checkpointing() -> None:
@@ -166,7 +166,9 @@ def test_empty_responses_are_left_out_counted_and_reported() -> None:
     assert report.groups == (whole.samples[0].group,)
     assert any("left out" in note for note in result.diagnostics.warnings)
     kept_lengths = [len(s.response) for s in remaining]
-    assert result.diagnostics.coverage["X"].mean_response_length == pytest.approx(sum(kept_lengths) / len(kept_lengths))
+    assert result.diagnostics.coverage["entropy"].mean_response_length == pytest.approx(
+        sum(kept_lengths) / len(kept_lengths)
+    )
     assert sum(p.n_responses for p in result.per_prompt) == len(remaining)
 
 

@@ -38,7 +38,9 @@ def test_dropout_is_off(family: str, kind: str, lora: bool) -> None:
         with_dropout.model.train(flags)
         torch.manual_seed(int(flags))
         found = with_dropout.probe().compute_delta_h1(with_dropout.rollouts)
-        assert torch.equal(found.sequences["X"].sequence_logprobs, expected.sequences["X"].sequence_logprobs)
+        assert torch.equal(
+            found.sequences["entropy"].sequence_logprobs, expected.sequences["entropy"].sequence_logprobs
+        )
         size = float(expected.row_sums.abs().max())
         torch.testing.assert_close(found.row_sums, expected.row_sums, rtol=1e-5, atol=1e-5 * size)
 

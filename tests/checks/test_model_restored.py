@@ -15,8 +15,9 @@ from probe_options import options_of
 from torch import nn
 
 from entropy_fast import OfflineEntropyProbe
-from entropy_fast.offline_entropy_probe import ENGINES
+from entropy_fast.engines import engine_kinds
 
+ENGINES = [kind.name for kind in engine_kinds()]
 ROUTES: dict[str, tuple[int, dict[str, Any]]] = {
     "same_batch": (1, {}),
     "autograd_grad": (1, {"y_pass": "autograd_grad"}),

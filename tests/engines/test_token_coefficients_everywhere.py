@@ -12,23 +12,24 @@ from engine_sums import assert_same_estimate, assert_same_sums, median_error, ob
 from exactness import CHECKPOINTING, checkpointed, model_of, widened
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import make_samples, pack
+from probe_models.cases import components_of
 from probe_models.own_dtype import computing_in_own_dtype
 from probe_options import options_of
 from token_options import OPTIONS, definition_of, rollouts_of, wide_model
 from torch import Tensor, nn
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, fast_delta_h1
-from entropy_fast.columns.coefficients import SequenceTable
-from entropy_fast.engines.one_pass import capture_pass
+from entropy_fast.columns import SequenceTable
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.step import AdamState
-from entropy_fast.ways.packed import PackedPass
+from entropy_fast.ways.packed import PackedWay
 from entropy_fast.ways.packed import output as packed_output
+from entropy_fast.ways.packed import way as packed_way
+from entropy_fast.ways.padded import HiddenStatesWay
 
 WAYS = {
     "packed": "packed without padding, prompts' tokens shared",
     "packed whole": "packed without padding, whole sequences",
-    "shared": "every prompt's tokens run once for its responses",
     "whole": "whole sequences, log-probs from hidden states",
     "logits": "whole sequences, the model's own logits",
 }
@@ -46,14 +47,11 @@ def test_every_way_through_a_microbatch(family: str, options: str, monkeypatch: 
         expected = observe("two_pass", model, optimizer, rollouts, **OPTIONS[options])
         for way, said in WAYS.items():
             if way == "packed whole":
-                monkeypatch.setattr(capture_pass, "reentrant_checkpointing", lambda *_: "as if")
-            if way == "shared":
-                monkeypatch.undo()
-                monkeypatch.setattr(capture_pass, "same_packed", lambda *_: False)
+                monkeypatch.setattr(packed_way, "reentrant_checkpointing", lambda *_: "as if")
             if way == "whole":
-                monkeypatch.setattr(capture_pass, "same_with_shared_prefix", lambda *_: False)
+                monkeypatch.setattr(PackedWay, "why_not", lambda *_: "as if")
             if way == "logits":
-                monkeypatch.setattr(capture_pass, "same_logits", lambda *_: False)
+                monkeypatch.setattr(HiddenStatesWay, "why_not", lambda *_: "as if")
             found = observe("one_pass", model, optimizer, rollouts, **OPTIONS[options])
             assert found.result.plan.way.startswith(said)
             assert relative(found.kernel, expected.kernel) <= tolerance, way
@@ -64,7 +62,7 @@ def test_every_way_through_a_microbatch(family: str, options: str, monkeypatch: 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_prompts_in_a_row_of_their_own(options: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What came back to them for X is not there any more when that for g comes."""
-    monkeypatch.setattr(PackedPass, "_copies", lambda *_: ())
+    monkeypatch.setattr(PackedWay, "_copies", lambda *_: ())
     model = wide_model("qwen2", True)
     optimizer = stepped_adamw(model)
     rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
@@ -82,22 +80,22 @@ def test_an_output_layer_of_its_own_for_some_prompts_at_a_time(options: str, mon
     optimizer = stepped_adamw(model)
     rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
     calls: list[int] = []
-    whole = packed_output.head_logprobs
+    whole = packed_output.token_logprobs
 
-    def counted(*arguments: object, **named: object) -> object:
-        calls.append(len(arguments[2]))
-        return whole(*arguments, **named)
+    def counted(logits: Tensor, *arguments: object, **named: object) -> object:
+        calls.append(len(logits))
+        return whole(logits, *arguments, **named)
 
     with computing_in_own_dtype(model):
         expected = observe("two_pass", model, optimizer, rollouts, **OPTIONS[options])
-        monkeypatch.setattr(packed_output, "head_logprobs", counted)
+        monkeypatch.setattr(packed_output, "token_logprobs", counted)
         monkeypatch.setattr(packed_output, "_ROWS", 1)
         found = observe("one_pass", model, optimizer, rollouts, prompts_per_microbatch=4, **OPTIONS[options])
     assert len(calls) == 4
     assert_same_sums(found, expected, 1e-10)
     assert_same_estimate(found, expected, 1e-10)
-    for label in "XY":
-        assert_same_table(found.result.sequences[label], expected.result.sequences[label])
+    for side in ("entropy", "update"):
+        assert_same_table(found.result.sequences[side], expected.result.sequences[side], side)
 
 
 @pytest.mark.parametrize(
@@ -115,15 +113,30 @@ def test_beside_other_options(more: dict[str, object]) -> None:
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
     config = dict(full_kernel=True, **OPTIONS["both"], **more)
+    of_one_pass = {name: value for name, value in config.items() if name != "y_pass"}
     one, two = (
-        OfflineEntropyProbe(model, state, **options_of(engine=engine, **config)).compute_delta_h1(rollouts)
-        for engine in ("one_pass", "two_pass")
+        OfflineEntropyProbe(model, state, **options_of(engine=engine, **own)).compute_delta_h1(rollouts)
+        for engine, own in (("one_pass", of_one_pass), ("two_pass", config))
     )
     assert relative(one.kernel, two.kernel) <= 1e-10
     if two.std_error is None:
         assert one.std_error is None  # of two blocks
     else:
         assert abs(one.std_error - two.std_error) <= 1e-9 * two.std_error
+
+
+def test_what_is_clipped_is_said_by_every_engine() -> None:
+    model = wide_model("gpt2", True)
+    state = AdamState.from_optimizer(stepped_adamw(model), model)
+    rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
+    notes = []
+    for engine in ("one_pass", "two_pass"):
+        result = fast_delta_h1(model, state, rollouts, **options_of(engine=engine, **OPTIONS["clipped ratios"]))
+        share = float(result.sequences["update"].ratios.clipped.mean())
+        assert 0 < share < 1
+        notes.append([note for note in result.diagnostics.warnings if "clipping leaves out" in note])
+        assert notes[-1] == [f"rollouts: clipping leaves out {share:.1%} of a response's tokens on average."]
+    assert notes[0] == notes[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -150,9 +163,9 @@ def test_memory_that_runs_out_between_the_two_backwards(monkeypatch: pytest.Monk
     model = wide_model("qwen2", True)
     optimizer = stepped_adamw(model)
     rollouts = rollouts_of(make_samples((2, 3, 2, 4)))
-    whole, calls = PackedPass._backward_through_row, []
+    whole, calls = PackedWay._backward_through_row, []
 
-    def limited(self: PackedPass, layout: object, *arguments: object, **named: object) -> None:
+    def limited(self: PackedWay, layout: object, *arguments: object, **named: object) -> None:
         calls.append(len(layout.groups))
         if len(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.")
@@ -160,24 +173,31 @@ def test_memory_that_runs_out_between_the_two_backwards(monkeypatch: pytest.Monk
 
     with computing_in_own_dtype(model):
         expected = observe("two_pass", model, optimizer, rollouts, **OPTIONS["both"])
-        monkeypatch.setattr(PackedPass, "_backward_through_row", limited)
+        monkeypatch.setattr(PackedWay, "_backward_through_row", limited)
         found = observe("one_pass", model, optimizer, rollouts, prompts_per_microbatch=4, **OPTIONS["both"])
     assert calls == [4, 4, 2, 2, 2, 2]
     assert_same_sums(found, expected, 1e-10)
     assert_same_estimate(found, expected, 1e-10)
 
 
-def assert_same_table(found: SequenceTable, expected: SequenceTable) -> None:
-    """What both of them know; an engine need not compute what it does not want."""
-    assert not found.sequence_logprobs.isnan().any()
-    for name in ("sequence_logprobs", "entropy", "update"):
-        one, two = getattr(found, name), getattr(expected, name)
-        known = ~(one.isnan() | two.isnan())
-        torch.testing.assert_close(one[known], two[known], rtol=1e-10, atol=1e-10)
+def assert_same_table(found: SequenceTable, expected: SequenceTable, side: str) -> None:
+    """What both of them know of a side; an engine need not compute entropies that it does not want."""
+    pairs = [
+        (found.sequence_logprobs, expected.sequence_logprobs),
+        (found.coefficients[side], expected.coefficients[side]),
+    ]
     assert (found.ratios is None) == (expected.ratios is None)
     if found.ratios is not None:
-        for one, two in zip(vars(found.ratios).values(), vars(expected.ratios).values(), strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+        pairs += [
+            (vars(found.ratios)[name], value)
+            for name, value in vars(expected.ratios).items()
+            if side == "update" or name != "clipped"
+        ]
+    for one, two in pairs:
+        assert not one.isnan().any()
+        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
+    known = ~(found.entropy_sums.isnan() | expected.entropy_sums.isnan())
+    torch.testing.assert_close(found.entropy_sums[known], expected.entropy_sums[known], rtol=1e-10, atol=1e-10)
 
 
 def test_sums_and_diagonal_where_gradients_do_not_fit() -> None:
@@ -278,11 +298,12 @@ def test_two_batches_by_every_engine(family: str, adapter: bool, options: str) -
         assert relative(found.row_sums, expected.row_sums) <= 1e-10, name
         assert abs(found.delta_h1 - expected.delta_h1) <= 1e-10 * expected.std_error, name
         assert abs(found.std_error - expected.std_error) <= 1e-10 * expected.std_error, name
-        for label in "XY":
-            assert_same_table(found.sequences[label], expected.sequences[label])
+        for side in ("entropy", "update"):
+            assert_same_table(found.sequences[side], expected.sequences[side], side)
     # Of the update batch nobody wants the entropies.
-    unknown = bool(results["one_pass"].sequences["Y"].entropy.isnan().all())
-    assert unknown == ("entropy_estimator" in OPTIONS[options])
+    one_pass = results["one_pass"].sequences
+    assert bool(one_pass["update"].entropy_sums.isnan().all())
+    assert bool(one_pass["entropy"].entropy_sums.isnan().any()) == ("entropy_estimator" not in OPTIONS[options])
     derivatives = results["jvp"].derivatives
     assert (derivatives.entropies is None) == ("entropy_estimator" not in OPTIONS[options])
     assert float(derivatives.token_shares.sum()) == pytest.approx(expected.delta_h1, rel=1e-8)
@@ -298,7 +319,9 @@ def test_shares_of_tokens_with_token_entropies_by_central_differences() -> None:
     found = fast_delta_h1(
         model, optimizer, update, entropy_rollouts=entropy, **options_of(engine="jvp", **config)
     ).derivatives
-    y_sum = OfflineEntropyProbe(model, optimizer, **options_of(**config)).components.accumulate_sum_Y(update).tensors
+    y_sum = (
+        components_of(OfflineEntropyProbe(model, optimizer, **options_of(**config))).accumulate_sum_Y(update).tensors
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     step, values = 1e-6, []
     for sign in (1, -1):

@@ -16,8 +16,8 @@ from probe_oracle.oracle import relative_error
 from probe_oracle.toy_policy import ToyPolicy
 from torch import Tensor
 
-from entropy_fast.columns.coefficients import length_weights, sequence_coefficients
-from entropy_fast.config import Weighting
+from entropy_fast.columns import ScoredTokens, columns_of
+from entropy_fast.config import EstimateOptions, Weighting
 from entropy_fast.rollouts import Rollouts
 
 BUDGET = 5  # a generation budget above the longest response
@@ -63,10 +63,13 @@ def expectations(policy: ToyPolicy, group_size: int, weighting: Weighting, **fie
         rollouts, probability, logprobs, scores = enumerated(policy, prompt, group_size, **fields)
         assert math.isclose(float(probability.sum()), 1, rel_tol=1e-12)
         rows = torch.arange(rollouts.n_sequences)
-        found = sequence_coefficients(logprobs, rows, rollouts, length_weights(rollouts, weighting))
+        # Of tokens these columns ask for nothing but that their log-probs are finite.
+        tokens = torch.zeros(int(rollouts.response_lengths.sum()), dtype=torch.float64)
+        scored = ScoredTokens(rollouts, rows, logprobs, tokens, None)
+        entropy, update = columns_of(EstimateOptions(weighting=weighting)).weigh(scored).by_sequence
         per_row = probability.repeat_interleave(group_size) / policy.prompts
-        x += (per_row * found.entropy) @ scores
-        g += (per_row * found.update) @ scores
+        x += (per_row * entropy) @ scores
+        g += (per_row * update) @ scores
     return x, g
 
 

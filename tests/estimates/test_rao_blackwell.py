@@ -16,8 +16,8 @@ from probe_oracle.oracle import relative_error
 from probe_oracle.toy_policy import ToyPolicy
 from torch import Tensor
 
-from entropy_fast.columns.token_coefficients import ScoredTokens, coefficients_of
-from entropy_fast.config import EntropyEstimator, ProbeConfig, Weighting
+from entropy_fast.columns import ScoredTokens, Side, columns_of
+from entropy_fast.config import EntropyEstimator, EstimateOptions, Weighting
 from entropy_fast.rollouts import Rollouts
 
 BUDGET = 5  # above the longest response
@@ -63,14 +63,16 @@ def every_x(
     )
     exists = rollouts.loss_mask[:, 1:] == 1
     s, h = (table[prompt][flat] for table in (values.logprobs, values.entropies))
-    config = ProbeConfig(entropy_estimator=estimator, importance_ratio="token", weighting=weighting)
-    scored = ScoredTokens(s.sum(1), s[exists], h[exists])
-    tokens = coefficients_of(config, rollouts, torch.arange(len(flat)), scored, "X").tokens
-    assert tokens is not None
-    parts = tokens.entropy[:, None] * values.of_logprobs[prompt][flat][exists]
-    if tokens.entropy_direct is not None:
-        parts = parts + tokens.entropy_direct[:, None] * values.of_entropies[prompt][flat][exists]
-    of_rows = torch.zeros(len(flat), parts.shape[1], dtype=torch.float64).index_add_(0, tokens.sequence, parts)
+    options = EstimateOptions(entropy_estimator=estimator, weighting=weighting)
+    scored = ScoredTokens(rollouts, torch.arange(len(flat)), s.sum(1), s[exists], h[exists])
+    coefficients = columns_of(options).of_side(Side.FUNCTIONAL).weigh(scored)
+    sequence = torch.arange(len(flat)).repeat_interleave(lengths)
+    (own,) = coefficients.columns
+    of_logprob = own.by_sequence[sequence] if own.of_logprob is None else own.of_logprob
+    parts = of_logprob[:, None] * values.of_logprobs[prompt][flat][exists]
+    if own.of_entropy is not None:
+        parts = parts + own.of_entropy[:, None] * values.of_entropies[prompt][flat][exists]
+    of_rows = torch.zeros(len(flat), parts.shape[1], dtype=torch.float64).index_add_(0, sequence, parts)
     return policy.logprob_table[prompt][drawn].sum(1).exp(), of_rows.view(len(drawn), group_size, -1).sum(1)
 
 

@@ -26,7 +26,7 @@ def test_an_update_of_nothing_is_said_to_be_nothing() -> None:
     result = case.probe().compute_delta_h1(nothing)
     assert result.delta_h1 == 0
     assert result.sign_established is False
-    assert any("update gradient is exactly 0" in note for note in result.diagnostics.warnings)
+    assert any("this batch's own update is exactly 0" in note for note in result.diagnostics.warnings)
     assert "exactly 0" in verdict(result)
 
 

@@ -10,7 +10,7 @@ import torch
 from probe_options import options_of
 from torch import nn
 
-from entropy_fast import DeltaH1Result, OfflineEntropyProbe, Rollouts
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, ProbeComponents, Rollouts
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import Sample, make_samples, pack
 
@@ -43,6 +43,11 @@ def estimate_of(probe: OfflineEntropyProbe, *batches: Rollouts) -> DeltaH1Result
     if len(batches) == 1:
         return probe.compute_delta_h1(*batches)
     return probe.run_mixed_probe(entropy_rollouts=batches[0], update_rollouts=batches[1])
+
+
+def components_of(probe: OfflineEntropyProbe) -> ProbeComponents:
+    """The two-pass engine in the probe's setting."""
+    return ProbeComponents.of(probe.context)
 
 
 def mute_adapters(model: nn.Module) -> None:

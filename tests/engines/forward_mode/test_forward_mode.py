@@ -22,7 +22,7 @@ from probe_models.architectures import (
     stepped_adamw,
 )
 from probe_models.batches import Sample, make_rollouts, make_samples, pack
-from probe_models.cases import case_of, mute_adapters
+from probe_models.cases import case_of, components_of, mute_adapters
 from probe_models.oracle import _preconditioner, kernel_by_definition
 from probe_models.own_dtype import computing_in_own_dtype
 from probe_options import options_of
@@ -64,11 +64,15 @@ def assert_same(found: DeltaH1Result, expected: DeltaH1Result, tolerance: float)
     size = float(expected.row_sums.norm())
     assert abs(found.x_dot_y - expected.x_dot_y) < tolerance * math.sqrt(len(expected.row_sums)) * size
     assert found.std_error == pytest.approx(expected.std_error, rel=10 * tolerance)
-    for field in ("sequence_logprobs", "entropy", "update"):
-        one, other = (getattr(r.sequences["X"], field) for r in (found, expected))
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    for side in ("entropy", "update"):
+        one, other = (r.sequences[side] for r in (found, expected))
+        for left, right in (
+            (one.sequence_logprobs, other.sequence_logprobs),
+            (one.coefficients[side], other.coefficients[side]),
+        ):
+            torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
     assert found.diagnostics.excluded == expected.diagnostics.excluded
-    assert found.diagnostics.coverage["Y"] == expected.diagnostics.coverage["Y"]
+    assert found.diagnostics.coverage["update"] == expected.diagnostics.coverage["update"]
     entropy_shares = [p for p in expected.per_prompt if p.role == "entropy"]
     for one, other in zip(found.per_prompt, entropy_shares, strict=True):
         assert (one.group_ids, one.role) == (other.group_ids, "entropy")
@@ -98,7 +102,7 @@ def test_every_family(family: str, adapter: bool, checkpointing: str) -> None:
         disable_checkpointing(model)
     assert_same(found, expected, TOLERANCE.get(family, 1e-10))
     kind = "frozen output layer" if adapter else "trained output layer"
-    assert kind in (found.diagnostics.plan or "")
+    assert kind in str(found.plan)
 
 
 @pytest.mark.parametrize("weighting", ["dr_grpo", "per_token", "sequence"])
@@ -159,7 +163,7 @@ def test_derivatives_predict_what_a_small_step_does() -> None:
     optimizer = stepped_adamw(model)
     entropy, update = make_rollouts(GROUPS, seed=1), make_rollouts((3, 2, 2), seed=51)
     (result,) = two_batches(model, optimizer, batches=(entropy, update), engines=("jvp",))
-    components = OfflineEntropyProbe(model, optimizer).components
+    components = components_of(OfflineEntropyProbe(model, optimizer))
     y_sum = components.accumulate_sum_Y(update).tensors
     step, values = 1e-6, []
     for sign in (1, -1):
@@ -167,7 +171,7 @@ def test_derivatives_predict_what_a_small_step_does() -> None:
         for parameter, y in zip([p for p in moved.parameters() if p.requires_grad], y_sum, strict=True):
             parameter.data.add_(y, alpha=sign * step / update.n_prompts)
         probe = OfflineEntropyProbe(moved, AdamState.from_optimizer(optimizer, model), **options_of(engine="two_pass"))
-        values.append(probe.compute_delta_h1(entropy).sequences["X"].sequence_logprobs)
+        values.append(probe.compute_delta_h1(entropy).sequences["entropy"].sequence_logprobs)
     assert result.derivatives is not None
     torch.testing.assert_close((values[0] - values[1]) / (2 * step), result.derivatives.sequences, rtol=1e-5, atol=1e-6)
 
@@ -230,7 +234,7 @@ def test_the_model_s_own_logits_where_the_output_layer_is_of_another_kind() -> N
     model.lm_head.register_forward_hook(lambda _m, _i, out: 0.7 * out + out.tanh())
     found, expected = two_batches(model, stepped_adamw(model))
     assert_same(found, expected, 1e-10)
-    assert "the model's own logits" in (found.diagnostics.plan or "")
+    assert "the model's own logits" in str(found.plan)
 
 
 ADAPTERS: dict[str, dict[str, object]] = {
@@ -253,7 +257,7 @@ def test_other_adapters(kind: str) -> None:
     with computing_in_own_dtype(model):
         found, expected = two_batches(model, stepped_adamw(model), batches=(pack(samples), update))
     assert_same(found, expected, 1e-10)
-    assert ("the model's own logits" in (found.diagnostics.plan or "")) == ("output layer" in kind)
+    assert ("the model's own logits" in str(found.plan)) == ("output layer" in kind)
 
 
 def test_several_adapters_at_once() -> None:
@@ -296,18 +300,19 @@ def test_coefficients_that_are_all_zero() -> None:
 
 def test_what_is_not_known_is_said() -> None:
     model = add_lora(build_model("gpt2"))
-    (result,) = two_batches(model, stepped_adamw(model), engines=("jvp",), conditional_variance="alpha")
+    (result,) = two_batches(model, stepped_adamw(model), engines=("jvp",))
     assert result.column_sums is None
     assert {p.role for p in result.per_prompt} == {"entropy"}
     assert [(e.name, e.value is None) for e in result.diagnostics.standard_errors] == [
         ("conditional_on_update", False),
         ("v_x_plus_v_y", True),
     ]
-    x = result.diagnostics.coverage["X"]
+    x = result.diagnostics.coverage["entropy"]
     assert (x.norm, x.one_prompt, x.n_with_gradient) == (None, True, x.n_trainable)
     notes = " ".join(result.diagnostics.warnings)
     assert "does not form X_sum" in notes
-    assert "conditional_variance is an option of the two-pass engine" in notes
+    with pytest.raises(ConfigError, match="'alpha', and engine 'jvp' has no use for it"):
+        two_batches(model, stepped_adamw(model), engines=("jvp",), conditional_variance="alpha")
     document = json.loads(json.dumps(result_document(result), allow_nan=False))
     assert document["derivatives"]["sequences"] == result.derivatives.sequences.tolist()
     console = Console(record=True, width=200)
@@ -321,7 +326,9 @@ def test_one_batch_is_refused() -> None:
         fast_delta_h1(model, stepped_adamw(model), make_rollouts(GROUPS), **options_of(engine="jvp"))
     assert "one_pass" in caught.value.fix
     assert "entropy_rollouts" in caught.value.fix
-    assert ForwardModeEngine.name == "jvp"
+    context = OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="jvp")).context
+    with pytest.raises(ConfigError, match="diagonal K_nn"):
+        ForwardModeEngine(context).same_batch(make_rollouts(GROUPS))
 
 
 def test_an_adapter_out_of_the_forward_is_an_error() -> None:

@@ -24,11 +24,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, fast_delta_h1, reference
-from entropy_fast.engines.forward_mode import ForwardWithTangents, functions, output
+from entropy_fast.engines.forward_mode import functions, output
+from entropy_fast.engines.forward_mode.forward import ForwardWithTangents
 from entropy_fast.engines.forward_mode.functions import FunctionsWithTangents
 from entropy_fast.engines.forward_mode.quantized import quantized_modules, quantized_with_tangents
 from entropy_fast.errors import ForwardDerivativeError
-from entropy_fast.ways.teacher_forcing import OutputLayer, pack_rows
+from entropy_fast.ways.teacher_forcing import OutputLayer, pad_rows
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -233,7 +234,7 @@ def peaks(layers: int) -> tuple[int, int]:
     # Without no_grad in the forward with tangents, this alone would make it keep a graph.
     model.enable_input_require_grads()
     rollouts = make_rollouts((4, 4))
-    batch = pack_rows(rollouts, torch.arange(8), torch.device("cpu"))
+    batch = pad_rows(rollouts, torch.arange(8), torch.device("cpu"))
     parameters = list(model.parameters())
     forward = ForwardWithTangents(model, parameters, contextlib.nullcontext, batch)
     direction = [torch.ones_like(p) for p in parameters]

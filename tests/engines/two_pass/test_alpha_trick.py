@@ -9,13 +9,13 @@ import pytest
 import torch
 from probe_models.architectures import BUILDERS, add_lora, build_model, enable_checkpointing, quantize_nf4
 from probe_models.batches import make_rollouts
-from probe_models.cases import Case, case_of, lora_case, mute_adapters
+from probe_models.cases import Case, case_of, components_of, lora_case, mute_adapters
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from entropy_fast import DeltaH1Result
-from entropy_fast.columns.coefficients import Coefficients
+from entropy_fast.columns.coefficients import Coefficients, ColumnWeights
 from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.alpha_trick import alpha_projections
 from entropy_fast.errors import CheckpointingError, GradientCoverageError, GraphDetachedError
@@ -164,14 +164,15 @@ def test_a_silent_operation_beside_the_trained_path_is_found_out() -> None:
         block.mlp.act = Activation(SilentlyOnce)
     entropy = make_rollouts((2, 2, 2), seed=11)
     per_prompt = case.probe().run_mixed_probe(entropy_rollouts=entropy, update_rollouts=case.rollouts)
-    assert per_prompt.diagnostics.coverage["X"].untouched == ()
+    assert per_prompt.diagnostics.coverage["entropy"].untouched == ()
     with pytest.raises(GraphDetachedError, match="they must agree"):
         case.probe(conditional_variance="alpha").run_mixed_probe(
             entropy_rollouts=entropy, update_rollouts=case.rollouts
         )
 
 
-OPPOSITE = Coefficients(torch.tensor([0.5, -0.5]).double(), torch.zeros(2).double())
+SIGNS = torch.tensor([0.5, -0.5]).double()
+OPPOSITE = Coefficients(SIGNS[None], (ColumnWeights(SIGNS),))
 
 
 def test_a_gradient_without_graph_among_others_is_counted() -> None:
@@ -212,8 +213,8 @@ def test_no_parameter_reached_says_whether_the_logits_are(cut: str, message: str
 def test_no_parameter_reached_in_a_real_model() -> None:
     case = lora_case()
     case.model.enable_input_require_grads()
-    components = case.probe().components
-    y_mean = [torch.ones_like(p) for p in components.registry.tensors]
+    components = components_of(case.probe())
+    y_mean = [torch.ones_like(p) for p in components.context.registry.tensors]
     mute_adapters(case.model)
     with pytest.raises(GradientCoverageError, match="graph is cut inside the model"):
         components.compute_conditional_variance_over_E_alpha(case.rollouts, y_mean)
@@ -223,8 +224,8 @@ def test_strict_names_the_parameter_that_is_not_in_the_graph() -> None:
     model = add_lora(build_model())
     model.register_parameter("unused", nn.Parameter(torch.ones(2)))
     case = case_of(model)
-    y_mean = [torch.ones_like(p) for p in case.probe().components.registry.tensors]
-    lenient = case.probe().components.compute_conditional_variance_over_E_alpha(case.rollouts, y_mean)
+    y_mean = [torch.ones_like(p) for p in case.probe().context.registry.tensors]
+    lenient = components_of(case.probe()).compute_conditional_variance_over_E_alpha(case.rollouts, y_mean)
     assert lenient.shape == (case.rollouts.n_prompts,)
     with pytest.raises(GraphDetachedError, match="not have been used in the graph"):
-        case.probe(strict=True).components.compute_conditional_variance_over_E_alpha(case.rollouts, y_mean)
+        components_of(case.probe(strict=True)).compute_conditional_variance_over_E_alpha(case.rollouts, y_mean)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from probe_models.architectures import disable_checkpointing, enable_checkpointing
 from probe_models.batches import make_rollouts
-from probe_models.cases import Case, estimate_of, lora_case, mute_adapters
+from probe_models.cases import Case, components_of, estimate_of, lora_case, mute_adapters
 from probe_models.oracle import kernel_by_definition
 from torch import Tensor
 
@@ -79,13 +79,13 @@ def test_autograd_grad_explains_itself(case: Case, batches: int) -> None:
 
 def test_autograd_grad_says_so_when_there_was_no_x_pass(case: Case) -> None:
     with pytest.raises(GradientCoverageError, match="X pass: not run"):
-        case.probe(y_pass="autograd_grad").components.accumulate_sum_Y(case.rollouts)
+        components_of(case.probe(y_pass="autograd_grad")).accumulate_sum_Y(case.rollouts)
 
 
 def test_autograd_grad_refuses_when_nothing_has_a_gradient(case: Case) -> None:
     """Neither route reaches a parameter: the blame is not put on checkpointing."""
     disable_checkpointing(case.model)
-    components = case.probe(y_pass="autograd_grad").components
+    components = components_of(case.probe(y_pass="autograd_grad"))
     mute_adapters(case.model)
     with pytest.raises(GradientCoverageError, match=r"fills 0.*does not reach the parameters at all"):
         components.accumulate_sum_Y(case.rollouts)
