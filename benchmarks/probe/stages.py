@@ -55,7 +55,6 @@ RULES = (
         r"/entropy_fast/(engines/(sums|one_pass/engine|(.*/)?gradient_)|step/|ops/(accum|precond)|estimates/)",
         r"kernel$|^_kernel|^kernel_of|^collect|_dots|_products$|^_add$|^add$|apply_precond|_scales|second_moments|precondition_acc|finish|estimate",
     ),
-    Rule(SUMS, r"/entropy_fast/probe_components", r"finish_|compare_"),
 )
 
 
