@@ -18,7 +18,7 @@ from torch import Tensor
 from entropy_fast import EstimateOptions
 from entropy_fast.columns import Coefficients, ScoredTokens, SequenceTable, columns_of
 from entropy_fast.columns.lengths import check_group_sizes, length_weights
-from entropy_fast.errors import GraphDetachedError, RolloutsError
+from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import iter_microbatches
 

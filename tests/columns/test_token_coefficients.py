@@ -165,7 +165,9 @@ def test_clipping_takes_some_tokens_and_not_others() -> None:
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     rollouts = rollouts_of(make_samples((2, 4, 3), seed=8))
     plain, clipped = (
-        fast_delta_h1(model, state, rollouts, **options_of(**OPTIONS[options])).sequences["update"].coefficients["update"]
+        fast_delta_h1(model, state, rollouts, **options_of(**OPTIONS[options]))
+        .sequences["update"]
+        .coefficients["update"]
         for options in ("ratios", "clipped ratios")
     )
     assert bool((plain != clipped).any())

@@ -263,7 +263,9 @@ def test_options_it_has_no_use_for_and_a_kernel_that_does_not_fit_are_errors() -
     with pytest.raises(ConfigError, match="`conditional_variance` is 'alpha', and engine 'one_pass' has no use for it"):
         OfflineEntropyProbe(model, optimizer, **options_of(engine="one_pass", conditional_variance="alpha"))
     probe = OfflineEntropyProbe(model, optimizer, **options_of(engine="one_pass", memory_budget=0, full_kernel=True))
-    with pytest.raises(ConfigError, match=r"full_kernel needs every unit's own gradients(.|\n)*memory_budget is 0 bytes"):
+    with pytest.raises(
+        ConfigError, match=r"full_kernel needs every unit's own gradients(.|\n)*memory_budget is 0 bytes"
+    ):
         probe.compute_delta_h1(make_rollouts(GROUPS))
 
 

@@ -31,8 +31,12 @@ def test_a_plan_in_words() -> None:
     assert "one backward; about" in str(OnePassPlan(**others))
     assert "1.5 MiB of gradients" in str(OnePassPlan(**others))
     by_token = {**vars(plan), "backwards": 2}
-    assert "one forward and 2 backwards; columns whose coefficients differ from token to token" in str(OnePassPlan(**by_token))
+    assert "one forward and 2 backwards; columns whose coefficients differ from token to token" in str(
+        OnePassPlan(**by_token)
+    )
     in_row = {**vars(plan), "prompt_forwards": 2}
-    assert "one backward, with the prompts' tokens in it 2 times, once for every column; about" in str(OnePassPlan(**in_row))
+    assert "one backward, with the prompts' tokens in it 2 times, once for every column; about" in str(
+        OnePassPlan(**in_row)
+    )
     refused = {**vars(plan), "not_taken": ("packed: its masks", "hidden states: its head")}
     assert str(OnePassPlan(**refused)).endswith("first; second. Not taken: packed: its masks; hidden states: its head.")

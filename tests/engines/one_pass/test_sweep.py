@@ -11,6 +11,7 @@ from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.batches import make_rollouts, make_samples
 from probe_models.snapshot import assert_unchanged, take_snapshot
 from probe_options import options_of
+
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe, Rollouts
 from entropy_fast.capture import RowRecorder
 from entropy_fast.columns import SequenceTable
@@ -59,8 +60,8 @@ def room(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return limited
 
 
-def probe(**options: object) -> tuple[OfflineEntropyProbe, Rollouts]:
-    model = add_lora(build_model("qwen2", dtype=torch.float64)).double()
+def probe(family: str = "qwen2", **options: object) -> tuple[OfflineEntropyProbe, Rollouts]:
+    model = add_lora(build_model(family, dtype=torch.float64)).double()
     config = dict(**options)  # type: ignore[arg-type]
     return OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="one_pass", **config)), make_rollouts(
         GROUPS
@@ -73,7 +74,7 @@ def assert_same(found: DeltaH1Result, expected: DeltaH1Result) -> None:
             assert distance(getattr(found, name), getattr(expected, name)) < 1e-12, name
     assert found.delta_h1 == pytest.approx(expected.delta_h1, rel=1e-11)
     for side in ("entropy", "update"):
-        a, b = (vars(result.sequences[side]) for result in (found, expected))
+        a, b = (dict(vars(result.sequences[side])) for result in (found, expected))
         assert a.pop("ratios") is None and b.pop("ratios") is None
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
 
@@ -161,7 +162,8 @@ def test_other_errors_are_not_taken_for_it(room: Callable[..., None]) -> None:
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_second_sweep_that_starts_again(batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parameter turns out not to be capturable after some of the units were projected: none of them counts twice."""
-    runs, rollouts = probe(memory_budget=0, prompts_per_microbatch=1)
+    # All of it computes in fp64: the other way that is taken then rounds otherwise.
+    runs, rollouts = probe("gpt2", memory_budget=0, prompts_per_microbatch=1)
     other = make_rollouts((3, 2, 2), seed=8)
 
     def run() -> DeltaH1Result:
@@ -183,9 +185,9 @@ def test_a_second_sweep_that_starts_again(batches: int, monkeypatch: pytest.Monk
     with pytest.warns(EntropyFastWarning, match="trainable parameters are used in ways"):
         found = run()
     assert len(seen) == 3
-    assert found.delta_h1 == pytest.approx(expected.delta_h1, rel=1e-11)
+    assert found.delta_h1 == pytest.approx(expected.delta_h1, rel=1e-10)
     for name in ("diagonal", "row_sums", "column_sums"):
         if getattr(expected, name) is not None:
-            assert distance(getattr(found, name), getattr(expected, name)) < 1e-11, name
+            assert distance(getattr(found, name), getattr(expected, name)) < 1e-10, name
     a, b = (torch.tensor(list(result.by_parameter.values())) for result in (found, expected))
-    assert distance(a, b) < 1e-11
+    assert distance(a, b) < 1e-10
