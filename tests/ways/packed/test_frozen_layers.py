@@ -115,3 +115,12 @@ def test_the_random_state_is_not_moved() -> None:
     before = torch.get_rng_state()
     FrozenLayers(model)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_class_that_had_another_forward_for_a_while() -> None:
+    model = tiny("Llama")
+    expected = len(FrozenLayers(model))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model.norm), "forward", lambda self, x: x.clamp(-1, 1) * self.weight)
+        assert len(FrozenLayers(model)) == 2, "the gates alone"
+    assert len(FrozenLayers(model)) == expected
