@@ -20,7 +20,7 @@ from entropy_fast.checks.model_state import reentrant_checkpointing
 from entropy_fast.checks.repeatability import check_repeatable
 from entropy_fast.context import ProbeContext
 from entropy_fast.errors import ModelStateError
-from entropy_fast.libraries import casts_outputs_alone, prompt_learning, transformers_base
+from entropy_fast.libraries import casts_outputs_alone, prompt_learning
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways.teacher_forcing import OutputHead, align_logprobs, find_output_head, model_logits, pad_rows
 
@@ -174,16 +174,14 @@ def skipped_modules_do_more(context: ProbeContext) -> str | None:
     Looked at: hooks, forwards of the instance's own, and adapters that put tokens of their own in front. A forward that
     accelerate has placed, which casts outputs, changes nothing before them.
     """
-    base = transformers_base(context.registry.module)
-    if base is None:
+    found = find_output_head(context.registry.module)
+    if found is None:
         return "its decoder and output layer cannot be told apart"
     if prompt_learning(context.registry.module):
         return "its adapter puts tokens of its own before every sequence"
-    inside = {id(module) for module in base.base_model.modules()}
-    head = base.get_output_embeddings()
-    inside |= set() if head is None else {id(module) for module in head.modules()}
+    inside = {id(module) for part in (found.decoder, found.module) for module in part.modules()}
     for name, module in context.registry.module.named_modules():
-        if id(module) in inside or not _runs(module, base):
+        if id(module) in inside or not _runs(module, found.decoder):
             continue
         called = name or type(module).__name__
         if module._forward_hooks or module._forward_pre_hooks:
@@ -193,9 +191,9 @@ def skipped_modules_do_more(context: ProbeContext) -> str | None:
     return None
 
 
-def _runs(module: nn.Module, base: nn.Module) -> bool:
+def _runs(module: nn.Module, decoder: nn.Module) -> bool:
     """Whether a module outside of decoder and output layer is one of those around them."""
-    return any(submodule is base for submodule in module.modules())
+    return any(submodule is decoder for submodule in module.modules())
 
 
 def _see(context: ProbeContext, rollouts: Rollouts, rows: Tensor, head: OutputHead | None = None) -> _Seen:

@@ -7,66 +7,65 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from entropy_fast.capture import CapturedModules, SequenceProjections, UnitGradients
+from entropy_fast.capture import CapturedModules, GradientRecorder, ProjectionRecorder
 
 
-class TestUnitGradients:
+class TestGradientRecorder:
     def test_small_coefficients_in_half_precision(self) -> None:
         parameter = nn.Parameter(torch.zeros(3, 2, dtype=torch.float16))
-        gradients = UnitGradients({"w": parameter}, 1)
+        gradients = GradientRecorder({"w": parameter}, 1, 2)
         coefficient = torch.tensor([3e-5, -1e-5], dtype=torch.float64)
-        gradients.expect([0, 0], (coefficient, coefficient), 4)
+        gradients.expect([0, 0], torch.stack([coefficient] * 2), 4)
         left, right = torch.full((2, 4, 3), 1e-3).half(), torch.full((2, 4, 2), 0.5).half()
         gradients.product("w", left, right)
         expected = (coefficient.view(2, 1, 1) * left.double() * 0.5).sum((0, 1))
-        torch.testing.assert_close(
-            gradients.entropy["w"][0].double(), expected[:, None].expand(3, 2), rtol=1e-3, atol=0
-        )
+        for found in gradients.columns:
+            torch.testing.assert_close(found["w"][0].double(), expected[:, None].expand(3, 2), rtol=1e-3, atol=0)
 
     def test_signals_that_are_not_by_sequence_are_refused(self) -> None:
-        gradients = UnitGradients({"w": nn.Parameter(torch.zeros(3, 2))}, 1)
-        gradients.expect([0, 0], (torch.ones(2).double(), torch.ones(2).double()), 4)
+        gradients = GradientRecorder({"w": nn.Parameter(torch.zeros(3, 2))}, 1, 2)
+        gradients.expect([0, 0], torch.ones(2, 2).double(), 4)
         gradients.product("w", torch.ones(5, 3), torch.ones(5, 2))
         gradients.per_row("b", torch.ones(3, 2))
         assert gradients.refused == {"w", "b"}
 
     def test_nothing_is_recorded_while_paused(self) -> None:
-        gradients = UnitGradients({"w": nn.Parameter(torch.zeros(3, 2))}, 1)
+        gradients = GradientRecorder({"w": nn.Parameter(torch.zeros(3, 2))}, 1, 2)
         gradients.product("w", torch.ones(2, 4, 3), torch.ones(2, 4, 2))
         gradients.per_row("w", torch.ones(2, 3, 2))
         assert not gradients.touched
 
 
-class TestSequenceProjections:
+class TestProjectionRecorder:
     """Two sequences of one unit and one of another, in a line of tokens; V differs between units."""
 
     RUNS: ClassVar = [(0, 0, 3), (1, 3, 5)]
     SEQUENCE = torch.tensor([0, 0, 1, 2, 2])
     COEFFICIENTS = torch.tensor([[2.0, 2.0, 0.5, -1.0, -1.0], [3.0, 3.0, 0.0, 0.25, 7.0]]).double()
 
-    def projections(self, *shape: int, labels: str = "X") -> tuple[SequenceProjections, torch.Tensor]:
+    def projections(self, *shape: int, columns: tuple[int, ...] = (0,)) -> tuple[ProjectionRecorder, torch.Tensor]:
         directions = torch.randn(2, *shape, dtype=torch.float64)
-        found = SequenceProjections(
-            lambda _, unit: (directions[unit],) * len(labels), 4, labels, torch.device("cpu"), by_unit=True
+        found = ProjectionRecorder(
+            lambda _, unit: (directions[unit],) * len(columns), 4, columns, torch.device("cpu"), by_unit=True
         )
         found.start(torch.tensor([3, 0, 2]))
         found.expect_packed(self.RUNS, self.COEFFICIENTS, self.SEQUENCE)
         return found, directions
 
-    def expected(self, by_token: torch.Tensor, label: int = 0) -> torch.Tensor:
-        values, weighted = by_token.new_zeros(4, 1), by_token * self.COEFFICIENTS[label]
+    def expected(self, by_token: torch.Tensor, column: int = 0) -> torch.Tensor:
+        values, weighted = by_token.new_zeros(4, 1), by_token * self.COEFFICIENTS[column]
         values[3, 0], values[0, 0], values[2, 0] = weighted[:2].sum(), weighted[2], weighted[3:].sum()
         return values
 
-    def test_every_direction_has_its_label_s_coefficients(self) -> None:
+    def test_every_direction_has_its_column_s_coefficients(self) -> None:
         left, right = torch.randn(1, 5, 3).double(), torch.randn(1, 5, 4).double()
-        found, directions = self.projections(3, 4, labels="XY")
+        found, directions = self.projections(3, 4, columns=(0, 1))
         by_token = torch.einsum("ta,tab,tb->t", left[0], directions[[0, 0, 0, 1, 1]], right[0])
         found.product("w", left, right)
-        # A backward for one label alone adds nothing to the other.
+        # A backward for one column alone adds nothing to the other.
         found.expect_packed(self.RUNS, self.COEFFICIENTS * torch.tensor([[0.0], [1.0]]), self.SEQUENCE)
         found.product("w", left, right)
-        x, g = (self.expected(by_token, label) for label in range(2))
+        x, g = (self.expected(by_token, column) for column in range(2))
         torch.testing.assert_close(found.values, torch.cat([x, 2 * g], 1))
 
     def test_products_from_either_side(self) -> None:

@@ -20,17 +20,17 @@ from probe_models.adapters import gpt_oss_with_lora, ia3_over, lora_over, with_a
 from probe_models.architectures import build_model, quantize_nf4, stepped_adamw
 from probe_models.batches import pack
 from probe_models.own_dtype import computing_in_own_dtype
+from refused_ways import refuse
 from torch import Tensor, nn
 
 from entropy_fast import OfflineEntropyProbe, Rollouts
 from entropy_fast.capture import CapturedModules
-from entropy_fast.capture.dora import dora_maker
-from entropy_fast.capture.lora import lora_parts
-from entropy_fast.engines.one_pass import capture_pass
+from entropy_fast.capture.dora import dora_magnitude
+from entropy_fast.capture.lora import lora_linear
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.step import AdamState
-from entropy_fast.ways.packed import PackedPass
-from entropy_fast.ways.teacher_forcing import find_output_head
+from entropy_fast.ways.packed import PackedWay
+from entropy_fast.ways.padded import HiddenStatesWay
 
 ATTENTION_AND_MLP = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "opt": ["q_proj", "fc1"]}
 ON_EMBEDDINGS = ["embed_tokens", "q_proj"]
@@ -83,9 +83,12 @@ def test_exact_on_every_way(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rollouts = with_padding_tokens()
     with computing_in_own_dtype(model):
         expected = observe("two_pass", model, optimizer, rollouts)
-        for refused, way in (("", "packed"), ("same_packed", ""), ("same_with_shared_prefix", "whole sequences")):
-            if refused:
-                monkeypatch.setattr(capture_pass, refused, lambda *_: False)
+        for refused, way in (
+            ((), "packed"),
+            ((PackedWay,), "whole sequences"),
+            ((HiddenStatesWay,), "whole sequences, the model's own logits"),
+        ):
+            refuse(monkeypatch, *refused)
             with no_slower_path():
                 found = observe("one_pass", model, optimizer, rollouts)
             assert way_of(found).startswith(way)
@@ -172,13 +175,13 @@ def test_wide_adapters_compute_in_their_own_dtype(hooked: bool) -> None:
     if hooked:
         layer.base_layer.register_forward_hook(lambda *_: None)
     factors = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
-    parts = lora_parts(layer, {id(p): name for name, p in factors.items()}, set(factors))
-    assert parts is not None
+    captured = lora_linear(layer, {id(p): name for name, p in factors.items()})
+    assert captured is not None
     recorder = _Sum()
     x = torch.randn(2, 9, layer.in_features).bfloat16().requires_grad_()
     above = torch.randn(2, 9, layer.out_features).bfloat16()
     outputs, of_input = [], []
-    for forward in (layer.forward, parts[1](layer.forward, recorder)):
+    for forward in (layer.forward, captured.maker(layer.forward, recorder)):
         outputs.append(forward(x))
         assert outputs[-1].dtype == torch.bfloat16
         found = torch.autograd.grad(outputs[-1], [x, *factors.values()], above, allow_unused=True)
@@ -205,10 +208,10 @@ def test_magnitude_against_the_module_itself(base_given: bool, transposed: bool)
     x = torch.randn(2, 3, layer.in_features, dtype=torch.float64, requires_grad=True)
     above = torch.randn(2, 3, layer.out_features, dtype=torch.float64)
     recorder = _Sum()
-    maker = dora_maker(magnitude, "m")
-    assert maker is not None
+    captured = dora_magnitude(magnitude, {id(magnitude.weight): "m"})
+    assert captured is not None
     outputs, gradients = [], []
-    for forward in (magnitude.forward, maker(magnitude.forward, recorder)):
+    for forward in (magnitude.forward, captured.maker(magnitude.forward, recorder)):
         base_result = layer.base_layer(x) if base_given else None
         output = forward(x, base_layer=layer.base_layer, base_result=base_result, **options)
         outputs.append(output)
@@ -251,11 +254,10 @@ def test_sinks_are_not_packed() -> None:
     # Norms compute in fp32 whatever the model's dtype is.
     assert_same_sums(found, expected, 2e-6)
     assert_same_estimate(found, expected, 2e-6)
-    head = find_output_head(model)
-    assert head is not None
-    packed = PackedPass(OfflineEntropyProbe(model, optimizer).components, head, share=True)
+    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    packed = PackedWay(OfflineEntropyProbe(model, optimizer).context, CapturedModules(model, names))
     with pytest.raises(NotImplementedError, match="s_aux"):
-        packed.logprobs(rollouts, torch.tensor([0, 1]))
+        packed.hidden(rollouts, torch.tensor([0, 1]))
 
 
 def wide_adapters_over_bf16(seed: int) -> nn.Module:
@@ -305,7 +307,7 @@ def run_as_one(model: nn.Module) -> set[str]:
     """Types of the layers and bases whose low-rank parts run as one function."""
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     modules = CapturedModules(model, names)
-    layers = [module for module, _ in modules._makers if hasattr(module, "lora_A")]
+    layers = [module for module, _ in modules._layers if hasattr(module, "lora_A")]
     return {f"{type(m).__name__} over {type(m.base_layer).__name__}" for m in layers}
 
 

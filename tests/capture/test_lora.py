@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entropy_fast.capture import UnitGradients
-from entropy_fast.capture.lora import lora_parts
+from entropy_fast.capture import CapturedModules, GradientRecorder
+from entropy_fast.capture.lora import lora_linear
 
 
 class Recorded:
@@ -44,10 +44,9 @@ def trained(model: peft.PeftModel) -> dict[int, str]:
 
 
 def fused(model: peft.PeftModel, recorder: Recorded) -> Callable[[Tensor], Tensor]:
-    names = trained(model)
-    parts = lora_parts(layer_of(model), names, set(names.values()))
-    assert parts is not None
-    return parts[1](layer_of(model).forward, recorder)  # type: ignore[arg-type]
+    captured = lora_linear(layer_of(model), trained(model))
+    assert captured is not None
+    return captured.maker(layer_of(model).forward, recorder)  # type: ignore[arg-type]
 
 
 # So few that the low-rank part is added to every output, and so many that the factors are merged into the base.
@@ -200,15 +199,14 @@ BESIDE_THE_BASE = {
 def test_a_base_that_does_something_besides_runs_by_itself(change: str) -> None:
     model = lora_model()
     BESIDE_THE_BASE[change](model)
-    names = trained(model)
     layer = layer_of(model)
     ran = []
     layer.base_layer.register_forward_hook(lambda *_: ran.append(True))
-    parts = lora_parts(layer, names, set(names.values()))
-    assert parts is not None
-    assert id(layer.base_layer) not in parts[0]
+    captured = lora_linear(layer, trained(model))
+    assert captured is not None
+    assert id(layer.base_layer) not in captured.stands_for
     x = torch.randn(4, 6, dtype=torch.float64)
-    found = parts[1](layer.forward, UnitGradients({}, 1))(x)
+    found = captured.maker(layer.forward, GradientRecorder({}, 1, 2))(x)
     assert len(ran) == 1
     torch.testing.assert_close(found, layer(x), rtol=1e-6, atol=1e-6)
 
@@ -216,22 +214,21 @@ def test_a_base_that_does_something_besides_runs_by_itself(change: str) -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_layers_that_do_something_besides_are_left_alone(change: str) -> None:
     model = lora_model(lora_dropout=0.1)
-    names = trained(model)
-    assert lora_parts(layer_of(model), names, set(names.values())) is not None
+    assert lora_linear(layer_of(model), trained(model)) is not None
     CHANGES[change](model)
-    names = trained(model)
-    assert lora_parts(layer_of(model), names, set(names.values())) is None
+    assert lora_linear(layer_of(model), trained(model)) is None
 
 
 @pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}], ids=["lora_bias", "DoRA"])
 def test_other_kinds_are_left_alone(options: dict[str, object]) -> None:
     model = lora_model(**options)
-    names = trained(model)
-    assert lora_parts(layer_of(model), names, set(names.values())) is None
+    assert lora_linear(layer_of(model), trained(model)) is None
 
 
 def test_parameters_that_may_not_be_captured() -> None:
     model = lora_model()
     names = trained(model)
-    assert lora_parts(layer_of(model), names, set(list(names.values())[:1])) is None
-    assert lora_parts(nn.Linear(2, 2), names, set(names.values())) is None
+    assert CapturedModules(model, names).captured == set(names.values())
+    # The layer is captured whole or not at all.
+    assert CapturedModules(model, names, frozenset(list(names.values())[:1])).captured == set()
+    assert lora_linear(nn.Linear(2, 2), names) is None

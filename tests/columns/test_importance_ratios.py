@@ -14,8 +14,9 @@ from probe_options import options_of
 from token_options import OPTIONS, rollouts_of, wide_model
 from torch import Tensor, nn
 
-from entropy_fast import EstimateOptions, OfflineEntropyProbe, Rollouts, fast_delta_h1
+from entropy_fast import EstimateOptions, Rollouts, fast_delta_h1
 from entropy_fast.errors import ConfigError, RolloutsError
+from entropy_fast.probe_components import ProbeComponents
 from entropy_fast.run_folder.result_files import result_document
 from entropy_fast.step import AdamState
 
@@ -46,11 +47,11 @@ def test_what_was_used_and_what_was_not_is_said() -> None:
     used = fast_delta_h1(model, state, rollouts, **options_of(**OPTIONS["both"]))
     notes = " ".join(used.diagnostics.warnings)
     assert "would put that" not in notes
-    clipped = used.sequences["Y"].ratios.clipped
+    clipped = used.sequences["update"].ratios.clipped
     assert f"clipping leaves out {float(clipped.mean()):.1%} of a response's tokens" in notes
     assert 0 < float(clipped.mean()) < 1
     assert "Rao-Blackwell" in used.entropy_functional
-    assert not torch.equal(used.sequences["Y"].update, plain.sequences["Y"].update)
+    assert not torch.equal(*(result.sequences["update"].coefficients["update"] for result in (used, plain)))
 
 
 def test_a_policy_that_has_not_moved() -> None:
@@ -64,7 +65,7 @@ def test_a_policy_that_has_not_moved() -> None:
     on_policy = fast_delta_h1(model, state, pack(samples, old_logprobs=table), **options_of(**config))
     assert not any("old_logprobs" in note for note in on_policy.diagnostics.warnings)
     assert relative(on_policy.kernel, plain.kernel) <= 1e-10
-    ratios = on_policy.sequences["X"].ratios
+    ratios = on_policy.sequences["entropy"].ratios
     assert float(ratios.largest_log_ratio.max()) < 1e-9
     assert not ratios.clipped.any()
 
@@ -104,7 +105,7 @@ def test_refusals() -> None:
             **options_of(**config),
         )
     with pytest.raises(RolloutsError, match="needs the update batch's"):
-        OfflineEntropyProbe(model, state, **options_of(**config)).components.accumulate_sum_Y(pack(make_samples()))
+        ProbeComponents(model, state, **options_of(**config)).accumulate_sum_Y(pack(make_samples()))
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])

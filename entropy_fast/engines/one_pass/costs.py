@@ -58,7 +58,7 @@ class CostModel:
             own = list(submodule.parameters())
             linear += sizes[0] * sizes[1]
             trained += sizes[0] * sizes[1] if any(parameter.requires_grad for parameter in own) else 0
-            kept += (sizes[0] + sizes[1]) * max([2, *(parameter.element_size() for parameter in own)])
+            kept += (sizes[0] + sizes[1]) * max([2, *(parameter.element_size() for parameter in own[:1])])
         if checkpointed_modules(model):
             layers = getattr(getattr(base, "config", None), "num_hidden_layers", 1)
             kept = kept // max(1, layers) * 2

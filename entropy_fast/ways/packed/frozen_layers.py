@@ -155,14 +155,16 @@ def _is_gated(module: Any) -> bool:
     return silu and not own and parts and written_with(type(module), _GATE_WORDS)
 
 
-_written: dict[tuple[type, frozenset[str]], bool] = {}  # what `written_with` has found
+_written: dict[tuple[object, ...], bool] = {}  # what `written_with` has found
 
 
 def written_with(kind: type, words: frozenset[str]) -> bool:
     """Whether the forward of a class, and its ``_norm`` if it has one, is straight-line code made of these words alone."""
-    if (kind, words) not in _written:
-        _written[kind, words] = _is_written_with(kind, words)
-    return _written[kind, words]
+    # A class may be given another forward, and its own back.
+    key = (kind, getattr(kind, "forward", None), getattr(kind, "_norm", None), words)
+    if key not in _written:
+        _written[key] = _is_written_with(kind, words)
+    return _written[key]
 
 
 def _is_written_with(kind: type, words: frozenset[str]) -> bool:

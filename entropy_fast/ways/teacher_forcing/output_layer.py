@@ -7,6 +7,7 @@ one of these is read off its modules and then tried: what else it may do to its 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +78,18 @@ def find_output_head(module: nn.Module) -> OutputHead | None:
     softcap = getattr(base.config, "final_logit_softcapping", None)
     if softcap is not None and not softcap > 0:
         return None
-    linear = None
+    decoder, linear = _decoder(base.base_model), None
     changed = bool(head._forward_hooks or head._forward_pre_hooks) or "forward" in head.__dict__
     if type(head) is nn.Linear and not changed and head.weight.is_floating_point() and head.weight.dtype.itemsize > 1:
-        linear = OutputLayer(base.base_model, head.weight, head.bias, softcap)
-    return OutputHead(base.base_model, head, softcap, linear)
+        linear = OutputLayer(decoder, head.weight, head.bias, softcap)
+    return OutputHead(decoder, head, softcap, linear)
+
+
+def _decoder(base_model: Any) -> nn.Module:
+    """What the model itself calls: some (OPT) go past a module that does no more than hold their decoder."""
+    inner: nn.Module = base_model.get_decoder()
+    held, all_of_it = ({id(p) for p in module.parameters()} for module in (inner, base_model))
+    return inner if held == all_of_it else base_model
 
 
 def hidden_logprobs(layer: OutputLayer, batch: PaddedBatch, *, want_entropies: bool = False) -> ForwardResult:

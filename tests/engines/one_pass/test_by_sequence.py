@@ -20,11 +20,13 @@ from probe_models.batches import Sample, make_samples, pack
 from probe_models.own_dtype import computing_in_own_dtype
 from probe_models.shares import Shares, shares_by_definition
 from probe_options import options_of
+from refused_ways import refuse
 from torch import Tensor, nn
 
 from entropy_fast import DeltaH1Result, OfflineEntropyProbe
-from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.errors import ConfigError, EntropyFastWarning
+from entropy_fast.ways.packed import PackedWay
+from entropy_fast.ways.padded import HiddenStatesWay
 
 GROUPS = (2, 3, 2, 4)
 
@@ -122,16 +124,13 @@ def test_two_batches(budget: int) -> None:
     assert sum(reference.by_parameter.values()) == pytest.approx(reference.delta_h1, rel=1e-9)
 
 
-@pytest.mark.parametrize("how", ["checkpointing", "reentrant", "prefix by cache", "padded"])
+@pytest.mark.parametrize("how", ["checkpointing", "reentrant", "padded", "logits"])
 def test_other_ways_through_the_batch(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, samples = model_of("qwen2", True), make_samples(GROUPS)
     optimizer = stepped_adamw(model)
     with computing_in_own_dtype(model):
         expected = shares_by_definition(model, optimizer, samples)
-        if how in ("prefix by cache", "padded"):
-            monkeypatch.setattr(capture_pass, "same_packed", lambda *_: False)
-        if how == "padded":
-            monkeypatch.setattr(capture_pass, "same_with_shared_prefix", lambda *_: False)
+        refuse(monkeypatch, *{"padded": (PackedWay,), "logits": (PackedWay, HiddenStatesWay)}.get(how, ()))
         if how in ("checkpointing", "reentrant"):
             enable_checkpointing(model, reentrant=how == "reentrant")
         try:
@@ -183,7 +182,7 @@ def test_what_cannot_be_is_refused_before_any_work() -> None:
     with pytest.raises(ConfigError, match=r"memory_budget is 0 bytes(.|\n)*independent entropy batch"):
         probe_of(model, optimizer, memory_budget=0).compute_delta_h1(rollouts)
     for engine in ("two_pass", "jvp"):
-        with pytest.raises(ConfigError, match=f"by_sequence with engine '{engine}'"):
+        with pytest.raises(ConfigError, match=f"`by_sequence` is True, and engine '{engine}' has no use"):
             OfflineEntropyProbe(model, optimizer, **options_of(by_sequence=True, engine=engine))
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from entropy_fast.capture import UnitGradients
-from entropy_fast.capture.signal_rows import Term
+from entropy_fast.capture import GradientRecorder
+from entropy_fast.capture.row_recorder import Term
 from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
 
 # Below, at and above the number of elements that are added up in the accumulator's dtype, and several times it.
@@ -53,7 +53,8 @@ def parameters() -> list[Tensor]:
 
 def visit(stack: GradientStack, numbers: list[int], value: float, name: str = "a", *, complete: bool = True) -> None:
     """A group of units whose gradients of one parameter are ``value`` plus the unit's number; X and 10 times it as g."""
-    gradients = UnitGradients(dict(zip(NAMES, parameters(), strict=True)), len(numbers), stack.storage(numbers))
+    given = dict(zip(NAMES, parameters(), strict=True))
+    gradients = GradientRecorder(given, len(numbers), 2, stack.storage(numbers))
     for place, number in enumerate(numbers):
         shape = (2, 3) if name == "a" else (4,)
         gradients.put(name, Term(place, 0, 0, torch.ones(1)), torch.full(shape, value + number, dtype=torch.float64))
@@ -67,38 +68,38 @@ def visit(stack: GradientStack, numbers: list[int], value: float, name: str = "a
 @pytest.mark.parametrize("direct", [True, False])
 def test_a_group_that_is_taken_up_again(direct: bool) -> None:
     """What a group brought before memory ran out is gone when its halves come."""
-    stack = GradientStack(NAMES, parameters(), 4, "XY", on_cpu=True)
+    stack = GradientStack(NAMES, parameters(), 4, 2, on_cpu=True)
     stack._direct = direct  # the way that gradients come from a GPU
     visit(stack, [0, 1], 1.0)
     visit(stack, [2, 3], 500.0, complete=False)
     visit(stack, [2], 1.0)
     visit(stack, [3], 700.0, complete=False)
     visit(stack, [3], 1.0)
-    assert stack.entropy[0][:, 0, 0].tolist() == [1, 2, 3, 4]
-    assert stack.update[0][:, 1, 2].tolist() == [10, 20, 30, 40]
+    assert stack.columns[0][0][:, 0, 0].tolist() == [1, 2, 3, 4]
+    assert stack.columns[1][0][:, 1, 2].tolist() == [10, 20, 30, 40]
     assert stack.touched == [True, False]
-    assert not stack.entropy[1].any()
+    assert not stack.columns[0][1].any()
 
 
 @pytest.mark.parametrize("direct", [True, False])
 def test_start_again(direct: bool) -> None:
-    stack = GradientStack(NAMES, parameters(), 2, "XY", on_cpu=True)
+    stack = GradientStack(NAMES, parameters(), 2, 2, on_cpu=True)
     stack._direct = direct
     visit(stack, [0, 1], 500.0, "b")
     stack.clear()
     assert stack.touched == [False, False]
     visit(stack, [0, 1], 1.0)
     assert stack.touched == [True, False]
-    assert not stack.entropy[1].any() and not stack.update[1].any()
-    assert stack.entropy[0][:, 0, 0].tolist() == [1, 2]
+    assert not stack.columns[0][1].any() and not stack.columns[1][1].any()
+    assert stack.columns[0][0][:, 0, 0].tolist() == [1, 2]
 
 
 def test_what_is_kept() -> None:
-    """One label alone; the wider of fp32 and the parameter's dtype; and the bytes of that, told beforehand."""
+    """Columns one by one; the wider of fp32 and the parameter's dtype; and the bytes of that, told beforehand."""
     given = [*parameters(), nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))]
-    for labels in ("XY", "X", "Y"):
-        stack = GradientStack([*NAMES, "c"], given, 3, labels, on_cpu=True)
-        assert (len(stack.entropy), len(stack.update)) == (3 * ("X" in labels), 3 * ("Y" in labels))
-        kept = [*stack.entropy, *stack.update]
-        assert [t.dtype for t in kept] == [torch.float64, torch.float32, torch.float32] * len(labels)
-        assert sum(t.numel() * t.element_size() for t in kept) == GradientStack.bytes_of(given, 3, labels)
+    for columns in (1, 2, 4):
+        stack = GradientStack([*NAMES, "c"], given, 3, columns, on_cpu=True)
+        assert [len(column) for column in stack.columns] == [3] * columns
+        kept = [tensor for column in stack.columns for tensor in column]
+        assert [t.dtype for t in kept] == [torch.float64, torch.float32, torch.float32] * columns
+        assert sum(t.numel() * t.element_size() for t in kept) == GradientStack.bytes_of(given, 3, columns)

@@ -11,8 +11,12 @@ import peft
 import pytest
 import torch
 from engine_results import GROUPS, TOLERANCE, assert_same, distance, results
+from probe_models.adapters import with_adapter
 from probe_models.architectures import (
     BUILDERS,
+    HIDDEN,
+    VOCABULARY,
+    WIDTH,
     add_lora,
     build_model,
     disable_checkpointing,
@@ -22,17 +26,19 @@ from probe_models.architectures import (
 )
 from probe_models.batches import make_rollouts, make_samples, pack
 from probe_options import options_of
+from refused_ways import refuse
 from torch import Tensor, nn
+from transformers import FalconConfig, FalconForCausalLM
 
-from entropy_fast import OfflineEntropyProbe, fast_delta_h1
-from entropy_fast.engines.one_pass import capture_pass
-from entropy_fast.engines.one_pass.engine import OnePassEngine
+from entropy_fast import DeltaH1Result, OfflineEntropyProbe, fast_delta_h1
+from entropy_fast.engines import one_pass
 from entropy_fast.errors import (
     ConfigError,
     EntropyFastWarning,
     GradientCoverageError,
     ModelStateError,
 )
+from entropy_fast.ways.packed import PackedWay
 
 
 @contextlib.contextmanager
@@ -61,17 +67,25 @@ def test_every_family(family: str, adapter: bool, checkpointing: str) -> None:
     assert_same(both["one_pass"], both["two_pass"], TOLERANCE.get(family, 1e-10))
 
 
+def results_within(budget: int, model: nn.Module, **options: object) -> dict[str, DeltaH1Result]:
+    """By engine; the budget, and whether it leaves room for the whole kernel, is a matter of the one-pass engine alone."""
+    optimizer, rollouts = stepped_adamw(model), make_rollouts(GROUPS)
+    own = {"one_pass": {"memory_budget": budget, "full_kernel": budget > 0}, "two_pass": {"full_kernel": True}}
+    return {
+        engine: OfflineEntropyProbe(model, optimizer, **options_of(engine=engine, **given, **options)).compute_delta_h1(
+            rollouts
+        )
+        for engine, given in own.items()
+    }
+
+
 @pytest.mark.parametrize("budget", [0, 4 * 2**30], ids=["two sweeps", "kernel kept"])
 @pytest.mark.parametrize("accumulate_on", ["device", "cpu"])
 @pytest.mark.parametrize("microbatch", [1, 3, 10])
 def test_ways_through_the_batch(microbatch: int, accumulate_on: str, budget: int) -> None:
     model = build_model("gpt2", dtype=torch.float64)
-    both = results(
-        model,
-        memory_budget=budget,
-        accumulate_on=accumulate_on,
-        prompts_per_microbatch=microbatch,
-        weighting="per_token",
+    both = results_within(
+        budget, model, accumulate_on=accumulate_on, prompts_per_microbatch=microbatch, weighting="per_token"
     )
     if budget:
         assert_same(both["one_pass"], both["two_pass"], 1e-10)
@@ -85,7 +99,7 @@ def test_ways_through_the_batch(microbatch: int, accumulate_on: str, budget: int
 @pytest.mark.parametrize("budget", [0, 4 * 2**30])
 def test_blocks(budget: int) -> None:
     model = build_model("gpt2", dtype=torch.float64)
-    both = results(model, blocks=3, memory_budget=budget, prompts_per_microbatch=1)
+    both = results_within(budget, model, blocks=3, prompts_per_microbatch=1)
     assert distance(both["one_pass"].diagonal, both["two_pass"].diagonal) < 1e-10
     assert distance(both["one_pass"].row_sums, both["two_pass"].row_sums) < 1e-10
     assert both["one_pass"].delta_h1 == pytest.approx(both["two_pass"].delta_h1, rel=1e-9)
@@ -95,16 +109,16 @@ def test_blocks(budget: int) -> None:
 def test_two_batches(budget: int) -> None:
     model = add_lora(build_model("gpt2", dtype=torch.float64)).double()
     optimizer = stepped_adamw(model)
-    config = {"memory_budget": budget, "prompts_per_microbatch": 2}
+    options = {"one_pass": {"memory_budget": budget}, "two_pass": {}}
     found, expected = (
         fast_delta_h1(
             model,
             optimizer,
             make_rollouts(GROUPS, seed=1),
             entropy_rollouts=make_rollouts((3, 2, 2), seed=2),
-            **options_of(engine=engine, **config),
+            **options_of(engine=engine, prompts_per_microbatch=2, **own),
         )
-        for engine in ("one_pass", "two_pass")
+        for engine, own in options.items()
     )
     assert (found.engine, found.estimate) == ("one_pass", "two_batch")
     assert found.delta_h1 == pytest.approx(expected.delta_h1, rel=1e-9)
@@ -208,7 +222,7 @@ def test_no_such_engine() -> None:
     model = build_model("gpt2")
     with pytest.raises(ConfigError, match="'three_pass'"):
         OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="three_pass"))
-    assert OnePassEngine.name == "one_pass"
+    assert one_pass.KIND.name == "one_pass"
 
 
 def test_a_prompt_whose_coefficients_are_all_zero() -> None:
@@ -218,9 +232,9 @@ def test_a_prompt_whose_coefficients_are_all_zero() -> None:
     samples = make_samples(GROUPS, interleave=False)
     same = [dataclasses.replace(s, response=samples[0].response, advantage=0.0) for s in samples[:2]]
     rollouts = pack(same + samples[2:])
-    for way in (lambda *_: False, capture_pass.same_with_shared_prefix):
+    for refused in ((), (PackedWay,)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(capture_pass, "same_with_shared_prefix", way)
+            refuse(patch, *refused)
             both = [
                 OfflineEntropyProbe(model, optimizer, **options_of(full_kernel=True, engine=engine)).compute_delta_h1(
                     rollouts
@@ -243,11 +257,65 @@ def test_one_probe_many_calls() -> None:
     assert probe.run_mixed_probe(entropy_rollouts=small, update_rollouts=large).delta_h1 == first.delta_h1
 
 
-def test_options_of_the_other_engine_are_named() -> None:
+def test_options_it_has_no_use_for_and_a_kernel_that_does_not_fit_are_errors() -> None:
     model = add_lora(build_model("gpt2"))
-    options = {"memory_budget": 0, "full_kernel": True, "conditional_variance": "alpha"}
-    config = dict(**options)
-    probe = OfflineEntropyProbe(model, stepped_adamw(model), **options_of(engine="one_pass", **config))
-    notes = " ".join(probe.compute_delta_h1(make_rollouts(GROUPS)).diagnostics.warnings)
-    assert "K was not kept" in notes
-    assert "options of the two-pass engine" in notes
+    optimizer = stepped_adamw(model)
+    with pytest.raises(ConfigError, match="`conditional_variance` is 'alpha', and engine 'one_pass' has no use for it"):
+        OfflineEntropyProbe(model, optimizer, **options_of(engine="one_pass", conditional_variance="alpha"))
+    probe = OfflineEntropyProbe(model, optimizer, **options_of(engine="one_pass", memory_budget=0, full_kernel=True))
+    with pytest.raises(
+        ConfigError, match=r"full_kernel needs every unit's own gradients(.|\n)*memory_budget is 0 bytes"
+    ):
+        probe.compute_delta_h1(make_rollouts(GROUPS))
+
+
+def test_a_hook_on_a_parameter_s_gradient_runs() -> None:
+    """On the slower path, where there is a gradient for it to see."""
+    model = add_lora(build_model("qwen2", dtype=torch.float64)).double()
+    hooked = [p for name, p in model.named_parameters() if "lora_B" in name]
+    handles = [p.register_hook(lambda gradient: gradient * 0.1) for p in hooked]
+    optimizer = stepped_adamw(model)
+    with pytest.warns(EntropyFastWarning, match="trainable parameters are used in ways"):
+        both = results(model, optimizer=optimizer)
+    assert_same(both["one_pass"], both["two_pass"], TOLERANCE["qwen2"])
+    for handle in handles:
+        handle.remove()
+    # It did change what was found.
+    assert distance(results(model, optimizer=optimizer)["one_pass"].kernel, both["one_pass"].kernel) > 0.1
+
+
+def test_lora_whose_output_is_added_to_in_place() -> None:
+    """Falcon adds its attention to what the MLP's adapted layer gives."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = FalconConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            pad_token_id=0,
+            initializer_range=WIDTH,
+        )
+        base = FalconForCausalLM(config).double()
+    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    model = with_adapter(base, peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")).double()
+    with no_slower_path():
+        both = results(model)
+    assert_same(both["one_pass"], both["two_pass"], 1e-10)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.VBLoRAConfig(r=4, num_vectors=16, vector_length=8, topk=2, target_modules=["q_proj", "o_proj"]),
+        peft.GraloraConfig(r=4, gralora_k=2, target_modules=["q_proj", "o_proj"]),
+    ],
+    ids=["vb-lora", "gralora"],
+)
+def test_linear_layers_without_a_parameter_of_their_own(config: peft.PeftConfig) -> None:
+    config.task_type = "CAUSAL_LM"
+    model = with_adapter(build_model("llama", dtype=torch.float64), config).double()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=EntropyFastWarning)
+        both = results(model, max_excluded_share=1.0)
+    assert_same(both["one_pass"], both["two_pass"], TOLERANCE["llama"])

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from entropy_fast import Rollouts
-from entropy_fast.ways.packed.exchange import PackedRun, attention_configurations, attention_exchanged
+from entropy_fast.libraries import attention_configurations, attention_function
+from entropy_fast.ways.packed.exchange import PackedRun
 from entropy_fast.ways.packed.layout import pack_microbatch
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def test_configurations_come_back_after_an_exception() -> None:
     assert len(configurations) == 1 and configurations[0] is model.config
     model.register_forward_pre_hook(lambda *_: seen.append(implementation(model)) or 1 / 0)
     seen: list[str] = []
-    with pytest.raises(ZeroDivisionError), attention_exchanged(configurations, run_of_two_sequences()):
+    with pytest.raises(ZeroDivisionError), attention_function(configurations, run_of_two_sequences().attention):
         model(torch.tensor([[1]]))
     assert len(seen) == 1 and seen[0].startswith("entropy_fast")
     assert implementation(model) == "eager"
@@ -57,29 +58,27 @@ def test_configurations_within_configurations() -> None:
     both = Both()
     configurations = attention_configurations(both)
     assert [id(c) for c in configurations] == [id(both.tower.config), id(both.text.config)]
-    with attention_exchanged(configurations, run_of_two_sequences()):
+    with attention_function(configurations, run_of_two_sequences().attention):
         assert implementation(both.tower) == implementation(both.text)
-        with attention_exchanged(configurations[1:], run_of_two_sequences()):
+        with attention_function(configurations[1:], run_of_two_sequences().attention):
             assert implementation(both.tower) != implementation(both.text)
         assert implementation(both.tower) == implementation(both.text)
     assert (implementation(both.tower), implementation(both.text)) == ("eager", "sdpa")
     assert attention_configurations(both.text.model) == [both.text.config]
 
 
-def test_the_exchanged_function_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_exchanged_function_is_the_one_that_runs() -> None:
     model = build_model("qwen2")
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
         before = model(ids).logits
-        run = run_of_two_sequences()
         calls: list[str] = []
 
         def zeros(module: nn.Module, query: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
             calls.append(type(module).__name__)
             return torch.zeros_like(query).transpose(1, 2), None
 
-        monkeypatch.setattr(run, "attention", zeros)
-        with attention_exchanged(attention_configurations(model), run):
+        with attention_function(attention_configurations(model), zeros):
             assert not torch.equal(model(ids).logits, before)
         assert calls == ["Qwen2Attention"] * 2
         assert torch.equal(model(ids).logits, before)

@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 from entropy_fast.ops import backend_report
+from entropy_fast.ways.packed import frozen_layers
 from entropy_fast.ways.packed.frozen_layers import FrozenLayers
 
 LLAMA_LIKE = ("Llama", "Qwen2", "Qwen3", "Mistral")
@@ -115,3 +116,12 @@ def test_the_random_state_is_not_moved() -> None:
     before = torch.get_rng_state()
     FrozenLayers(model)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_class_that_had_another_forward_when_it_was_first_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("Llama")
+    monkeypatch.setattr(frozen_layers, "_written", {})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.norm), "forward", lambda self, x: x.clamp(-1, 1) * self.weight)
+        assert len(FrozenLayers(model)) == 2, "the gates alone"
+    assert len(FrozenLayers(model)) == 2 * 3 + 1

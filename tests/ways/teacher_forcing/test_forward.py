@@ -13,9 +13,9 @@ from probe_models.architectures import VOCABULARY, build_model
 from probe_models.batches import make_rollouts, make_samples, pack
 from torch import Tensor, nn
 
-from entropy_fast import teacher_forcing
 from entropy_fast.errors import ModelStateError
-from entropy_fast.ways.teacher_forcing import PackedBatch, align_logprobs, model_logits, pack_rows
+from entropy_fast.ways import teacher_forcing
+from entropy_fast.ways.teacher_forcing import PaddedBatch, align_logprobs, model_logits, pad_rows
 
 CPU = torch.device("cpu")
 
@@ -33,17 +33,17 @@ def everything_callable() -> list[tuple[str, object]]:
 def test_nothing_in_teacher_forcing_takes_a_temperature() -> None:
     found = everything_callable()
     names = {name.rpartition(".")[2] for name, _ in found}
-    assert names >= {"align_logprobs", "model_logits", "pack_rows", "ForwardResult", "PackedBatch"}
+    assert names >= {"align_logprobs", "model_logits", "pad_rows", "ForwardResult", "PaddedBatch"}
     for name, function in found:
         parameters = inspect.signature(function).parameters  # type: ignore[arg-type]
         assert not [p for p in parameters if "temp" in p.lower() or p.lower() == "tau"], name
-    for field in dataclasses.fields(PackedBatch):
+    for field in dataclasses.fields(PaddedBatch):
         assert "temp" not in field.name
 
 
 def test_rows_are_packed_to_the_left_with_positions_counted_from_their_first_token() -> None:
     samples = make_samples()
-    batch = pack_rows(pack(samples), torch.arange(len(samples)), CPU)
+    batch = pad_rows(pack(samples), torch.arange(len(samples)), CPU)
     for row, sample in enumerate(samples):
         tokens = [*sample.prompt, *sample.response]
         n, start = len(tokens), len(sample.prompt)
@@ -57,7 +57,7 @@ def test_rows_are_packed_to_the_left_with_positions_counted_from_their_first_tok
 
 def test_log_probs_belong_to_the_token_after_their_logits() -> None:
     samples = make_samples()
-    batch = pack_rows(pack(samples), torch.arange(len(samples)), CPU)
+    batch = pad_rows(pack(samples), torch.arange(len(samples)), CPU)
     generator = torch.Generator().manual_seed(0)
     width = batch.input_ids.shape[1]
     logits = torch.randn(len(samples), width - batch.first_scored, VOCABULARY, generator=generator, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_log_probs_belong_to_the_token_after_their_logits() -> None:
     [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)],
 )
 def test_log_probs_accumulate_in_fp32_or_wider(given: torch.dtype, kept: torch.dtype) -> None:
-    batch = pack_rows(make_rollouts(), torch.arange(3), CPU)
+    batch = pad_rows(make_rollouts(), torch.arange(3), CPU)
     logits = torch.zeros(3, batch.input_ids.shape[1] - batch.first_scored, VOCABULARY, dtype=given)
     assert align_logprobs(logits, batch).sequence_logprobs.dtype == kept
 
@@ -102,7 +102,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("keep_every_column", [True, False])
 def test_positions_are_passed_and_only_the_columns_that_are_scored_are_asked_for(keep_every_column: bool) -> None:
-    batch = pack_rows(make_rollouts(), torch.arange(4), CPU)
+    batch = pad_rows(make_rollouts(), torch.arange(4), CPU)
     module = Recorder(keep_every_column)
     logits = model_logits(module, batch)
     width = batch.input_ids.shape[1]
@@ -118,7 +118,7 @@ class Headless(nn.Module):
 
 def test_a_model_without_logits_is_refused() -> None:
     with pytest.raises(ModelStateError, match="without logits"):
-        model_logits(Headless(), pack_rows(make_rollouts(), torch.arange(2), CPU))
+        model_logits(Headless(), pad_rows(make_rollouts(), torch.arange(2), CPU))
 
 
 def test_the_model_runs_without_a_cache() -> None:
@@ -129,7 +129,7 @@ def test_the_model_runs_without_a_cache() -> None:
         seen.append((named["use_cache"], named["position_ids"]))
 
     module.model.register_forward_pre_hook(look, with_kwargs=True)
-    batch = pack_rows(make_rollouts(), torch.arange(2), CPU)
+    batch = pad_rows(make_rollouts(), torch.arange(2), CPU)
     model_logits(module, batch)
     assert seen[0][0] is False
     assert torch.equal(seen[0][1], batch.position_ids)

@@ -18,11 +18,13 @@ from probe_models.architectures import (
 )
 from probe_models.batches import make_samples, pack
 from probe_options import options_of
+from refused_ways import refuse
 from torch import nn
 
 from entropy_fast import DeltaH1Result, fast_delta_h1
-from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.errors import GraphDetachedError
+from entropy_fast.ways.packed import PackedWay, way
+from entropy_fast.ways.padded import HiddenStatesWay
 
 
 def plan_of(result: DeltaH1Result) -> str:
@@ -32,7 +34,6 @@ def plan_of(result: DeltaH1Result) -> str:
 
 PACKED = "packed without padding, prompts' tokens shared by their responses"
 PACKED_WHOLE = "packed without padding, whole sequences"
-SHARED = "every prompt's tokens run once"
 WHOLE = "whole sequences, log-probs from hidden states"
 LOGITS = "whole sequences, the model's own logits"
 
@@ -51,13 +52,11 @@ def test_the_ways_give_the_same(family: str, monkeypatch: pytest.MonkeyPatch) ->
 
     packed = run(PACKED)
     with monkeypatch.context() as patch:
-        patch.setattr(capture_pass, "reentrant_checkpointing", lambda *_: "as if")
+        patch.setattr(way, "reentrant_checkpointing", lambda *_: "as if")
         others = [run(PACKED_WHOLE)]
-    monkeypatch.setattr(capture_pass, "same_packed", lambda *_: False)
-    others.append(run(SHARED))
-    monkeypatch.setattr(capture_pass, "same_with_shared_prefix", lambda *_: False)
+    refuse(monkeypatch, PackedWay)
     others.append(run(WHOLE))
-    monkeypatch.setattr(capture_pass, "same_logits", lambda *_: False)
+    refuse(monkeypatch, HiddenStatesWay)
     others.append(run(LOGITS))
     for other in others:
         assert_same(packed, other, TOLERANCE.get(family, 1e-10))

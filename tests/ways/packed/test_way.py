@@ -9,7 +9,7 @@ from exactness import batch_of
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.own_dtype import computing_in_own_dtype
 
-from entropy_fast.ways.packed import passes
+from entropy_fast.ways.packed import way as packed_way
 
 WAYS = {"in one row": 10**9, "apart": 0}
 # Full attention, a window, scores bent by a softcap (which the compiled kernel does not take), and learned positions.
@@ -19,13 +19,13 @@ FAMILIES = ("qwen2", "mistral", "gemma2", "gpt2")
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of every packed forward from now on."""
     seen: list[int] = []
-    plain = passes.PackedPass._decode
+    plain = packed_way.PackedWay._decode
 
-    def decode(self: passes.PackedPass, ids: torch.Tensor, *others: object) -> torch.Tensor:
+    def decode(self: packed_way.PackedWay, ids: torch.Tensor, *others: object) -> torch.Tensor:
         seen.append(ids.shape[1])
         return plain(self, ids, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(passes.PackedPass, "_decode", decode)
+    monkeypatch.setattr(packed_way.PackedWay, "_decode", decode)
     return seen
 
 
@@ -41,7 +41,7 @@ def test_both_ways_are_exact(family: str, lora: bool, monkeypatch: pytest.Monkey
     with computing_in_own_dtype(model):
         expected = observe("two_pass", model, optimizer, batch_of("uneven groups"))
         for way, most in WAYS.items():
-            monkeypatch.setattr(passes, "_MOST_COPIED", most)
+            monkeypatch.setattr(packed_way, "_MOST_COPIED", most)
             with monkeypatch.context() as context:
                 seen = forwards(context)
                 found[way] = observe("one_pass", model, optimizer, batch_of("uneven groups"))
@@ -62,7 +62,7 @@ def test_a_prompt_whose_coefficients_are_all_zero(monkeypatch: pytest.MonkeyPatc
     with computing_in_own_dtype(model):
         expected = observe("two_pass", model, optimizer, rollouts)
         for most in WAYS.values():
-            monkeypatch.setattr(passes, "_MOST_COPIED", most)
+            monkeypatch.setattr(packed_way, "_MOST_COPIED", most)
             one = observe("one_pass", model, optimizer, rollouts)
             assert_same_sums(one, expected, 1e-10)
             assert_same_estimate(one, expected, 1e-10)

@@ -1,11 +1,9 @@
-"""How a batch is cut, what a cost model reads off a model, and how a plan reads."""
+"""What a cost model reads off a model, and what a sweep costs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given
-from hypothesis import strategies as st
 from probe_models.architectures import (
     HIDDEN,
     VOCABULARY,
@@ -17,37 +15,13 @@ from probe_models.architectures import (
 )
 from torch import nn
 
-from entropy_fast.engines.one_pass.planner import CostModel, Plan, cut
+from entropy_fast.engines.one_pass.costs import CostModel
 
 CPU = torch.device("cpu")
 # Of one layer of qwen2: q and o, k and v, and the three maps of the MLP.
 MAPS = [(HIDDEN, HIDDEN)] * 2 + [(HIDDEN, HIDDEN // 2)] * 2 + [(HIDDEN, 64)] * 3
 LAYERS = 2
 RANK = 4
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(1, 500))
-@example([5, 5, 5, 400, 5, 5], 20)
-def test_cut(tokens: list[int], limit: int) -> None:
-    groups = cut(tokens, limit)
-    assert [number for group in groups for number in group] == list(range(len(tokens)))
-    for group in groups:
-        assert group
-        assert len(group) == 1 or sum(tokens[number] for number in group) <= limit
-
-
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 100))
-@example(7, 1, 3)
-@example(13, 1, 3)
-def test_equal_units_are_cut_into_as_few_groups_as_hold_them(count: int, tokens: int, limit: int) -> None:
-    assert len(cut([tokens] * count, limit)) == -(-count // max(1, limit // tokens))
-
-
-def test_groups_are_about_equal() -> None:
-    """And not full ones with a small one at the end."""
-    assert [len(group) for group in cut([1] * 13, 3)] == [3, 3, 2, 3, 2]
-    assert [len(group) for group in cut([10] * 6, 50)] == [3, 3]
-    assert cut([30, 10, 10, 10, 30, 30], 60) == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_costs_of_full_fine_tuning() -> None:
@@ -110,34 +84,3 @@ def test_operations() -> None:
     assert costs.operations(2, 5, 3, 2) == 2 * 720 + 5 * 520 + 84
     # Where coefficients differ from token to token: a backward for X and one for Y.
     assert costs.operations(0, 5, 3, 2, backwards=2, entropies=True) == 5 * 720 + 3 * 42
-
-
-def test_a_plan_in_words() -> None:
-    plan = Plan(
-        way="packed",
-        captured="3 of 4 parameters captured",
-        kernel_kept=True,
-        microbatches=6,
-        largest_microbatch=1234,
-        sweeps=1,
-        backwards=1,
-        prompt_forwards=1,
-        prompt_backwards=2,
-        operations=5.5e9,
-        stored_bytes=3 * 2**30,
-        activation_bytes=1000,
-        reasons=("first", "second"),
-    )
-    assert str(plan) == (
-        "packed; 3 of 4 parameters captured; every unit's gradients kept; 6 microbatch(es) of at most 1234 tokens; "
-        "1 sweep(s) of one forward and one backward (and 2 through the prompts' tokens); about 5.5 billion operations, "
-        "3 GiB of gradients and 1000 bytes of activations. first; second."
-    )
-    others = {**vars(plan), "kernel_kept": False, "prompt_backwards": 1, "stored_bytes": 3 * 2**19}
-    assert "a second sweep for projections; 6" in str(Plan(**others))
-    assert "one backward; about" in str(Plan(**others))
-    assert "1.5 MiB of gradients" in str(Plan(**others))
-    by_token = {**vars(plan), "backwards": 2}
-    assert "one forward and 2 backwards; coefficients differ from token to token" in str(Plan(**by_token))
-    in_row = {**vars(plan), "prompt_forwards": 2}
-    assert "one backward, with the prompts' tokens in it once for X and once for Y; about" in str(Plan(**in_row))
