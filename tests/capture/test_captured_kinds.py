@@ -240,24 +240,6 @@ def test_positions_broadcast_over_the_batch_are_refused() -> None:
     assert_same_sums(found, observe("two_pass", model, optimizer, rollouts), 1e-10)
 
 
-def test_sinks_are_not_packed() -> None:
-    model = gpt_oss_with_lora()
-    optimizer = stepped_adamw(model)
-    rollouts = with_padding_tokens()
-    with no_slower_path():
-        found = observe("one_pass", model, optimizer, rollouts)
-    expected = observe("two_pass", model, optimizer, rollouts)
-    assert not way_of(found).startswith("packed")
-    # Norms compute in fp32 whatever the model's dtype is.
-    assert_same_sums(found, expected, 2e-6)
-    assert_same_estimate(found, expected, 2e-6)
-    head = find_output_head(model)
-    assert head is not None
-    packed = PackedPass(OfflineEntropyProbe(model, optimizer).components, head, share=True)
-    with pytest.raises(NotImplementedError, match="s_aux"):
-        packed.logprobs(rollouts, torch.tensor([0, 1]))
-
-
 def wide_adapters_over_bf16(seed: int) -> nn.Module:
     """As peft makes them by default: A and B in fp32 over a base in bf16."""
     config = peft.LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", target_modules="all-linear")

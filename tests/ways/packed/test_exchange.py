@@ -7,7 +7,6 @@ import torch
 from probe_models.architectures import build_model
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from entropy_fast import Rollouts
 from entropy_fast.ways.packed.exchange import PackedRun, attention_configurations, attention_exchanged
@@ -84,35 +83,6 @@ def test_the_exchanged_function_is_the_one_that_runs(monkeypatch: pytest.MonkeyP
             assert not torch.equal(model(ids).logits, before)
         assert calls == ["Qwen2Attention"] * 2
         assert torch.equal(model(ids).logits, before)
-
-
-@pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_sinks_are_those_of_transformers(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against its eager attention of GPT-OSS, forward and backward, for two sequences of one token and of two."""
-    monkeypatch.setenv("ENTROPY_FAST_BACKEND", backend)
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    layer = nn.Module()
-    layer.num_key_value_groups, layer.sinks = 2, draw(4)
-    # The prompt's two tokens, which nothing else is in the row of.
-    leaves = [draw(1, heads, 2, 8).requires_grad_() for heads in (4, 2, 2)]
-    above = draw(1, 2, 4, 8)
-    mask = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]], dtype=torch.float64)
-    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    layer.sinks = layer.sinks.double()
-    expected, _ = eager_attention_forward(layer, *wide, mask, scaling=0.4)
-    expected.backward(above.double())
-    found, _ = run_of_two_sequences().attention(layer, *leaves, scaling=0.4, s_aux=layer.sinks.to(dtype))
-    found.backward(above)
-    tolerance = 4 * torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    for one, two in zip(leaves, wide, strict=True):
-        assert one.grad is not None and two.grad is not None
-        torch.testing.assert_close(one.grad.double(), two.grad, rtol=tolerance, atol=2 * tolerance)
 
 
 class TestRefusals:

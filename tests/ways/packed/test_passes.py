@@ -6,7 +6,6 @@ import pytest
 import torch
 from engine_sums import Observed, assert_same_estimate, assert_same_sums, observe
 from exactness import batch_of
-from probe_models.adapters import gpt_oss_with_lora
 from probe_models.architectures import add_lora, build_model, stepped_adamw
 from probe_models.own_dtype import computing_in_own_dtype
 
@@ -52,22 +51,6 @@ def test_both_ways_are_exact(family: str, lora: bool, monkeypatch: pytest.Monkey
     for one in found.values():
         assert_same_sums(one, expected, 1e-10)
         assert_same_estimate(one, expected, 1e-10)
-
-
-def test_attention_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GPT-OSS is packed like any other, and nothing else is tried; its windows too are those of the plain forward."""
-    model = gpt_oss_with_lora()
-    optimizer = stepped_adamw(model)
-    monkeypatch.setattr("entropy_fast.engines.one_pass.capture_pass.same_with_shared_prefix", lambda *_: 1 / 0)
-    with computing_in_own_dtype(model):
-        expected = observe("two_pass", model, optimizer, batch_of("uneven groups"))
-        for most in WAYS.values():
-            monkeypatch.setattr(passes, "_MOST_COPIED", most)
-            seen = forwards(monkeypatch)
-            found = observe("one_pass", model, optimizer, batch_of("uneven groups"))
-            assert len(seen) > 1
-            assert_same_sums(found, expected, 1e-10)
-            assert_same_estimate(found, expected, 1e-10)
 
 
 def test_a_prompt_whose_coefficients_are_all_zero(monkeypatch: pytest.MonkeyPatch) -> None:
