@@ -16,21 +16,19 @@ import pytest
 import torch
 from engine_sums import Observed, assert_same_estimate, assert_same_sums, median_error, observe, ratio_of, relative
 from exactness import BATCHES, BUDGET, CHECKPOINTING, batch_of_every_kind, checkpointed
-from probe_models.adapters import gpt_oss_with_lora, ia3_over, lora_over, with_adapter
+from probe_models.adapters import ia3_over, lora_over, with_adapter
 from probe_models.architectures import build_model, quantize_nf4, stepped_adamw
 from probe_models.batches import pack
 from probe_models.own_dtype import computing_in_own_dtype
 from torch import Tensor, nn
 
-from entropy_fast import OfflineEntropyProbe, Rollouts
+from entropy_fast import Rollouts
 from entropy_fast.capture import CapturedModules
 from entropy_fast.capture.dora import dora_maker
 from entropy_fast.capture.lora import lora_parts
 from entropy_fast.engines.one_pass import capture_pass
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.step import AdamState
-from entropy_fast.ways.packed import PackedPass
-from entropy_fast.ways.teacher_forcing import find_output_head
 
 ATTENTION_AND_MLP = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "opt": ["q_proj", "fc1"]}
 ON_EMBEDDINGS = ["embed_tokens", "q_proj"]

@@ -55,7 +55,7 @@ def _attention(
     s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Softmax attention ``[N, heads, T, d]`` to ``[N, T, heads, d]``, with capped scores and sinks where the model asks for them."""
+    """Softmax attention ``[N, heads, T, d]`` to ``[N, T, heads, d]``, capped and with sinks where a model asks for them."""
     assert dropout == 0 or not module.training
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
