@@ -169,22 +169,24 @@ inline PackedAttentionForward packed_attention_forward_call(
     Address query, int64_t query_head, int64_t query_token, Address key, int64_t key_head, int64_t key_token,
     Address value, int64_t value_head, int64_t value_token, Address prefix_key, int64_t prefix_key_head,
     int64_t prefix_key_token, Address prefix_value, int64_t prefix_value_head, int64_t prefix_value_token,
-    Address sequences, int64_t n_sequences, int64_t heads, int64_t key_heads, int64_t size, int64_t window,
-    double scale, Address output, Address log_sums, ElementType element_type) {
+    Address sequences, Address sinks, int64_t n_sequences, int64_t tokens, int64_t prefix_tokens, int64_t heads,
+    int64_t key_heads, int64_t size, int64_t window, double scale, Address output, ElementType element_type) {
     return {{{pointer<const void>(query), query_head, query_token},
              {pointer<const void>(key), key_head, key_token},
              {pointer<const void>(value), value_head, value_token},
              {pointer<const void>(prefix_key), prefix_key_head, prefix_key_token},
              {pointer<const void>(prefix_value), prefix_value_head, prefix_value_token},
              pointer<const AttentionSequence>(sequences),
+             pointer<const void>(sinks),
              n_sequences,
+             tokens,
+             prefix_tokens,
              heads,
              key_heads,
              size,
              window,
              scale},
             pointer<void>(output),
-            pointer<void>(log_sums),
             element_type};
 }
 
@@ -192,19 +194,17 @@ inline PackedAttentionBackward packed_attention_backward_call(
     Address query, int64_t query_head, int64_t query_token, Address key, int64_t key_head, int64_t key_token,
     Address value, int64_t value_head, int64_t value_token, Address prefix_key, int64_t prefix_key_head,
     int64_t prefix_key_token, Address prefix_value, int64_t prefix_value_head, int64_t prefix_value_token,
-    Address sequences, int64_t n_sequences, int64_t heads, int64_t key_heads, int64_t size, int64_t window,
-    double scale, Address above, int64_t above_head, int64_t above_token, Address output, Address log_sums,
-    Address runs, Address weights, Address query_gradient, Address key_gradient, Address value_gradient,
-    Address prefix_key_sums, Address prefix_value_sums, int64_t n_runs, int64_t n_weights, int64_t weight_rows,
-    int64_t prefix_tokens, ElementType element_type) {
+    Address sequences, Address sinks, int64_t n_sequences, int64_t tokens, int64_t prefix_tokens, int64_t heads,
+    int64_t key_heads, int64_t size, int64_t window, double scale, Address above, int64_t above_head,
+    int64_t above_token, Address runs, Address weights, Address query_gradient, Address key_gradient,
+    Address value_gradient, Address prefix_key_sums, Address prefix_value_sums, int64_t n_runs, int64_t n_weights,
+    int64_t weight_rows, ElementType element_type) {
     const PackedAttentionForward forward = packed_attention_forward_call(
         query, query_head, query_token, key, key_head, key_token, value, value_head, value_token, prefix_key,
-        prefix_key_head, prefix_key_token, prefix_value, prefix_value_head, prefix_value_token, sequences, n_sequences,
-        heads, key_heads, size, window, scale, output, log_sums, element_type);
+        prefix_key_head, prefix_key_token, prefix_value, prefix_value_head, prefix_value_token, sequences, sinks,
+        n_sequences, tokens, prefix_tokens, heads, key_heads, size, window, scale, 0, element_type);
     return {forward.inputs,
             {pointer<const void>(above), above_head, above_token},
-            forward.output,
-            forward.log_sums,
             pointer<const int64_t>(runs),
             pointer<const void>(weights),
             pointer<void>(query_gradient),
@@ -215,7 +215,6 @@ inline PackedAttentionBackward packed_attention_backward_call(
             n_runs,
             n_weights,
             weight_rows,
-            prefix_tokens,
             element_type};
 }
 

@@ -3,8 +3,14 @@
 //
 // A sequence of T tokens behind P prefix tokens sees P + T keys. The query of token t, at place P + t, sees the keys
 // at places (P + t - window, P + t]. For every query head, with z = scale q k and p = softmax(z):
-//     o = p v,   dp = do v,   dz = p (dp - sum(do o)),   dq = scale dz k,   dk = scale dz q,   dv = p do
-// Query heads in a row of heads / key_heads share a key head, whose gradients are summed over them.
+//     o = p v,   dp = do v,   dz = p (dp - sum(p dp)),   dq = scale dz k,   dk = scale dz q,   dv = p do
+// Query heads in a row of heads / key_heads share a key head, whose gradients are summed over them. A sink is one more
+// score of every query of its head, of a key without a value.
+//
+// Where nearly all of p is on key m, dz is what is left of numbers that are far larger, and q may be large enough to
+// show their rounding. So it is computed as p ((dp - dp_m) - sum(p (dp - dp_m))): nothing large is left to cancel. That
+// takes p and dp of all keys of a query, which the backward keeps for a block of queries: nothing of the forward is
+// used.
 #pragma once
 
 #include <stdint.h>
@@ -37,8 +43,11 @@ struct PackedAttention {
     AttentionOperand value;
     AttentionOperand prefix_key;  // null where no sequence has a prefix
     AttentionOperand prefix_value;
-    const AttentionSequence* sequences;
+    const AttentionSequence* sequences;  // one behind the other, the first from token 0 on
+    const void* sinks;                   // [heads] of Scalar; null where there are none
     int64_t n_sequences;
+    int64_t tokens;
+    int64_t prefix_tokens;
     int64_t heads;
     int64_t key_heads;
     int64_t size;    // of a head
@@ -49,16 +58,13 @@ struct PackedAttention {
 // Scalar is float, or double for double inputs. Half-precision floats are not taken.
 struct PackedAttentionForward {
     PackedAttention inputs;
-    void* output;    // [tokens, heads, size] of element_type
-    void* log_sums;  // [tokens, heads] of Scalar: log(sum(exp(z)))
+    void* output;  // [tokens, heads, size] of element_type
     ElementType element_type;
 };
 
 struct PackedAttentionBackward {
     PackedAttention inputs;
     AttentionOperand above;  // gradient of the output
-    const void* output;      // of the forward, as are the next
-    const void* log_sums;
     // [n_runs + 1]: run r is the sequences [runs[r], runs[r + 1]), all of one prefix. Where sums of prefixes are
     // wanted, no other run has that prefix.
     const int64_t* runs;
@@ -72,7 +78,6 @@ struct PackedAttentionBackward {
     int64_t n_runs;
     int64_t n_weights;
     int64_t weight_rows;
-    int64_t prefix_tokens;
     ElementType element_type;
 };
 

@@ -195,13 +195,17 @@ const typename Element::Scalar* load_keys(const AttentionOperand& operand, int64
     }
 }
 
+// Place of the first key that a query of the block sees.
+inline int64_t lowest_place(const PackedAttention& inputs, const SequenceHead& head, const QueryBlock& block) {
+    return larger(0, head.prefix + block.first - inputs.window + 1);
+}
+
 // Calls visit(key block) for what the queries of a block see: keys of the prefix, then of the sequence itself.
 template <typename Element, typename Visit>
 void for_each_key_block(const PackedAttention& inputs, const SequenceHead& head, const QueryBlock& block,
                         const AttentionScratch& scratch, typename Element::Scalar* memory, const Visit& visit) {
-    const int64_t lowest = larger(0, head.prefix + block.first - inputs.window + 1);
     const int64_t end = head.prefix + block.first + block.tokens;
-    for (int64_t place = lowest; place < end;) {
+    for (int64_t place = lowest_place(inputs, head, block); place < end;) {
         const bool of_prefix = place < head.prefix;
         const int64_t count = smaller(kKeysOfBlock, (of_prefix ? head.prefix : end) - place);
         const int64_t token =
@@ -216,26 +220,26 @@ void for_each_key_block(const PackedAttention& inputs, const SequenceHead& head,
     }
 }
 
-// [keys, columns] products of rows of keys with the columns of queries.
+// [keys, columns] products of rows of keys with the columns of queries; of a row of products to the next it is `apart`.
 template <typename Element>
 void products_with_keys(const typename Element::Scalar* rows, int64_t row, int64_t count,
                         const typename Element::Scalar* transposed, const QueryBlock& block, int64_t size,
-                        typename Element::Scalar* products) {
+                        typename Element::Scalar* products, int64_t apart) {
     add_product<typename Accumulator<Element>::Type>(
-        {rows, row, 1, transposed, block.stride, products, block.stride, count, block.stride, size, true});
+        {rows, row, 1, transposed, block.stride, products, apart, count, block.stride, size, true});
 }
 
 // -inf for keys that a query does not see: those after it, and those before its window.
 template <typename Element>
 void hide_scores(const PackedAttention& inputs, const SequenceHead& head, const QueryBlock& block,
-                 const KeyBlock<typename Element::Scalar>& keys, typename Element::Scalar* scores) {
+                 const KeyBlock<typename Element::Scalar>& keys, typename Element::Scalar* scores, int64_t apart) {
     constexpr auto kHidden = negative_infinity<typename Element::Scalar>();
     for (int64_t key = 0; key < keys.count; ++key) {
         // Of the block's tokens, [first, end) see the key.
         const int64_t distance = keys.place + key - head.prefix - block.first;
         const int64_t first = larger(0, distance) * block.shared;
         const int64_t end = smaller(block.tokens, distance + inputs.window) * block.shared;
-        auto* row = scores + key * block.stride;
+        auto* row = scores + key * apart;
         for (int64_t column = 0; column < first; ++column) row[column] = kHidden;
         for (int64_t column = end; column < block.columns; ++column) row[column] = kHidden;
     }

@@ -7,6 +7,7 @@ of them is missing; :func:`backend_report` says what is missing and why.
 from entropy_fast.ops.backends import BACKENDS, BackendRecord, backend_report
 from entropy_fast.ops.frozen_layers import compiled_layers_take, gated_silu, rms_norm
 from entropy_fast.ops.linear_token_logprobs import linear_token_logprobs, linear_token_logprobs_with_units
+from entropy_fast.ops.packed_attention import packed_attention, packed_attention_backward
 from entropy_fast.ops.precondition_accumulate import precondition_accumulate
 from entropy_fast.ops.token_logprobs import TokenLogprobs, token_logprobs
 from entropy_fast.ops.unit_products import UnitRuns, add_unit_products
@@ -24,6 +25,8 @@ __all__ = [
     "gated_silu",
     "linear_token_logprobs",
     "linear_token_logprobs_with_units",
+    "packed_attention",
+    "packed_attention_backward",
     "precondition_accumulate",
     "rms_norm",
     "token_logprobs",

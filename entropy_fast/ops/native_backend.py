@@ -15,6 +15,7 @@ from entropy_fast._version import __version__
 from entropy_fast.errors import NativeLibraryError
 from entropy_fast.ops.accumulation_table import AccumulationTable
 from entropy_fast.ops.attention_inputs import AttentionInputs, PrefixSums
+from entropy_fast.ops.registration import accumulator
 
 if TYPE_CHECKING:
     from entropy_fast import _native
@@ -34,6 +35,10 @@ __all__ = [
     "token_logprobs_forward",
     "unit_products",
 ]
+
+
+# More tokens than there are.
+_NO_WINDOW = 2**62
 
 
 @functools.cache
@@ -238,48 +243,48 @@ def unit_products(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor, weights:
     )
 
 
-def packed_attention_forward(inputs: AttentionInputs, output: Tensor, log_sums: Tensor) -> None:
-    """Fill ``output`` [N, heads, D] and ``log_sums`` [N, heads] (csrc/packed_attention.h)."""
-    _call(
-        "packed_attention_forward",
-        output.device,
-        *_attention_fields(inputs),
-        *map(_address, (output, log_sums)),
-        _element_type(output.dtype),
-    )
+def packed_attention_forward(inputs: AttentionInputs, output: Tensor) -> None:
+    """Fill ``output`` [N, heads, D] (csrc/packed_attention.h)."""
+    fields, _alive = _attention_fields(inputs)
+    _call("packed_attention_forward", output.device, *fields, output.data_ptr(), _element_type(output.dtype))
 
 
 def packed_attention_backward(
-    inputs: AttentionInputs,
-    above: Tensor,
-    output: Tensor,
-    log_sums: Tensor,
-    runs: Tensor,
-    sums: PrefixSums | None,
-    gradients: tuple[Tensor, Tensor, Tensor],
+    inputs: AttentionInputs, above: Tensor, sums: PrefixSums | None, gradients: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     """Fill ``gradients`` of q, k and v, and ``sums`` (csrc/packed_attention.h)."""
+    fields, _alive = _attention_fields(inputs)
+    above = _with_whole_heads(above)
+    runs = inputs.sequences.each if sums is None else inputs.sequences.by_prefix
     weights, key_sums, value_sums = (None, None, None) if sums is None else (sums.weights, sums.key, sums.value)
     _call(
         "packed_attention_backward",
-        output.device,
-        *_attention_fields(inputs),
+        above.device,
+        *fields,
         *_operand(above),
-        *map(_address, (output, log_sums, runs, weights, *gradients, key_sums, value_sums)),
+        *map(_address, (runs, weights, *gradients, key_sums, value_sums)),
         len(runs) - 1,
         *((0, 0) if weights is None else weights.shape),
-        0 if key_sums is None else key_sums.shape[2],
-        _element_type(output.dtype),
+        _element_type(above.dtype),
     )
 
 
-def _attention_fields(inputs: AttentionInputs) -> list[object]:
-    """The fields of ``PackedAttention``."""
-    operands = (inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value)
+def _attention_fields(inputs: AttentionInputs) -> tuple[list[object], list[Tensor | None]]:
+    """The fields of ``PackedAttention``, and the tensors that they point to."""
+    q, sequences, options = inputs.query, inputs.sequences, inputs.options
+    given = (q, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value)
+    operands = [None if t is None else _with_whole_heads(t) for t in given]
+    sinks = None if options.sinks is None else options.sinks.to(accumulator(q)).contiguous()
+    prefix_tokens = 0 if inputs.prefix_key is None else inputs.prefix_key.shape[1]
     fields: list[object] = [field for operand in operands for field in _operand(operand)]
-    sizes = (len(inputs.sequences), len(inputs.query), len(inputs.key), inputs.query.shape[-1])
-    window = 2**62 if inputs.window is None else inputs.window
-    return [*fields, _address(inputs.sequences), *sizes, window, inputs.scale]
+    fields += [_address(sequences.table), _address(sinks), len(sequences.table), q.shape[1], prefix_tokens]
+    window = _NO_WINDOW if options.window is None else min(options.window, _NO_WINDOW)
+    return [*fields, len(q), len(inputs.key), q.shape[2], window, options.scale], [*operands, sinks]
+
+
+def _with_whole_heads(packed: Tensor) -> Tensor:
+    """[heads, N, D] whose elements of a head of a token stand next to one another."""
+    return packed if packed.stride(2) == 1 else packed.contiguous()
 
 
 def _operand(tensor: Tensor | None) -> tuple[int, int, int]:

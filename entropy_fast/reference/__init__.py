@@ -2,6 +2,7 @@
 
 from entropy_fast.reference.frozen_layers import gated_silu, rms_norm
 from entropy_fast.reference.linear_token_logprobs import LinearTokenLogprobs, linear_logits, linear_token_logprobs
+from entropy_fast.reference.packed_attention import packed_attention
 from entropy_fast.reference.precondition_accumulate import precondition_accumulate
 from entropy_fast.reference.token_logprobs import log_probabilities, token_logprobs, token_logprobs_backward
 from entropy_fast.reference.unit_products import unit_products
@@ -12,6 +13,7 @@ __all__ = [
     "linear_logits",
     "linear_token_logprobs",
     "log_probabilities",
+    "packed_attention",
     "precondition_accumulate",
     "rms_norm",
     "token_logprobs",

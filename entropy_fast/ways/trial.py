@@ -81,6 +81,9 @@ class Trial:
         self.rows = _trial_rows(
             rollouts, longest=bool(reentrant_checkpointing(context.model)) or _sees_a_window(config)
         )
+        device = context.device.type
+        with context.autocast():
+            self._around = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         self._own = _see(context, rollouts, self.rows, self.head)
         # From another random state, so that randomness nobody switched off shows as a difference.
         torch.rand(1, device=context.device)
@@ -99,8 +102,9 @@ class Trial:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the decoder's matrix products are taken in."""
-        if self._own.autocast is not None and self._own.autocast[0]:
-            return self._own.autocast[1]
+        enabled, autocast = self._own.autocast or self._around
+        if enabled:
+            return autocast
         dtypes = [p.dtype for p in self.context.registry.module.parameters() if p.is_floating_point()]
         quantized = [getattr(m, "compute_dtype", None) for m in self.context.registry.module.modules()]
         known = [*dtypes, *(dtype for dtype in quantized if dtype is not None), self._own.logprobs.dtype]

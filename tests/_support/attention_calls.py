@@ -37,18 +37,21 @@ def attention_calls(case: AttentionCase, image: CallImage) -> AttentionCalls:
     (heads, tokens, size), key_heads = inputs.query.shape, len(inputs.key)
     prefix_tokens = 0 if inputs.prefix_key is None else inputs.prefix_key.shape[1]
     operands = (inputs.query, inputs.key, inputs.value, inputs.prefix_key, inputs.prefix_value)
-    window = 2**62 if inputs.window is None else inputs.window
+    options, table = inputs.options, inputs.sequences.table
+    window = 2**62 if options.window is None else options.window
     first = [field for operand in operands for field in _operand(operand, image)]
-    first += [image.add(inputs.sequences), len(inputs.sequences), heads, key_heads, size, window, inputs.scale]
+    sinks = None if options.sinks is None else image.add(options.sinks.to(wide))
+    first += [image.add(table), sinks, len(table), tokens, prefix_tokens, heads, key_heads, size, window, options.scale]
     own, sums = (tokens, key_heads, size), (len(case.weights), key_heads, prefix_tokens, size)
-    shapes = [(tokens, heads, size), (tokens, heads), (tokens, heads, size), own, own, sums, sums]
-    dtypes = [dtype, wide, dtype, wide, wide, wide, wide]
+    shapes = [(tokens, heads, size), (tokens, heads, size), own, own, sums, sums]
+    dtypes = [dtype, dtype, wide, wide, wide, wide]
     places = [image.poison(torch.Size(shape).numel() * of.itemsize) for shape, of in zip(shapes, dtypes, strict=True)]
-    image.call("packed_attention_forward", *first, *places[:2], ELEMENT_TYPES[dtype])
-    wanted = [image.add(case.weights), *places[2:]] if prefix_tokens else [None, *places[2:5], None, None]
-    last = (len(case.runs) - 1, *case.weights.shape, prefix_tokens, ELEMENT_TYPES[dtype])
+    image.call("packed_attention_forward", *first, places[0], ELEMENT_TYPES[dtype])
+    wanted = [image.add(case.weights), *places[1:]] if prefix_tokens else [None, *places[1:4], None, None]
+    runs = inputs.sequences.by_prefix
+    last = (len(runs) - 1, *case.weights.shape, ELEMENT_TYPES[dtype])
     above = _operand(case.above, image)
-    image.call("packed_attention_backward", *first, *above, *places[:2], image.add(case.runs), *wanted, *last)
+    image.call("packed_attention_backward", *first, *above, image.add(runs), *wanted, *last)
     return AttentionCalls(case, places, shapes, dtypes)
 
 

@@ -10,7 +10,8 @@ import torch
 from logprob_cases import accumulator
 from torch import Tensor
 
-from entropy_fast.ops.attention_inputs import AttentionInputs
+from entropy_fast.ops.attention_inputs import AttentionInputs, AttentionOptions, PackedSequences
+from entropy_fast.reference import packed_attention
 
 # Prefix length, and lengths of the sequences that continue from it.
 Shapes = Sequence[tuple[int, Sequence[int]]]
@@ -23,13 +24,11 @@ class AttentionCase:
     Attributes:
         inputs: sequences in the order of their groups, those without a token too.
         above: [heads, N, D] gradient of the output.
-        runs: [R + 1] bounds of the groups.
         weights: [C, S].
     """
 
     inputs: AttentionInputs
     above: Tensor
-    runs: Tensor
     weights: Tensor
 
 
@@ -38,7 +37,6 @@ class AttentionOutcome:
     """What an implementation makes of a case, tokens first; sums are [C, key heads, P, D]."""
 
     output: Tensor
-    log_sums: Tensor
     query: Tensor
     key: Tensor
     value: Tensor
@@ -54,6 +52,8 @@ def attention_case(
     key_heads: int = 2,
     size: int = 16,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
     layout: str = "heads first",
     columns: int = 2,
     seed: int = 0,
@@ -71,66 +71,64 @@ def attention_case(
             return storage[:, 1 : tokens + 1, 2 : size + 2]
         return values
 
-    sequences, runs = [], [0]
+    sequences = []
     n_tail = n_prefix = 0
     for prefix, lengths in shapes:
         for length in lengths:
             sequences.append((n_tail, n_tail + length, n_prefix, n_prefix + prefix, len(sequences)))
             n_tail += length
         n_prefix += prefix
-        runs.append(len(sequences))
+    sunk = torch.randn(heads, generator=generator, dtype=torch.float64).mul(2).to(dtype) if sinks else None
+    options = AttentionOptions(0.7 / math.sqrt(size), window, softcap, sunk)
     inputs = AttentionInputs(
         draw(heads, n_tail),
         draw(key_heads, n_tail),
         draw(key_heads, n_tail),
         draw(key_heads, n_prefix) if n_prefix else None,
         draw(key_heads, n_prefix) if n_prefix else None,
-        torch.tensor(sequences, dtype=torch.int64).view(-1, 5),
-        0.7 / math.sqrt(size),
-        window,
+        PackedSequences(torch.tensor(sequences, dtype=torch.int64).view(-1, 5)),
+        options,
     )
     weights = torch.randn(columns, len(sequences), generator=generator, dtype=torch.float64).to(accumulator(dtype))
-    return AttentionCase(inputs, draw(heads, n_tail), torch.tensor(runs), weights)
+    return AttentionCase(inputs, draw(heads, n_tail), weights)
 
 
 def written_out(case: AttentionCase) -> AttentionOutcome:
-    """One sequence at a time: a softmax over a mask, differentiated by autograd."""
-    inputs = case.inputs
+    """The reference in float64, a sequence at a time, differentiated by autograd."""
+    inputs, options = case.inputs, case.inputs.options
     q, k, v = (t.double().clone().requires_grad_() for t in (inputs.query, inputs.key, inputs.value))
     given = [torch.zeros(len(k), 0, k.shape[2]) if t is None else t for t in (inputs.prefix_key, inputs.prefix_value)]
     prefixes = [t.double().clone().requires_grad_() for t in given]
-    shared = len(q) // len(k)
-    output, log_sums = torch.zeros_like(q).detach(), torch.zeros(q.shape[:2], dtype=torch.float64)
+    outputs = []
     gradients = [torch.zeros_like(t).detach() for t in (q, k, v)]
     sums = [torch.zeros(len(case.weights), *t.shape, dtype=torch.float64) for t in prefixes]
-    for begin, end, prefix_begin, prefix_end, row in inputs.sequences.tolist():
-        keys, values = (
-            torch.cat([p[:, prefix_begin:prefix_end], own[:, begin:end]], 1).repeat_interleave(shared, 0)
-            for p, own in zip(prefixes, (k, v), strict=True)
+    for row in inputs.sequences.table:
+        begin, end, *_, weight = row.tolist()
+        found = packed_attention(
+            *(q, k, v, row[None]),
+            prefix_key=prefixes[0],
+            prefix_value=prefixes[1],
+            scale=options.scale,
+            window=options.window,
+            softcap=options.softcap,
+            sinks=options.sinks,
         )
-        place = torch.arange(keys.shape[1])
-        of_query = place[prefix_end - prefix_begin :, None]
-        seen = place <= of_query
-        if inputs.window is not None:
-            seen &= place > of_query - inputs.window
-        scores = (inputs.scale * q[:, begin:end] @ keys.transpose(1, 2)).masked_fill(~seen, -math.inf)
-        found = scores.softmax(-1) @ values
-        output[:, begin:end], log_sums[:, begin:end] = found.detach(), scores.detach().logsumexp(-1)
-        S = (found * case.above[:, begin:end].double()).sum()
+        outputs.append(found.detach())
+        S = (found.transpose(0, 1) * case.above[:, begin:end].double()).sum()
         back = torch.autograd.grad(S, (q, k, v, *prefixes))
         for total, gradient in zip(gradients, back[:3], strict=True):
             total += gradient
         for total, gradient in zip(sums, back[3:], strict=True):
-            total += case.weights[:, row, None, None, None].double() * gradient
-    by_token = [t.transpose(0, 1) for t in (output, log_sums, *gradients)]
-    return AttentionOutcome(*by_token, *sums)
+            total += case.weights[:, weight, None, None, None].double() * gradient
+    output = torch.cat([q.new_zeros(0, len(q), v.shape[2]).detach(), *outputs])
+    return AttentionOutcome(output, *(t.transpose(0, 1) for t in gradients), *sums)
 
 
 def written_prefixes(case: AttentionCase) -> Tensor:
     """[P] which tokens of prefixes have a sequence behind them, and so sums."""
     tokens = 0 if case.inputs.prefix_key is None else case.inputs.prefix_key.shape[1]
     found = torch.zeros(tokens, dtype=torch.bool)
-    for begin, end in case.inputs.sequences[:, 2:4].tolist():
+    for begin, end in case.inputs.sequences.table[:, 2:4].tolist():
         found[begin:end] = True
     return found
 
@@ -145,7 +143,7 @@ def assert_attention(outcome: AttentionOutcome, case: AttentionCase) -> None:
     behind = written_prefixes(case)
     wide = accumulator(case.inputs.query.dtype)
     # Of the terms of ∂/∂q and ∂/∂k, which cancel where nearly all weight is on one key.
-    term = case.inputs.scale * _longest(case.above) * _longest(case.inputs.value)
+    term = case.inputs.options.scale * _longest(case.above) * _longest(case.inputs.value)
     term *= max(_longest(case.inputs.query), _longest(case.inputs.key)) * max(1.0, _longest(case.weights))
     for field in dataclasses.fields(AttentionOutcome):
         found, truth = getattr(outcome, field.name), getattr(expected, field.name)
@@ -154,11 +152,10 @@ def assert_attention(outcome: AttentionOutcome, case: AttentionCase) -> None:
         assert found.shape == truth.shape, field.name
         if not truth.numel():
             continue
-        # The backward is given the rounded output.
-        rounded = {"log_sums": wide, "output": found.dtype}.get(field.name, case.inputs.query.dtype)
+        rounded = found.dtype
         largest = truth.abs().amax()
         allowed = 64 * torch.finfo(wide).eps * largest + 2 * torch.finfo(rounded).eps * truth.abs()
         if field.name in ("query", "key", "prefix_key"):
-            allowed = allowed + torch.finfo(rounded).eps * term
+            allowed = allowed + torch.finfo(wide).eps * term
         excess = (found.double() - truth).abs() - allowed
         assert not (~(excess <= 0)).any(), f"{field.name} is off by {excess.max()} too much"

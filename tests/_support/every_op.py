@@ -74,7 +74,7 @@ class EveryOp:
         forms = [
             {"heads": 4, "key_heads": 2, "size": 16, "window": None, "layout": "heads first"},
             {"heads": 3, "key_heads": 3, "size": 21, "window": 7, "layout": "tokens first", "columns": 3},
-            {"heads": 3, "key_heads": 1, "size": 33, "window": 100, "layout": "apart", "columns": 1},
+            {"heads": 3, "key_heads": 1, "size": 33, "window": 100, "layout": "apart", "columns": 1, "sinks": True},
         ]
         self._attention = [
             attention_calls(attention_case(shapes, dtype, **form), self.image)

@@ -32,8 +32,8 @@ OPS = {
     "rms_norm_backward": (7, "@5P2qi0q"),
     "gated_silu_forward": (8, "@3P2qi0q"),
     "gated_silu_backward": (9, "@5P2qi0q"),
-    "packed_attention_forward": (10, "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
-    "packed_attention_backward": (11, "@PqqPqqPqqPqqPqqP5qdPqq9P4qi0q"),
+    "packed_attention_forward": (10, "@PqqPqqPqqPqqPqq2P7qdPi0q"),
+    "packed_attention_backward": (11, "@PqqPqqPqqPqqPqq2P7qdPqq7P3qi0q"),
 }
 
 

@@ -16,14 +16,14 @@ import pytest
 import torch
 from engine_sums import Observed, assert_same_estimate, assert_same_sums, median_error, observe, ratio_of, relative
 from exactness import BATCHES, BUDGET, CHECKPOINTING, batch_of_every_kind, checkpointed
-from probe_models.adapters import gpt_oss_with_lora, ia3_over, lora_over, with_adapter
+from probe_models.adapters import ia3_over, lora_over, with_adapter
 from probe_models.architectures import build_model, quantize_nf4, stepped_adamw
 from probe_models.batches import pack
 from probe_models.own_dtype import computing_in_own_dtype
 from refused_ways import refuse
 from torch import Tensor, nn
 
-from entropy_fast import OfflineEntropyProbe, Rollouts
+from entropy_fast import Rollouts
 from entropy_fast.capture import CapturedModules
 from entropy_fast.capture.dora import dora_magnitude
 from entropy_fast.capture.lora import lora_linear
@@ -241,23 +241,6 @@ def test_positions_broadcast_over_the_batch_are_refused() -> None:
     with pytest.warns(EntropyFastWarning, match=r"1 of .* trainable parameters .*'base\.transformer\.wpe\.weight'"):
         found = observe("one_pass", model, optimizer, rollouts)
     assert_same_sums(found, observe("two_pass", model, optimizer, rollouts), 1e-10)
-
-
-def test_sinks_are_not_packed() -> None:
-    model = gpt_oss_with_lora()
-    optimizer = stepped_adamw(model)
-    rollouts = with_padding_tokens()
-    with no_slower_path():
-        found = observe("one_pass", model, optimizer, rollouts)
-    expected = observe("two_pass", model, optimizer, rollouts)
-    assert not way_of(found).startswith("packed")
-    # Norms compute in fp32 whatever the model's dtype is.
-    assert_same_sums(found, expected, 2e-6)
-    assert_same_estimate(found, expected, 2e-6)
-    names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    packed = PackedWay(OfflineEntropyProbe(model, optimizer).context, CapturedModules(model, names))
-    with pytest.raises(NotImplementedError, match="s_aux"):
-        packed.hidden(rollouts, torch.tensor([0, 1]))
 
 
 def wide_adapters_over_bf16(seed: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The kernels of packed attention against attention written out in float64, on every instruction set that this machine runs."""
+"""Packed attention by every backend against the reference in float64, on every instruction set that this machine runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from attention_cases import (
 )
 from hypothesis import strategies as st
 from logprob_cases import accumulator
+from torch import Tensor
 
 from entropy_fast import _native, ops
-from entropy_fast.errors import NativeLibraryError
+from entropy_fast.errors import ConfigError, NativeLibraryError
 from entropy_fast.ops import native_backend
-from entropy_fast.ops.attention_inputs import PrefixSums
-from entropy_fast.ops.packed_attention import packed_attention, packed_attention_backward, takes_packed_attention
+from entropy_fast.ops.attention_inputs import AttentionOptions, PackedSequences, PrefixSums
 
 VARIANTS = _native.supported_variants()
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -32,21 +32,15 @@ SHAPES: Shapes = ((130, (140, 33, 1)), (0, (64, 65, 0)), (3, ()), (5, (0, 0)), (
 
 
 def run(case: AttentionCase) -> AttentionOutcome:
-    """Both calls, on results that are NaN before."""
+    """Both ops, with sums where there is a prefix."""
     inputs = case.inputs
     wide = accumulator(inputs.query.dtype)
-    heads, tokens, size = inputs.query.shape
-    output = torch.full((tokens, heads, size), torch.nan, dtype=inputs.query.dtype)
-    log_sums = torch.full((tokens, heads), torch.nan, dtype=wide)
-    native_backend.packed_attention_forward(inputs, output, log_sums)
-    key, value = (torch.full((tokens, len(inputs.key), size), torch.nan, dtype=wide) for _ in range(2))
+    output = ops.packed_attention(inputs)
     n_prefix = 0 if inputs.prefix_key is None else inputs.prefix_key.shape[1]
-    totals = [torch.full((len(case.weights), len(inputs.key), n_prefix, size), torch.nan, dtype=wide) for _ in range(2)]
+    shape = (len(case.weights), len(inputs.key), n_prefix)
+    totals = [torch.zeros(*shape, size, dtype=wide) for size in (inputs.key.shape[2], inputs.value.shape[2])]
     sums = PrefixSums(case.weights, *totals) if n_prefix else None
-    query = torch.full_like(output, torch.nan)
-    gradients = (query, key, value)
-    native_backend.packed_attention_backward(inputs, case.above, output, log_sums, case.runs, sums, gradients)
-    return AttentionOutcome(output, log_sums, *gradients, *totals)
+    return AttentionOutcome(output, *ops.packed_attention_backward(inputs, case.above, sums), *totals)
 
 
 def same(one: AttentionOutcome, two: AttentionOutcome) -> bool:
@@ -56,8 +50,19 @@ def same(one: AttentionOutcome, two: AttentionOutcome) -> bool:
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ENTROPY_FAST_BACKEND", "native")
     monkeypatch.setenv("ENTROPY_FAST_ISA", request.param)
     return str(request.param)
+
+
+@pytest.fixture(params=["native", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ENTROPY_FAST_BACKEND", request.param)
+    return str(request.param)
+
+
+def calls_of(name: str) -> int:
+    return next(record.calls for record in ops.backend_report() if record.name == name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,6 +87,7 @@ def test_blocks_of_queries_and_keys(
     heads=st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 3, 4, 65])),
     size=st.integers(1, 40) | st.sampled_from([64, 80, 128]),
     window=st.none() | st.integers(1, 14),
+    sinks=st.booleans(),
     layout=st.sampled_from(LAYOUTS),
     columns=st.sampled_from([1, 2, 3, 5]),
     seed=st.integers(0, 9),
@@ -93,6 +99,7 @@ def test_any_shape(
     heads: tuple[int, int],
     size: int,
     window: int | None,
+    sinks: bool,
     layout: str,
     columns: int,
     seed: int,
@@ -105,6 +112,7 @@ def test_any_shape(
         key_heads=key_heads,
         size=size,
         window=window,
+        sinks=sinks,
         layout=layout,
         columns=columns,
         seed=seed,
@@ -130,10 +138,12 @@ def test_a_sequence_is_by_itself() -> None:
     """Bits do not depend on what else is in the row, and a NaN stays where it is."""
     case = attention_case([(20, (30, 40)), (9, (11,))])
     whole = run(case)
-    others = dataclasses.replace(case.inputs, sequences=case.inputs.sequences[1:])
-    alone = run(dataclasses.replace(case, inputs=others, runs=torch.tensor([0, 1, 2])))
-    assert torch.equal(alone.output[30:], whole.output[30:])
-    assert alone.output[:30].isnan().all()
+    alone = attention_case([(20, (30, 40))])
+    for name in ("query", "key", "value"):
+        getattr(alone.inputs, name)[:] = getattr(case.inputs, name)[:, :70]
+    for name in ("prefix_key", "prefix_value"):
+        getattr(alone.inputs, name)[:] = getattr(case.inputs, name)[:, :20]
+    assert torch.equal(run(alone).output, whole.output[:70])
     case.inputs.value[:, 5] = torch.nan
     case.above[:, 7] = torch.nan
     spoiled = run(case)
@@ -147,7 +157,7 @@ def test_extreme_scores() -> None:
     case = attention_case([(40, (50,))], size=8)
     case.inputs.query.mul_(3e4)
     outcome, expected = run(case), written_out(case)
-    torch.testing.assert_close(outcome.log_sums.double(), expected.log_sums, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(outcome.output.double(), expected.output, rtol=0.0, atol=0.05)
     assert all(value.isfinite().all() for value in vars(outcome).values())
 
 
@@ -185,78 +195,210 @@ def test_weights_that_are_all_zero_give_zeros() -> None:
     assert outcome.prefix_key[0].any() and outcome.prefix_value[0].any()
 
 
-def test_what_is_allocated_and_counted() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 1.5), (20, 0.7)])
+def test_by_torch(
+    dtype: torch.dtype, sinks: bool, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENTROPY_FAST_BACKEND", "reference")
+    case = attention_case(SHAPES, dtype, columns=3, window=window, softcap=softcap, sinks=sinks, layout="apart")
+    before = calls_of("reference")
+    outcome = run(case)
+    assert calls_of("reference") - before == 2
+    assert_attention(outcome, case)
+
+
+def test_scores_written_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few sequences at a time."""
+    case = attention_case(SHAPES, torch.float64, softcap=1.5)
+    monkeypatch.setattr("entropy_fast.ops.padded_attention._AT_ONCE", 1)
+    assert_attention(run(case), case)
+
+
+def gradients_of_scores(case: AttentionCase) -> tuple[Tensor, Tensor]:
+    """Of one sequence [heads, T, T]: dz = p_j Σ_k p_k (dp_j - dp_k), in which nothing large cancels, and its bound."""
+    inputs = case.inputs
+    q, k, v, above = (t.double() for t in (inputs.query, inputs.key, inputs.value, case.above))
+    k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
+    z = inputs.options.scale * q @ k.transpose(1, 2)
+    hidden = torch.ones_like(z, dtype=torch.bool).triu(1)
+    highest = z.masked_fill(hidden, 0.0).abs().amax(-1, keepdim=True)
+    p, dp = z.masked_fill(hidden, -torch.inf).softmax(-1), above @ v.transpose(1, 2)
+    dz = p * ((dp[..., :, None] - dp[..., None, :]) * p[..., None, :]).sum(-1)
+    largest = above.norm(dim=-1, keepdim=True) * v.norm(dim=-1).amax()
+    # 1 - p without rounding.
+    other = (p[..., None, :] * ~torch.eye(len(p[0]), dtype=torch.bool)).sum(-1)
+    # A score is off by what rounding it makes of the largest; what is smaller than the smallest number is 0.
+    of = torch.finfo(accumulator(inputs.query.dtype))
+    return dz, largest * (16 * of.eps * (1 + highest) * p * other + of.tiny)
+
+
+@pytest.mark.parametrize("scale", [10.0**power for power in range(0, 13, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_a_saturated_softmax(dtype: torch.dtype, scale: float, backend: str) -> None:
+    """Nearly all weight is on one key, and queries are so large that the rounding of what cancels would show.
+
+    What p (dp - Σ o do) leaves of two equal numbers, 1e-7 of them, is a gradient of 10 where queries are 1e8 and it is 0.
+    """
+    case = attention_case([(0, (40,))], dtype, size=16)
+    case.inputs.query.mul_(scale)
+    outcome = run(case)
+    dz, allowed = gradients_of_scores(case)
+    q = case.inputs.options.scale * case.inputs.query.double()
+    k = case.inputs.options.scale * case.inputs.key.double().repeat_interleave(2, 0)
+    pairs = (
+        (outcome.query, dz @ k, allowed @ k.abs()),
+        (outcome.key, *(t.view(2, 2, 40, 16).sum(1) for t in (dz.mT @ q, allowed.mT @ q.abs()))),
+    )
+    for found, expected, bound in pairs:
+        excess = (found.transpose(0, 1).double() - expected).abs() - bound
+        assert (excess <= 2 * torch.finfo(dtype).eps * expected.abs()).all(), float(excess.max())
+
+
+def test_what_is_allocated_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ENTROPY_FAST_BACKEND", raising=False)
     case = attention_case(SHAPES, torch.bfloat16)
     before = {record.name: record.calls for record in ops.backend_report()}
-    output, log_sums = packed_attention(case.inputs)
-    found = packed_attention_backward(case.inputs, case.above, output, log_sums, case.runs, None)
+    output = ops.packed_attention(case.inputs)
+    found = ops.packed_attention_backward(case.inputs, case.above, None)
     after = {record.name: record.calls for record in ops.backend_report()}
     assert {name: after[name] - before[name] for name in after} == {name: 2 * (name == "native") for name in after}
-    assert log_sums.dtype == torch.float32
     assert all(t.dtype == torch.bfloat16 for t in (output, *found))
     whole = run(case)
-    assert torch.equal(output, whole.output)
-    for one, two in zip(found, (whole.query, whole.key, whole.value), strict=True):
-        assert torch.equal(one, two.bfloat16())
+    for one, two in zip((output, *found), (whole.output, whole.query, whole.key, whole.value), strict=True):
+        assert torch.equal(one, two)
 
 
-def test_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ENTROPY_FAST_BACKEND", raising=False)
     inputs = attention_case([(3, (4, 5))]).inputs
 
-    def taken(**changes: object) -> bool:
-        return takes_packed_attention(dataclasses.replace(inputs, **changes))  # type: ignore[arg-type]
+    def natively(**changes: object) -> bool:
+        before = calls_of("native"), calls_of("reference")
+        ops.packed_attention(dataclasses.replace(inputs, **changes))  # type: ignore[arg-type]
+        after = calls_of("native"), calls_of("reference")
+        assert sum(after) - sum(before) == 1
+        return after[0] > before[0]
 
-    assert taken() and taken(window=3) and taken(prefix_key=None, prefix_value=None)
-    halves = {name: t.half() for name, t in vars(inputs).items() if name in ("query", "key", "value")}
-    assert not taken(**halves, prefix_key=None, prefix_value=None)
-    assert not taken(query=inputs.query.double())
-    assert not taken(value=inputs.value[..., :8])
-    assert not taken(window=0)
-    assert not taken(query=inputs.query.to("meta"))
-    for wanted, expected in (("reference", False), ("native", True), ("auto", True), ("triton", False)):
+    def options(**changes: object) -> AttentionOptions:
+        return dataclasses.replace(inputs.options, **changes)  # type: ignore[arg-type]
+
+    assert natively() and natively(options=options(window=3)) and natively(options=options(sinks=torch.zeros(4)))
+    assert not natively(options=options(softcap=2.0))
+    names = ("query", "key", "value", "prefix_key", "prefix_value")
+    assert not natively(**{name: getattr(inputs, name).half() for name in names})
+    assert not natively(value=inputs.value[..., :8], prefix_value=inputs.prefix_value[..., :8])
+    assert not natively(**{name: getattr(inputs, name).to("meta") for name in names})
+    for wanted, expected in (("reference", False), ("native", True), ("auto", True), ("triton", False), ("", True)):
         monkeypatch.setenv("ENTROPY_FAST_BACKEND", wanted)
-        assert taken() == expected, wanted
-    monkeypatch.setenv("ENTROPY_FAST_BACKEND", "")
+        assert natively() == expected, wanted
     monkeypatch.setattr(native_backend, "_load", lambda: (None, "it was taken away"))
-    assert not taken()
+    assert not natively()
 
 
-def test_calls_that_do_not_fit_are_refused() -> None:
+def table(*rows: tuple[int, ...]) -> PackedSequences:
+    return PackedSequences(torch.tensor(rows))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [(1, 4, 0, 3, 0)],
+        [(0, 4, 0, 3, 0), (5, 9, 0, 3, 1)],
+        [(0, 4, 0, 3, 0), (3, 9, 0, 3, 1)],
+        [(0, -1, 0, 3, 0)],
+        [(0, 4, 3, 0, 0)],
+        [(0, 4, -1, 3, 0)],
+        [(0, 4, 0, 3, -1)],
+        [(0, 4, 0, 3, 0), (4, 9, 1, 3, 1)],
+        [(0, 4, 0, 3, 0), (4, 9, 3, 5, 1), (9, 10, 0, 3, 2)],
+    ],
+)
+def test_tables_that_are_refused(rows: list[tuple[int, ...]]) -> None:
+    with pytest.raises(ConfigError, match="one behind the other"):
+        table(*rows)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 4).long(), torch.zeros(2, 5), torch.zeros(5).long()])
+def test_what_is_no_table(wrong: Tensor) -> None:
+    with pytest.raises(ConfigError, match=r"expected \[S, 5\] int64"):
+        PackedSequences(wrong)
+
+
+def test_runs_of_sequences() -> None:
+    sequences = table((0, 4, 0, 5, 0), (4, 7, 0, 5, 2), (7, 9, 7, 8, 4), (9, 10, 8, 8, 5), (10, 12, 8, 8, 6))
+    assert sequences.by_prefix.tolist() == [0, 2, 3, 4, 5]
+    assert sequences.each.tolist() == [0, 1, 2, 3, 4, 5]
+    assert (sequences.tokens, sequences.prefix_tokens, sequences.rows) == (12, 8, 7)
+    nothing = PackedSequences(torch.zeros(0, 5, dtype=torch.int64))
+    assert nothing.by_prefix.tolist() == nothing.each.tolist() == [0]
+
+
+def test_inputs_that_do_not_fit_are_refused(backend: str) -> None:
     case = attention_case([(3, (4, 5))], heads=4, key_heads=2)
-    inputs = case.inputs
-    output, log_sums = torch.zeros(9, 4, 16), torch.zeros(9, 4)
-    reversed_span, no_tokens = inputs.sequences.clone(), inputs.sequences.clone()
-    reversed_span[0, 1] = -1
-    no_tokens[0, 2] = 9
-    for changes, reason in (
-        ({"query": inputs.query[:3]}, "heads are no multiple of the key heads"),
-        ({"window": 0}, "a token does not see itself"),
-        ({"sequences": reversed_span}, "a sequence ends before it begins"),
-        ({"sequences": no_tokens}, "a sequence ends before it begins"),
-        ({"prefix_value": None}, "a prefix without keys or values"),
+    inputs, total = case.inputs, torch.zeros(2, 2, 3, 16)
+    changed = [
+        {"query": inputs.query[:3]},
+        {"query": inputs.query[:, :8]},
+        {"query": inputs.query[0]},
+        {"query": inputs.query.double()},
+        {"query": inputs.query.to("meta")},
+        {"query": inputs.query.long()},
+        {"key": inputs.key[:, :8]},
+        {"key": inputs.key[..., :8]},
+        {"value": inputs.value[:1]},
+        {"prefix_value": None},
+        {"prefix_key": inputs.prefix_key[:, :2]},
+        {"prefix_value": inputs.prefix_value[..., :7]},
+        {"prefix_key": None, "prefix_value": None},
+        {"sequences": table((0, 4, 0, 4, 0), (4, 9, 0, 4, 1))},
+        {"sequences": table((0, 4, 0, 3, 0))},
+        {"sequences": table((0, 4, 0, 3, 0), (4, 10**12, 0, 3, 1))},
+        {"options": AttentionOptions(1.0, 0)},
+        {"options": AttentionOptions(1.0, None, 0.0)},
+        {"options": AttentionOptions(1.0, sinks=torch.zeros(2))},
+    ]
+    for changes in changed:
+        wrong = dataclasses.replace(inputs, **changes)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="packed_attention got"):
+            ops.packed_attention(wrong)
+        with pytest.raises(ConfigError, match="packed_attention"):
+            ops.packed_attention_backward(wrong, case.above, None)
+    for above in (case.above[:, :8], case.above.double(), case.above[..., :4], case.above.to("meta")):
+        with pytest.raises(ConfigError, match="got a gradient of"):
+            ops.packed_attention_backward(inputs, above, None)
+    for sums in (
+        PrefixSums(case.weights[:, :1], total, total),
+        PrefixSums(case.weights, total[:1], total),
+        PrefixSums(case.weights, total, total[:, :, :2]),
+        PrefixSums(case.weights, total, total.double()),
+        PrefixSums(case.weights.double(), total, total),
+        PrefixSums(case.weights, total.transpose(1, 2).contiguous().transpose(1, 2), total),
     ):
-        with pytest.raises(NativeLibraryError, match=reason):
-            native_backend.packed_attention_forward(dataclasses.replace(inputs, **changes), output, log_sums)
-    with pytest.raises(NativeLibraryError, match="element type float16"):
-        native_backend.packed_attention_forward(inputs, output.half(), log_sums)
+        with pytest.raises(ConfigError, match="as weights and sums"):
+            ops.packed_attention_backward(inputs, case.above, sums)
 
 
-def test_runs_that_do_not_fit_are_refused() -> None:
-    case = attention_case([(3, (4, 5))], heads=4, key_heads=2)
-    output, log_sums, total = torch.zeros(9, 4, 16), torch.zeros(9, 4), torch.zeros(2, 2, 3, 16)
-    two_prefixes = case.inputs.sequences.clone()
-    two_prefixes[1, 2] = 1
-    for runs, sequences, sums, reason in (
-        ([0, 2], None, PrefixSums(case.weights, total, None), "sums of prefixes and weights do not go together"),
-        ([0, 3], None, None, "a run of sequences that are not there"),
-        ([2, 0], None, None, "a run of sequences that are not there"),
-        ([0, 2], None, PrefixSums(case.weights[:, :1], total, total), "a sequence without weights"),
-        ([0, 2], None, PrefixSums(case.weights, total[:, :, :2], total), "a prefix without sums"),
-        ([0, 2], two_prefixes, PrefixSums(case.weights, total, total), "prefixes that differ within a run"),
+def test_a_table_that_was_changed_afterwards_is_refused_by_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENTROPY_FAST_BACKEND", "native")
+    case = attention_case([(3, (4, 5))])
+    for place, value, reason in (
+        ((0, 1), 10**15, "stand one behind the other|tokens that are not there"),
+        ((1, 1), 10**15, "tokens that are not there"),
+        ((1, 1), 8, "tokens that are in no sequence"),
+        ((1, 0), 3, "one behind the other"),
+        ((1, 1), -(2**62), "ends before it begins"),
+        ((0, 3), 10**15, "a prefix that is not there"),
+        ((0, 2), -(2**62), "a prefix that is not there"),
     ):
-        inputs = case.inputs if sequences is None else dataclasses.replace(case.inputs, sequences=sequences)
+        changed = case.inputs.sequences.table[place].clone()
+        case.inputs.sequences.table[place] = value
         with pytest.raises(NativeLibraryError, match=reason):
-            native_backend.packed_attention_backward(
-                inputs, case.above, output, log_sums, torch.tensor(runs), sums, (output, output, output)
-            )
+            ops.packed_attention(case.inputs)
+        case.inputs.sequences.table[place] = changed
+    sums = PrefixSums(case.weights, torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16))
+    for value in (2, -1):
+        case.inputs.sequences.table[1, 4] = value
+        with pytest.raises(NativeLibraryError, match="without weights"):
+            ops.packed_attention_backward(case.inputs, case.above, sums)

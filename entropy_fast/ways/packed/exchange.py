@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from entropy_fast.ops.attention_inputs import AttentionOptions
 from entropy_fast.ways.packed.attention import packed_attention
 from entropy_fast.ways.packed.groups import AttentionGroups
 from entropy_fast.ways.packed.layout import PackedLayout
 from entropy_fast.ways.packed.prefix_states import PrefixStates
-from entropy_fast.ways.packed.scores import AttentionOptions
 
 __all__ = ["PackedRun"]
 
@@ -40,8 +40,8 @@ class PackedRun:
         self.weights: list[Tensor] = []
         self.copies = tuple(copies)
         self.on_tails = False
-        self._tails = AttentionGroups(layout.groups, tails=True, device=device, copies=copies)
-        self._prefixes = AttentionGroups(layout.groups, tails=False, device=device)
+        self._tails = AttentionGroups(layout.groups, tails=True, copies=copies)
+        self._prefixes = AttentionGroups(layout.groups, tails=False)
 
     def copy(self, place: int) -> slice:
         """Where the prefixes of a copy stand in the row of the tails."""
@@ -59,6 +59,7 @@ class PackedRun:
         scaling: float | None = None,
         sliding_window: int | None = None,
         softcap: float | None = None,
+        s_aux: Tensor | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
         """An attention function as transformers calls it.
@@ -66,6 +67,8 @@ class PackedRun:
         Raises:
             NotImplementedError: the layer asks for something that is not implemented here.
         """
+        if s_aux is not None and s_aux.requires_grad:
+            raise NotImplementedError(f"attention of {type(module).__name__}: sinks that are trained")
         unknown = [name for name, given in others.items() if isinstance(given, Tensor) and name not in _HARMLESS]
         if unknown or dropout or attention_mask is not None or query.shape[0] != 1:
             raise NotImplementedError(
@@ -76,7 +79,7 @@ class PackedRun:
             # As scaled_dot_product_attention has it; the backward runs outside of autocast.
             query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
         scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-        options = AttentionOptions(scale, sliding_window, softcap)
+        options = AttentionOptions(scale, sliding_window, softcap, s_aux)
         groups = self._tails if self.on_tails else self._prefixes
         prefix = self.states.get(id(module)) if self.on_tails else None
         found = packed_attention(query, key, value, groups, prefix, self.weights, options)

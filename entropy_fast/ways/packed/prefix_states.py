@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from entropy_fast.ways.packed.layout import PackedGroup
-
 __all__ = ["PrefixStates"]
 
 
@@ -51,9 +49,3 @@ class PrefixStates:
         """The cotangents, which the next backward starts anew; None where none has come."""
         found, self.cotangents = self.cotangents, None
         return found
-
-    def put(self, group: PackedGroup, weights: Tensor, key: Tensor, value: Tensor) -> None:
-        """Sum up a group's ∂S_i/∂K_p and ∂S_i/∂V_p [G, heads, P of the group, D] with ``weights`` [C, G]."""
-        begin, end = group.prefix
-        for total, found in zip(self.sums(len(weights)), (key, value), strict=True):
-            total[:, :, begin:end] = torch.tensordot(weights.to(self.wide), found.to(self.wide), dims=1)

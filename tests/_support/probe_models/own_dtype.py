@@ -52,9 +52,10 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Softmax attention ``[N, heads, T, d]`` to ``[N, T, heads, d]``, with capped scores where the model asks for them."""
+    """Softmax attention ``[N, heads, T, d]`` to ``[N, T, heads, d]``, capped and with sinks where a model asks for them."""
     assert dropout == 0 or not module.training
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -63,4 +64,7 @@ def _attention(
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
-    return (torch.softmax(scores, -1) @ value).transpose(1, 2).contiguous(), None
+    if s_aux is not None:
+        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    return (torch.softmax(scores, -1)[..., : key.shape[2]] @ value).transpose(1, 2).contiguous(), None

@@ -12,12 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from entropy_fast.ways.packed import scores
+from entropy_fast.ops.attention_inputs import AttentionOptions
 from entropy_fast.ways.packed.attention import packed_attention
 from entropy_fast.ways.packed.groups import AttentionGroups
 from entropy_fast.ways.packed.layout import PackedGroup
 from entropy_fast.ways.packed.prefix_states import PrefixStates
-from entropy_fast.ways.packed.scores import AttentionOptions
 
 # Prompt length, and lengths of its tails. A group without any tail, single ones, and one without a prompt.
 GROUPS = ((5, (3, 1, 0, 6)), (2, (0, 0)), (1, (4,)), (0, (2, 2)), (7, (2, 2, 2)))
@@ -126,7 +125,7 @@ def by_packing(case: Case, dtype: torch.dtype = torch.float64) -> Found:
     query, key, value, above = (t.to(dtype) for t in case.tails)
     leaves = [t.clone().requires_grad_() for t in (query, key, value)]
     prefix = PrefixStates(*(t.to(dtype).requires_grad_() for t in case.prefixes[1:3]))
-    groups = AttentionGroups(case.groups, tails=True, device=torch.device("cpu"))
+    groups = AttentionGroups(case.groups, tails=True)
     weights: list[Tensor] = []
     output = packed_attention(*leaves, groups, prefix, weights, case.options)
     weights.append(case.weights)
@@ -152,12 +151,10 @@ def assert_near(found: Found, expected: Expected, tolerance: float) -> None:
             assert relative(one[column], two[column]) < tolerance, f"column {column}, {name}"
 
 
-@pytest.fixture(params=["native", "own backward", "scaled_dot_product_attention"])
+@pytest.fixture(params=["native", "reference"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """All ways to the same attention: the compiled kernels, torch's fused one with a backward by name, and its front door."""
-    monkeypatch.setenv("ENTROPY_FAST_BACKEND", "native" if request.param == "native" else "reference")
-    if request.param == "scaled_dot_product_attention":
-        monkeypatch.setattr(scores, "_has_own_backward", lambda *_: False)
+    """Both backends; a softcap is for the second one in any case."""
+    monkeypatch.setenv("ENTROPY_FAST_BACKEND", request.param)
     return str(request.param)
 
 
@@ -179,7 +176,7 @@ def test_prefixes_by_themselves(form: str, kernel: str) -> None:
     """Without states to continue from, every prompt is a sequence of its own."""
     case = case_of(6, 2, form)
     query, key, value = (t.clone().requires_grad_() for t in case.prefixes[:3])
-    groups = AttentionGroups(case.groups, tails=False, device=torch.device("cpu"))
+    groups = AttentionGroups(case.groups, tails=False)
     output = packed_attention(query, key, value, groups, None, [], case.options)
     above = case.prefixes[3].transpose(1, 2)
     output.backward(above)
@@ -216,13 +213,6 @@ def test_cotangents_of_prompts_without_a_graph_are_not_made() -> None:
     case = case_of(3, 3, "plain")
     prefix = PrefixStates(*case.prefixes[1:3])
     leaves = [t.clone().requires_grad_() for t in case.tails[:3]]
-    groups = AttentionGroups(case.groups, tails=True, device=torch.device("cpu"))
+    groups = AttentionGroups(case.groups, tails=True)
     packed_attention(*leaves, groups, prefix, [case.weights], case.options).sum().backward()
     assert prefix.cotangents is None
-
-
-def test_scores_written_out_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Softcapped scores are made a few sequences at a time."""
-    case = case_of(6, 2, "softcap")
-    monkeypatch.setattr(scores, "_AT_ONCE", 1)
-    assert_near(by_packing(case), of_tails(case), 1e-12)

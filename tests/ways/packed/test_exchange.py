@@ -99,10 +99,15 @@ class TestRefusals:
         )
         assert torch.equal(found, torch.ones(1, 2, 2, 4, dtype=torch.float64))
 
-    @pytest.mark.parametrize("name", ["head_mask", "sinks", "s_aux", "position_bias", "something_new"])
+    @pytest.mark.parametrize("name", ["head_mask", "sinks", "position_bias", "something_new"])
     def test_tensors_that_are_not_known(self, name: str) -> None:
         with pytest.raises(NotImplementedError, match=f"attention of Identity: {name}"):
             self.attention(**{name: torch.zeros(2)})
+
+    def test_sinks_that_are_trained(self) -> None:
+        assert self.attention(s_aux=torch.zeros(2)).shape == (1, 2, 2, 4)
+        with pytest.raises(NotImplementedError, match="attention of Identity: sinks that are trained"):
+            self.attention(s_aux=torch.zeros(2, requires_grad=True))
 
     @pytest.mark.parametrize("given", [{"dropout": 0.1}, {"attention_mask": torch.zeros(1, 1, 2, 2)}])
     def test_masks_and_dropout(self, given: dict[str, object]) -> None:
