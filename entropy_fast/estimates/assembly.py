@@ -62,7 +62,7 @@ def same_batch_result(
             prompt_units(batch.n_prompts, setting.estimate.blocks), *(part.tolist() for part in parts), strict=True
         )
     ]
-    variance = None if estimate.unbiased_variance is None else lr * lr * estimate.unbiased_variance
+    variance = _scaled(estimate.unbiased_variance, lr * lr)
     factor, found = lr / estimate.pairs, sums.by_sequence
     by_sequence: dict[Role, SequenceContributions] | None = None
     if found is not None:
@@ -117,12 +117,12 @@ class _Scaled:
     """An estimate times the learning rate, and what comes with it: fields as of `DeltaH1Result` and `Diagnostics`."""
 
     value: float
-    std_error: float | None
+    std_error: float
     standard_errors: tuple[StandardError, ...]
     shares: list[PromptContribution]
     factor: float  # of sums over the kernel
     by_sequence: dict[Role, SequenceContributions] | None
-    unbiased_variance: float | None = None
+    unbiased_variance: float = math.nan
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -187,12 +187,12 @@ def _refuse_unknown(measured: Measured, value: float, errors: tuple[StandardErro
         ModelStateError: it did; the message says which way.
     """
     fix = "look for weights, advantages or second moments that are very large or very small; scale them to an ordinary size."
-    numbers = {"delta_h1": value} | {error.name: error.value for error in errors if error.value is not None}
-    for name, number in numbers.items():
-        if not math.isfinite(number):
-            raise ModelStateError(
-                f"the forecast's {name} came out as {number}: products of gradients overflow.", fix=fix
-            )
+    if not math.isfinite(value):
+        raise ModelStateError(f"the forecast came out as {value}: products of gradients overflow.", fix=fix)
+    for error in errors:
+        # NaN is what is not defined for a batch like this.
+        if math.isinf(error.value):
+            raise ModelStateError(f"the standard error '{error.name}' overflows.", fix=fix)
     x, y = (measured.coverage[side.value].norm for side in Side)
     if x and y and value == 0 and not bool(measured.sums.row_sums.any()):
         raise ModelStateError(
@@ -243,5 +243,6 @@ def _mean(values: Tensor) -> float:
     return float(values.to(torch.float64).mean())
 
 
-def _scaled(value: float | None, factor: float) -> float | None:
-    return None if value is None else factor * value
+def _scaled(value: float | None, factor: float) -> float:
+    """NaN where it is not defined."""
+    return math.nan if value is None else factor * value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -44,12 +45,12 @@ class StandardError:
 
     Attributes:
         name: how it was obtained.
-        value: in the unit of δH₁; None when it is not defined for this batch.
+        value: in the unit of δH₁; NaN when it is not defined for this batch.
         covers: the quantity it is the error of.
     """
 
     name: str
-    value: float | None
+    value: float
     covers: str
 
 
@@ -97,7 +98,8 @@ class Diagnostics:
         leading_products: X_sum · Y_sum of the first few parameters; empty where X_sum was not formed.
         length_budget: whether L_max was given or is the longest sampled response.
         sampling: temperature and top-p the rollouts were sampled with, per batch.
-        unbiased_variance: unbiased variance of δH₁ where the whole kernel was kept; it can be negative for few prompts.
+        unbiased_variance: unbiased variance of δH₁ where the whole kernel was kept, which can be negative for few prompts; NaN
+            where it was not.
         warnings: everything that deserves a sentence.
         plan: how the engine went through the batch, and why.
     """
@@ -109,7 +111,7 @@ class Diagnostics:
     leading_products: Mapping[str, float]
     length_budget: str
     sampling: Mapping[str, tuple[float | None, float | None]]
-    unbiased_variance: float | None
+    unbiased_variance: float
     warnings: tuple[str, ...]
     plan: Plan
 
@@ -121,7 +123,7 @@ class DeltaH1Result:
     Attributes:
         delta_h1: δH₁ = lr · U (one batch) or lr · X̄·Ȳ (two batches), in ``unit``.
         std_error: lr · jackknife (one batch) or the conditional standard error over the entropy batch (two batches);
-            None when there are too few units.
+            NaN when there are too few units.
         learning_rate: lr.
         estimate: ``same_batch`` or ``two_batch``.
         engine: how X and Y were obtained.
@@ -150,7 +152,7 @@ class DeltaH1Result:
     """
 
     delta_h1: float
-    std_error: float | None
+    std_error: float
     learning_rate: float
     estimate: Literal["same_batch", "two_batch"]
     engine: str
@@ -172,22 +174,22 @@ class DeltaH1Result:
     by_parameter: dict[str, float] | None = None
     by_sequence: dict[Role, SequenceContributions] | None = None
 
-    def interval(self, level: float = 0.95) -> tuple[float, float] | None:
+    def interval(self, level: float = 0.95) -> tuple[float, float]:
         """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.
 
         Args:
             level: coverage aimed at, between 0 and 1.
 
         Returns:
-            Lower and upper end in ``unit``, or None when there is no standard error.
+            Lower and upper end in ``unit``, NaN when there is no standard error.
 
         Raises:
             ConfigError: ``level`` is not between 0 and 1.
         """
         if not 0 < level < 1:
             raise ConfigError(f"interval: level is {level}.", fix="use a number between 0 and 1, such as 0.95.")
-        if self.std_error is None:
-            return None
+        if math.isnan(self.std_error):
+            return math.nan, math.nan
         half = float(student_t.ppf((1 + level) / 2, self.row_sums.shape[0] - 1)) * self.std_error
         return self.delta_h1 - half, self.delta_h1 + half
 
@@ -207,12 +209,12 @@ class DeltaH1Result:
     @property
     def sign_established(self) -> bool | None:
         """Whether |δH₁| is at least two standard errors and the 95 % interval leaves out 0; None without a standard error."""
-        interval = self.interval(0.95)
-        if interval is None or self.std_error is None:
+        if math.isnan(self.std_error):
             return None
-        return abs(self.delta_h1) >= 2 * self.std_error and not interval[0] <= 0 <= interval[1]
+        lower, upper = self.interval(0.95)
+        return abs(self.delta_h1) >= 2 * self.std_error and not lower <= 0 <= upper
 
     def __str__(self) -> str:
-        error = "no standard error (too few prompts)" if self.std_error is None else f"± {self.std_error:.3g}"
+        error = "no standard error (too few prompts)" if math.isnan(self.std_error) else f"± {self.std_error:.3g}"
         verdict = {True: "", False: "; the sign is not established", None: ""}[self.sign_established]
         return f"δH₁ = {self.delta_h1:.17g} {error} {self.unit}{verdict} ({self.engine}, {self.geometry})"

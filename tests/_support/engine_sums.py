@@ -43,7 +43,6 @@ class Observed:
     @property
     def std_error(self) -> float:
         """Of U."""
-        assert self.result.std_error is not None
         return self.result.std_error / self.result.learning_rate
 
 
