@@ -57,7 +57,7 @@ def doctor(
 ) -> None:
     """Check the installation and, with a model, whether it can be probed: a small probe of two prompts."""
     quiet_libraries()
-    from entropy_fast.cli.inputs import load_policy, read_batch, resolve
+    from entropy_fast.cli.inputs import load_policy, read_batch, require_no_pipe, resolve
     from entropy_fast.report.doctor import check_environment, check_model, verdict
     from entropy_fast.report.doctor_rows import synthetic_rollouts
     from entropy_fast.step import adam_state_from_file
@@ -77,6 +77,8 @@ def doctor(
             policy, state = inputs.load()
             checks += check_model(policy, state, batch, estimate=inputs.estimate, run=inputs.run)
     elif (source := model_source(None, **model_options)) is not None:
+        for path in (optimizer, rollouts):
+            require_no_pipe(path)
         with errors().status(Text(f"Loading {source.name}")):
             policy = load_policy(source, adapter)
         known = None if optimizer is None else adam_state_from_file(optimizer, policy)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["Inputs", "load_policy", "read_batch", "resolve"]
+__all__ = ["Inputs", "load_policy", "read_batch", "require_no_pipe", "resolve"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,15 @@ def resolve(
             run=run,
         )
     for path in (found.optimizer, found.rollouts, found.entropy_rollouts):
-        if path is not None and path.exists() and not path.is_file():
-            # On a pipe that nobody writes to, reading would wait for ever.
-            raise RunFolderError(f"{path} is not a file.", fix="check the path.")
+        require_no_pipe(path)
     return found
+
+
+def require_no_pipe(path: Path | None) -> None:
+    """Raise where reading could wait for ever: on a pipe that nobody writes to, or a device. A missing file is not looked at.
+
+    Raises:
+        RunFolderError: it is something other than a file.
+    """
+    if path is not None and path.exists() and not path.is_file():
+        raise RunFolderError(f"{path} is not a file.", fix="check the path.")

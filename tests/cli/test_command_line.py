@@ -202,6 +202,8 @@ def test_sample_then_probe(folder, tmp_path):
         (["doctor", "--device", "cpu"], "without a model"),
         (["probe", "RUN", "--optimizer", "pipe"], "pipe is not a file"),
         (["probe", "RUN", "--rollouts", "pipe"], "pipe is not a file"),
+        (["doctor", "--model", "m", "--rollouts", "pipe"], "pipe is not a file"),
+        (["doctor", "--model", "m", "--optimizer", "pipe"], "pipe is not a file"),
     ],
 )
 def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message):

@@ -162,6 +162,18 @@ def test_a_number_that_is_not_finite_is_refused_before_anything_is_written(folde
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_result_that_cannot_be_written_is_shown(folder, tmp_path, monkeypatch, capsys):
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("entropy_fast.run_folder.result_files.pq.write_table", full)
+    assert run(["probe", str(folder), "--out", str(tmp_path / "out"), "--no-picture"]) == 2
+    shown = capsys.readouterr()
+    assert "δH₁" in shown.out
+    assert "No space left on device" in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_picture_that_cannot_be_drawn_is_said_and_the_result_is_there(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("entropy_fast.report.picture._figure", lambda result: 1 / 0)
     monkeypatch.setenv("COLUMNS", "300")
