@@ -76,6 +76,15 @@ def test_a_result_is_written_though_it_cannot_be_printed(folder, tmp_path, monke
     assert said == (status == 3)
 
 
+def test_files_are_there_before_anything_is_printed(folder, tmp_path, monkeypatch):
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("entropy_fast.cli.saving.print_result", interrupted)
+    assert run(["probe", str(folder), "--out", str(tmp_path / "out"), "--no-picture"]) != 0
+    assert read_result_document(tmp_path / "out")["delta_h1"] != 0
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_what_cannot_be_encoded_is_replaced(folder, tmp_path, monkeypatch, encoding):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
