@@ -136,8 +136,8 @@ def _sequence_table(result: DeltaH1Result) -> pa.Table:
 def result_document(result: DeltaH1Result) -> dict[str, Any]:
     """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, what follows from them.
 
-    Derivatives of single tokens, which would be most of the file, are left out. ``entropy_level`` is null where the result
-    does not know the entropy of today. In ``sequences`` a number is null where its pass did not need it.
+    Derivatives of single tokens, which would be most of the file, are left out. In ``sequences`` a number is
+    null where its pass did not need it.
 
     Raises:
         ResultError: a number is not finite where it has to be known.
@@ -154,7 +154,6 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
     return {
         "schema": RESULT_SCHEMA,
         "version": __version__,
-        "entropy_level": None,
         **fields,
         "by_layer": _plain(result.by_layer, "by_layer"),
         "interval_95": None if interval is None else list(interval),

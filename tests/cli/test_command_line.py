@@ -47,7 +47,7 @@ def test_probe_writes_what_the_library_returns(folder, capsys):
         assert document["sequences"][name]["sequence_logprobs"] == table.sequence_logprobs.tolist()
     assert document["by_layer"] == expected.by_layer
     assert sum(document["by_layer"].values()) == pytest.approx(expected.delta_h1, rel=1e-9)
-    assert "entropy_level" in document
+    assert document["entropy_level"] == expected.entropy_level > 0
     table = pq.read_table(out / "per_prompt.parquet").to_pylist()
     assert [row["delta_h1"] for row in table] == [p.delta_h1 for p in expected.per_prompt]
     assert sum(row["delta_h1"] for row in table) == pytest.approx(expected.delta_h1, rel=1e-5)
@@ -116,7 +116,7 @@ def test_shares_of_sequences(folder, capsys):
     assert run(command) == 0
     assert not (out / "per_sequence.parquet").exists()
     assert run(["probe", str(folder), "--by-sequence", "--engine", "two_pass", "--out", str(out)]) == 2
-    assert "engine='one_pass'" in " ".join(capsys.readouterr().err.split())
+    assert "`by_sequence` is True, and engine 'two_pass' has no use for it" in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_batches(folder):

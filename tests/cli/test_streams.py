@@ -25,6 +25,11 @@ def folder(tmp_path_factory) -> Path:
     return saved_run(tmp_path_factory.mktemp("run"))
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 QUICK = """
 import contextlib, io, os, sys
 from entropy_fast.cli.app import run
@@ -185,7 +190,6 @@ def test_a_result_that_cannot_be_written_is_shown(folder, tmp_path, monkeypatch,
 
 def test_a_picture_that_cannot_be_drawn_is_said_and_the_result_is_there(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("entropy_fast.report.picture._figure", lambda result: 1 / 0)
-    monkeypatch.setenv("COLUMNS", "300")
     assert run(["probe", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert "contributions.png was not drawn: contributions.png cannot be drawn: ZeroDivision" in capsys.readouterr().out
     assert set(read_result_document(tmp_path / "out")["files"]) == {"per_prompt.parquet"}

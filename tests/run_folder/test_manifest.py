@@ -100,9 +100,7 @@ def test_options_that_are_left_out_take_their_defaults(folder):
     assert (manifest.estimate, manifest.run) == (EstimateOptions(), RunOptions())
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", '"run"', "[" * 100_000, " " * (2**20 + 1), "\x00"]
-)
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"run"', "[" * 100_000, " " * (2**20 + 1), "\x00"])
 def test_a_broken_document(folder, content):
     (folder / "run.json").write_text(content)
     with pytest.raises(RunFolderError):

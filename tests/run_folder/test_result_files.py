@@ -294,9 +294,10 @@ def test_numbers_that_are_not_finite_are_not_written(results, tmp_path, field, v
     before = contents(tmp_path)
     with pytest.raises(ResultError, match=named):
         write_result(dataclasses.replace(results[0], **{field: value}), tmp_path)
+    broken = dataclasses.replace(results[0].per_prompt[0], delta_h1=float("nan"))
     with pytest.raises(ResultError, match="delta_h1` is nan"):
-        broken = dataclasses.replace(results[0].per_prompt[0], delta_h1=float("nan"))
         write_result(dataclasses.replace(results[0], per_prompt=(broken,)), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     assert contents(tmp_path) == before
 
 
