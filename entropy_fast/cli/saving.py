@@ -26,7 +26,7 @@ def save_and_show(result: DeltaH1Result, folder: Path, *, picture: bool | None) 
 
     Raises:
         ResultError: a number of it is not finite.
-        RunFolderError: the folder or a file cannot be written.
+        RunFolderError, OutputFileError: the folder or a file cannot be written.
     """
     console = output()
     try:

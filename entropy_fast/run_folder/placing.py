@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from entropy_fast.errors import EntropyFastError, RunFolderError
+from entropy_fast.errors import EntropyFastError, OutputFileError, RunFolderError
 from entropy_fast.run_folder.interrupts import signals_wait
 
 __all__ = ["check_folder", "put_in_place"]
@@ -59,7 +59,8 @@ def put_in_place(folder: Path, names: Sequence[str], fill: Callable[[Path], None
         The names that were written, in the order of ``names``.
 
     Raises:
-        RunFolderError: the folder cannot be made, or a file cannot be written.
+        RunFolderError: the folder cannot be.
+        OutputFileError: it cannot be made, or a file cannot be written.
     """
     check_folder(folder)
     try:
@@ -79,7 +80,7 @@ def put_in_place(folder: Path, names: Sequence[str], fill: Callable[[Path], None
     except EntropyFastError:
         raise  # some are OSErrors too, and say more than could be said here
     except OSError as error:
-        raise RunFolderError(
+        raise OutputFileError(
             f"results cannot be written to {folder}: {error.strerror or error}.",
             fix="free space there, or pass --out with another folder; what was there before is unchanged.",
         ) from error

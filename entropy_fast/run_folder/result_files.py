@@ -54,7 +54,7 @@ def write_result(
 
     Raises:
         ResultError: a number of the result is not finite; nothing is written.
-        RunFolderError: the folder cannot be made or written to.
+        RunFolderError, OutputFileError: the folder cannot be made or written to.
     """
     document = result_document(result)
     tables = {PROMPTS: pa.Table.from_pylist([_plain(dataclasses.asdict(p), PROMPTS) for p in result.per_prompt])}

@@ -16,20 +16,14 @@ from entropy_fast.errors import ConfigError
 
 FIELDS = [*option_fields(EstimateOptions), *option_fields(RunOptions)]
 # Another value than the default: as typed, and as the field has it.
-TYPED = {
-    "weighting": ("sequence", "sequence"),
-    "entropy_estimator": ("rao_blackwell", "rao_blackwell"),
-    "importance_ratio": ("token", "token"),
+WORDS = {field.name: next(word for word in field.choices if word != field.default) for field in FIELDS if field.choices}
+TYPED = {name: (word, word) for name, word in WORDS.items()} | {
     "blocks": ("3", 3),
     "learning_rate": ("1e-5", 1e-5),
     "engine": ("two_pass", "two_pass"),
     "memory_budget": ("8GiB", "8GiB"),
     "prompts_per_microbatch": ("2", 2),
-    "autocast_dtype": ("bfloat16", "bfloat16"),
-    "accumulate_on": ("cpu", "cpu"),
     "max_excluded_share": ("0.25", 0.25),
-    "y_pass": ("autograd_grad", "autograd_grad"),
-    "conditional_variance": ("alpha", "alpha"),
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from small_policy import saved_run
 
 from entropy_fast import EstimateOptions, RunOptions, fast_delta_h1, read_rollouts
-from entropy_fast.errors import ResultError, RunFolderError
+from entropy_fast.errors import OutputFileError, ResultError, RunFolderError
 from entropy_fast.run_folder import placing
 from entropy_fast.run_folder.adapter import attach_adapter
 from entropy_fast.run_folder.interrupts import signals_wait
@@ -319,7 +319,7 @@ def test_a_full_disk_is_a_sentence_and_the_old_result_stays(results, tmp_path, m
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("entropy_fast.run_folder.result_files.pq.write_table", full)
-    with pytest.raises(RunFolderError, match="No space left on device"):
+    with pytest.raises(OutputFileError, match="No space left on device"):
         write_result(results[1], tmp_path)
     assert whose(tmp_path, results) == 0
     assert not list(tmp_path.glob(".tmp-*"))
