@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 from entropy_fast._version import __version__
 
 if TYPE_CHECKING:
+    from entropy_fast import errors, ops
     from entropy_fast.api import fast_delta_h1
     from entropy_fast.config import EstimateOptions, RunOptions
     from entropy_fast.estimates.result import DeltaH1Result
     from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
     from entropy_fast.probe_components import ProbeComponents
     from entropy_fast.rollouts import Rollouts, read_rollouts, write_rollouts
+    from entropy_fast.step import AdamState
 
 __all__ = [
+    "AdamState",
     "DeltaH1Result",
     "EstimateOptions",
     "OfflineEntropyProbe",
@@ -24,7 +27,9 @@ __all__ = [
     "Rollouts",
     "RunOptions",
     "__version__",
+    "errors",
     "fast_delta_h1",
+    "ops",
     "read_rollouts",
     "write_rollouts",
 ]
@@ -35,6 +40,7 @@ __path__ = extend_path(__path__, __name__)
 
 # Resolved on first use: the command line answers --help, and the compiled library loads, without importing torch.
 _HOME = {
+    "AdamState": "entropy_fast.step",
     "DeltaH1Result": "entropy_fast.estimates.result",
     "EstimateOptions": "entropy_fast.config",
     "OfflineEntropyProbe": "entropy_fast.offline_entropy_probe",
@@ -45,9 +51,16 @@ _HOME = {
     "read_rollouts": "entropy_fast.rollouts",
     "write_rollouts": "entropy_fast.rollouts",
 }
+_MODULES = ("errors", "ops")
 
 
 def __getattr__(name: str) -> object:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'entropy_fast' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

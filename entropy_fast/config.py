@@ -117,7 +117,7 @@ class EstimateOptions(_Options):
         if self.clip_range is not None and self.importance_ratio == "none":
             raise ConfigError(
                 f"EstimateOptions: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",
-                fix="pass importance_ratio='token' (--importance-ratio token), or leave clip_range (--clip-range) out.",
+                fix="pass importance_ratio='token' (--importance-ratio token), or no clip_range (--clip-range none).",
             )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "OutputFileError",
     "ParameterRegistryError",
     "ProbeMemoryError",
+    "ResultError",
     "RolloutsError",
     "RolloutsFileError",
     "RunFolderError",
@@ -91,6 +92,10 @@ class OutputFileError(EntropyFastError, OSError):
 
 class RunFolderError(EntropyFastError, ValueError):
     """A run folder misses a file, or its ``run.json`` cannot be understood."""
+
+
+class ResultError(EntropyFastError, ValueError):
+    """A result holds a number that is not finite, or its files on disk do not belong together."""
 
 
 class SamplingError(EntropyFastError, ValueError):

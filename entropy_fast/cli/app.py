@@ -1,24 +1,28 @@
-"""Commands, and what happens to errors: a message for the reader instead of a traceback."""
+"""Commands, and what happens to errors and signals: a message for the reader instead of a traceback."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 import typer
 from rich.text import Text
 
 from entropy_fast.cli import demo_command, doctor_command, probe_command, sample_command
-from entropy_fast.cli.console import errors, output
+from entropy_fast.cli.console import errors, lenient_streams, output
 from entropy_fast.errors import EntropyFastError
+from entropy_fast.run_folder.interrupts import ENDING
 
 __all__ = ["application", "run"]
 
 application = typer.Typer(
     help="Forecast how much the next RL update will change a language model's policy entropy, and why.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 application.command("demo")(demo_command.demo)
@@ -46,23 +50,62 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit status: 0 done, 1 a check of ``doctor`` failed, 2 bad input or an error of this package.
-        With ``ENTROPY_FAST_TRACEBACK=1`` errors of this package keep their traceback.
+        Exit status: 0 done (also where the reader of standard output went away before its end), 1 a check of ``doctor``
+        failed, 2 bad input or an error of this package, 3 done, but standard output could not be written, 128 + n ended by
+        signal n. With ``ENTROPY_FAST_TRACEBACK=1`` errors of this package keep their traceback.
     """
+    with lenient_streams() as failure, _ending_signals() as received:
+        try:
+            status = _status(list(sys.argv[1:] if arguments is None else arguments))
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
+        if received:
+            status = 128 + received[0]
+        sys.stdout.flush()
+        if isinstance(lost := failure(), OSError) and not isinstance(lost, BrokenPipeError):
+            errors().print(Text(f"error: standard output cannot be written: {lost.strerror}", style="bold red"))
+            status = status or 3
+    return status
+
+
+def _status(arguments: list[str]) -> int:
     try:
-        application(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="entropy-fast")
+        application(args=arguments, prog_name="entropy-fast")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
-    except EntropyFastError as error:
+    except (EntropyFastError, OSError) as error:
         if os.environ.get("ENTROPY_FAST_TRACEBACK") == "1":
             raise
-        errors().print(Text(f"error: {error.problem}", style="bold red"))
-        errors().print(Text(f"what to do: {error.fix}"))
-        return 2
-    except OSError as error:
-        if os.environ.get("ENTROPY_FAST_TRACEBACK") == "1":
-            raise
-        errors().print(Text(f"error: {error}", style="bold red"))
-        errors().print(Text("what to do: check that the path exists and can be read or written."))
+        problem, fix = str(error), "check that the path exists and can be read or written."
+        if isinstance(error, EntropyFastError):
+            problem, fix = error.problem, error.fix
+        errors().print(Text(f"error: {problem}", style="bold red"))
+        errors().print(Text(f"what to do: {fix}"))
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[list[int]]:
+    """All signals that end a process do so as Ctrl-C does, by an exception, so that what is under way is cleaned up.
+
+    Yields the numbers of those that came.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    # What was ignored stays so: `nohup` ignores SIGHUP.
+    before = {n: h for n in ENDING if (h := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, end)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,13 +9,16 @@ import typer
 from rich.text import Text
 
 from entropy_fast.cli.console import output, progress, quiet_libraries
+from entropy_fast.cli.model_options import given_path
 from entropy_fast.errors import ConfigError
 
 __all__ = ["demo"]
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything the demo leaves.")] = Path("runs/demo"),
+    out: Annotated[
+        Path, typer.Option(parser=given_path, metavar="FOLDER", help="Folder for everything the demo leaves.")
+    ] = Path("runs/demo"),
     prompts: Annotated[int, typer.Option(min=2, help="Prompts in the batch that is probed.")] = 8,
     training_prompts: Annotated[int, typer.Option(min=1, help="Prompts in each GRPO step before it.")] = 4,
     responses: Annotated[int, typer.Option(min=2, help="Responses to each prompt.")] = 4,
@@ -34,11 +37,10 @@ def demo(
         raise ConfigError(
             f"the demo needs a package that is not installed: {error.name}.", fix="pip install 'entropy-fast[demo]'."
         ) from error
-    from entropy_fast.report.picture import write_picture
-    from entropy_fast.report.terminal import print_result
-    from entropy_fast.run_folder.result_files import prepare_folder, write_result
+    from entropy_fast.cli.saving import save_and_show
+    from entropy_fast.run_folder.placing import check_folder
 
-    prepare_folder(out)
+    check_folder(out)
     console = output()
     settings = DemoSettings(
         prompts=prompts,
@@ -52,7 +54,5 @@ def demo(
     )
     with progress() as report:
         result = run_demo(settings, out, lambda sentence: console.print(Text(sentence)), report)
-    print_result(result, console)
-    paths = [*write_result(result, out), write_picture(result, out / "contributions.png")]
-    console.print(Text("written: " + ", ".join(map(str, paths))), soft_wrap=True)
+    save_and_show(result, out, picture=None)
     console.print(Text(f"repeat the probe from these files: entropy-fast probe {out} --out DIR"), soft_wrap=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -16,9 +16,13 @@ from entropy_fast.cli.model_options import (
     DtypeOption,
     FourBitOption,
     ModelOption,
+    given_path,
     model_source,
 )
 from entropy_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from entropy_fast.report.doctor import Check
 
 __all__ = ["doctor"]
 
@@ -26,22 +30,36 @@ MARKS = {True: Text("ok", style="green"), False: Text("FAIL", style="bold red"),
 
 
 def doctor(
-    run: Annotated[Path | None, typer.Argument(help="Run folder with run.json.", show_default=False)] = None,
+    run: Annotated[
+        Path | None, typer.Argument(parser=given_path, help="Run folder with run.json.", show_default=False)
+    ] = None,
     model: ModelOption = None,
-    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter folder.", show_default=False)] = None,
-    optimizer: Annotated[Path | None, typer.Option(help="optimizer.pt.", show_default=False)] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="FOLDER", help="LoRA adapter folder.", show_default=False),
+    ] = None,
+    optimizer: Annotated[
+        Path | None, typer.Option(parser=given_path, metavar="FILE", help="optimizer.pt.", show_default=False)
+    ] = None,
     rollouts: Annotated[
-        Path | None, typer.Option(help="Rollouts; random tokens stand in without them.", show_default=False)
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="FILE",
+            help="Rollouts; random tokens stand in without them.",
+            show_default=False,
+        ),
     ] = None,
     dtype: DtypeOption = None,
     load_in_4bit: FourBitOption = None,
     gradient_checkpointing: CheckpointingOption = None,
     device: DeviceOption = None,
 ) -> None:
-    """Check the installation and, with a model, the steps of the reference engine on two prompts."""
+    """Check the installation and, with a model, whether it can be probed: a small probe of two prompts."""
     quiet_libraries()
-    from entropy_fast.cli.inputs import Inputs, load_policy, resolve
-    from entropy_fast.report.doctor import check_environment, check_model, synthetic_rollouts
+    from entropy_fast.cli.inputs import load_policy, read_batch, require_no_pipe, resolve
+    from entropy_fast.report.doctor import check_environment, check_model, verdict
+    from entropy_fast.report.doctor_rows import synthetic_rollouts
     from entropy_fast.step import adam_state_from_file
 
     checks = check_environment()
@@ -53,28 +71,35 @@ def doctor(
         "device": device,
     }
     if run is not None:
-        inputs: Inputs = resolve(run, model_options, adapter, optimizer, rollouts, None)
+        inputs = resolve(run, model_options, adapter, optimizer, rollouts, None, {})
         batch = inputs.read_rollouts()[0]
         with errors().status(Text(f"Checking {inputs.model.name}")):
             policy, state = inputs.load()
-            checks += check_model(policy, state, batch)
+            checks += check_model(policy, state, batch, estimate=inputs.estimate, run=inputs.run)
     elif (source := model_source(None, **model_options)) is not None:
+        for path in (optimizer, rollouts):
+            require_no_pipe(path)
         with errors().status(Text(f"Loading {source.name}")):
             policy = load_policy(source, adapter)
         known = None if optimizer is None else adam_state_from_file(optimizer, policy)
         if rollouts is None:
             batch = synthetic_rollouts(policy.config.get_text_config().vocab_size)
         else:
-            batch = Inputs.read_batch(rollouts, source)
+            batch = read_batch(rollouts, source)
         with errors().status(Text(f"Checking {source.name}")):
             checks += check_model(policy, known, batch)
     elif any(value is not None for value in (*model_options.values(), adapter, optimizer, rollouts)):
         raise ConfigError("doctor: files or model options were given without a model.", fix="pass RUN or --model.")
+    checks.append(verdict(checks))
+    _show(checks)
+    if checks[-1].passed is False:
+        raise typer.Exit(code=1)
+
+
+def _show(checks: list[Check]) -> None:
     table = Table(title="entropy-fast doctor", title_justify="left")
     for column in ("check", "", "found"):
         table.add_column(column, overflow="fold")
     for check in checks:
         table.add_row(Text(check.name), MARKS[check.passed], Text(check.detail))
     output().print(table)
-    if any(check.passed is False for check in checks):
-        raise typer.Exit(code=1)

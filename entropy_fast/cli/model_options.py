@@ -1,8 +1,9 @@
-"""Options about the model that several commands share."""
+"""Options about the model and about files that several commands share."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ __all__ = [
     "DtypeOption",
     "FourBitOption",
     "ModelOption",
+    "given_path",
     "model_source",
 ]
 
@@ -40,6 +42,17 @@ CheckpointingOption = Annotated[
 DeviceOption = Annotated[
     str | None, typer.Option("--device", help="cpu (default), cuda, cuda:1, ...", show_default=False)
 ]
+
+
+def given_path(text: str) -> Path:
+    """A path from the command line. An empty one, as an unset variable gives it, would mean the working directory.
+
+    Raises:
+        BadParameter: it is empty.
+    """
+    if not str(text).strip():  # a default is a Path already
+        raise typer.BadParameter("the path is empty; pass '.' for the working directory.")
+    return Path(text)
 
 
 def model_source(stored: ModelSource | None, **options: Any) -> ModelSource | None:

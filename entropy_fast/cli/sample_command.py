@@ -9,20 +9,25 @@ import typer
 from rich.text import Text
 
 from entropy_fast.cli.console import errors, output, progress, quiet_libraries
-from entropy_fast.cli.model_options import DeviceOption, DtypeOption, FourBitOption, model_source
+from entropy_fast.cli.model_options import DeviceOption, DtypeOption, FourBitOption, given_path, model_source
 from entropy_fast.errors import SamplingError
 
 __all__ = ["sample"]
 
 
 def sample(
-    prompts: Annotated[Path, typer.Argument(help="JSONL of objects with `prompt` and `answer`.")],
+    prompts: Annotated[Path, typer.Argument(parser=given_path, help="JSONL of objects with `prompt` and `answer`.")],
     model: Annotated[str, typer.Option(help="Model folder, hub id, FILE.gguf, or package:NAME/FILE.gguf.")],
-    out: Annotated[Path, typer.Option(help="Rollouts file to write, .jsonl or .parquet.")],
+    out: Annotated[
+        Path, typer.Option(parser=given_path, metavar="FILE", help="Rollouts file to write, .jsonl or .parquet.")
+    ],
     adapter: Annotated[
         Path | None,
         typer.Option(
-            help="LoRA adapter of the policy that will be probed; the base model without.", show_default=False
+            parser=given_path,
+            metavar="FOLDER",
+            help="LoRA adapter of the policy that will be probed; the base model without.",
+            show_default=False,
         ),
     ] = None,
     responses: Annotated[int, typer.Option(help="Responses to each prompt, G.")] = 8,

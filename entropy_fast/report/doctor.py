@@ -1,35 +1,38 @@
-"""The checklist behind ``entropy-fast doctor``: every precondition of a probe, tried on the user's own model."""
+"""The checklist behind ``entropy-fast doctor``: the preconditions of a probe, and a small probe, on the user's own model."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
-from collections.abc import Callable
+import time
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from entropy_fast.checks.coverage import PassCoverage
+from entropy_fast.api import fast_delta_h1
 from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
-from entropy_fast.checks.model_state import checkpointed_modules, reentrant_checkpointing
-from entropy_fast.columns import Side
-from entropy_fast.columns.lengths import check_group_sizes
+from entropy_fast.checks.model_state import checkpointed_modules, probe_state, reentrant_checkpointing
 from entropy_fast.config import EstimateOptions, RunOptions
-from entropy_fast.engines.gradient_sum import GradientSum, inner_product
-from entropy_fast.engines.sums import finish_functional, finish_update
-from entropy_fast.errors import EntropyFastError
+from entropy_fast.errors import EntropyFastError, EntropyFastWarning
+from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.ops import backend_report
-from entropy_fast.probe_components import ProbeComponents
+from entropy_fast.report.doctor_rows import few_short_rows, prompts_with_advantage
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.step import AdamState, ExcludedElements
+from entropy_fast.step import AdamState
 
-__all__ = ["Check", "check_environment", "check_model", "synthetic_rollouts"]
+__all__ = ["Check", "check_environment", "check_model", "verdict"]
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton")
 # Batches of different padding give log-probs that differ by rounding; more than this is a model that mixes sequences.
 INVARIANCE_LIMIT = 1e-3
+# Between two engines in fp32; in 16 bits rounding alone can make more, so there it is only said.
+AGREEMENT_LIMIT = 1e-2
+REFERENCE = "two_pass"
+TWO_BATCHES = ("jvp",)  # engines that one batch is not enough for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,106 +64,99 @@ def check_environment() -> list[Check]:
     return checks
 
 
-def check_model(model: nn.Module, state: AdamState | None, rollouts: Rollouts) -> list[Check]:
-    """Run every step of a probe once on a few sequences, and say how each went.
+def check_model(
+    model: nn.Module,
+    state: AdamState | None,
+    rollouts: Rollouts,
+    *,
+    estimate: EstimateOptions | None = None,
+    run: RunOptions | None = None,
+) -> list[Check]:
+    """Look at everything a probe needs, and probe a few short rows by the default engine and by the reference.
 
     Args:
         model: the policy, with its adapter.
         state: the optimizer's; None skips what needs it, visibly.
         rollouts: at least two responses per prompt.
+        estimate: what the probe will estimate; None takes the defaults.
+        run: how it will be run; None takes the defaults. A two-batch engine is tried as the one-batch default.
 
     Returns:
         The checklist. A step that fails stops those that need it.
     """
     checks: list[Check] = []
     try:
-        _run(checks, model, state, rollouts)
+        _run(checks, model, state, rollouts, estimate or EstimateOptions(), run or RunOptions())
     except EntropyFastError as error:
         checks.append(Check("stopped here", False, f"{error.problem} {error.fix}"))
     return checks
 
 
-def synthetic_rollouts(
-    vocabulary: int, prompts: int = 2, responses: int = 2, length: int = 8, seed: int = 0
-) -> Rollouts:
-    """Random tokens in the shape of rollouts, for checks that need no meaning."""
-    generator = torch.Generator().manual_seed(seed)
-    shared = torch.randint(vocabulary, (prompts, 1, length), generator=generator).expand(-1, responses, -1)
-    ids = torch.cat([shared, torch.randint(vocabulary, (prompts, responses, length), generator=generator)], -1)
-    rewards = torch.arange(prompts * responses).reshape(prompts, responses).remainder(2)
-    return Rollouts.from_dict(
-        {
-            "sequences": ids,
-            "attention_masks": torch.ones_like(ids),
-            "prompt_lens": torch.full((prompts,), length),
-            "rewards": rewards.to(torch.float64),
-            "max_lengths": torch.full((prompts,), length),
-        }
-    )
+def verdict(checks: list[Check]) -> Check:
+    """The last line: what the checks come to."""
+    failed = [check.name for check in checks if check.passed is False]
+    if failed:
+        return Check("verdict", False, f"a probe would fail or mislead: see {', '.join(failed)}")
+    if not any(check.passed for check in checks):
+        return Check("verdict", None, "the installation is listed above; pass RUN or --model to have a model checked")
+    if any(check.name == "optimizer" and check.passed is None for check in checks):
+        return Check("verdict", True, "the model can be probed; whether the optimizer fits it was not checked")
+    return Check("verdict", True, "a probe of this model and optimizer will run")
 
 
-def _run(checks: list[Check], model: nn.Module, state: AdamState | None, rollouts: Rollouts) -> None:
-    def step(name: str, action: Callable[[], str]) -> None:
-        checks.append(Check(name, True, action()))
-
-    def grad_context() -> str:
-        assert_grad_context("doctor")
-        return "autograd records here"
-
-    step("grad context", grad_context)
+def _run(
+    checks: list[Check],
+    model: nn.Module,
+    state: AdamState | None,
+    rollouts: Rollouts,
+    estimate: EstimateOptions,
+    run: RunOptions,
+) -> None:
+    assert_grad_context("doctor")
+    checks.append(Check("grad context", True, "autograd records here"))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    numel = sum(p.numel() for p in trained.values())
+    checks.append(Check("trainable parameters", bool(trained), f"{len(trained)} tensors, {numel:,} elements"))
     known = state or AdamState.identity(model)
     rate = known.groups[0].learning_rate
     if state is not None:
         found = f"{rate}" if rate > 0 else f"{rate}: a probe needs learning_rate=...; the other checks go on without it"
         checks.append(Check("learning rate", rate > 0, found))
-    estimate = EstimateOptions(learning_rate=rate if rate > 0 else 1.0)
-    components = ProbeComponents(model, known, estimate, RunOptions(max_excluded_share=1.0))
-    registry = components.context.registry
-    step("trainable parameters", lambda: f"{len(registry.parameters)} tensors, {registry.numel:,} elements")
     checks.append(_checkpointing(model))
     batch, empty = rollouts.for_autograd().without_empty_responses()
-    check_group_sizes(batch)
-    check_rollouts_fit_model(batch, registry.module)
-    checks.append(Check("empty responses", None, f"{len(empty.sequences)} of {rollouts.n_sequences}"))
-    sampled = None if None in (batch.temperature, batch.top_p) else (batch.temperature, batch.top_p) == (1, 1)
-    checks.append(
-        Check("sampled at temperature 1, top-p 1", sampled, f"temperature {batch.temperature}, top-p {batch.top_p}")
+    check_rollouts_fit_model(batch, model)
+    checks += _batch_checks(batch, rollouts, len(empty.sequences))
+    few = few_short_rows(batch)
+    # What every engine takes; the limit is checked below, where it does not stop the rest.
+    plain = RunOptions(
+        engine=REFERENCE, accumulate_on=run.accumulate_on, autocast_dtype=run.autocast_dtype, max_excluded_share=1.0
     )
-    few = batch.select_rows(torch.cat([batch.rows_of_prompt(n) for n in range(min(2, batch.n_prompts))]))
-    rows = torch.arange(few.n_sequences)
-    with components.context.probe_state():
-        first = components._compute_aligned_batch_logprobs(few, rows)
-        again = components._compute_aligned_batch_logprobs(few, rows)
-        alone = [components._compute_aligned_batch_logprobs(few, row[None]) for row in rows]
-    checks.append(
-        Check("logits and S attached", True, f"S {first.sequence_logprobs.dtype}, {_grad_name(first.logits)}")
-    )
-    difference = _distance(first.sequence_logprobs, again.sequence_logprobs)
-    checks.append(
-        Check(
-            "dropout off",
-            difference == 0,
-            f"two forwards differ by {difference:.3g} nats"
-            + ("; remove dropout or noise from hooks and custom forwards" if difference else ""),
-        )
-    )
-    separate = torch.cat([f.sequence_logprobs for f in alone])
-    relative = _distance(first.sequence_logprobs, separate) / float(separate.detach().abs().max().clamp_min(1e-30))
-    checks.append(
-        Check(
-            "sequences do not interact",
-            relative < INVARIANCE_LIMIT,
-            f"batched and single S differ by {relative:.2e} relative"
-            + ("; remove batch statistics and expert capacity limits" if relative >= INVARIANCE_LIMIT else ""),
-        )
-    )
-    context = components.context
-    x_sum, x_coverage = finish_functional(context, components._pass(Side.FUNCTIONAL, few).total, few)
-    checks.append(_coverage("X", x_coverage))
-    y_sum, y_coverage, excluded = finish_update(context, components._pass(Side.UPDATE, few).total, few)
-    checks.append(_coverage("Y", y_coverage))
-    checks.append(_alpha(components, few, x_sum))
-    checks.append(_optimizer(components, state, y_sum, excluded))
+    tried = plain if run.engine == REFERENCE else _default_engine(plain, run)
+    checks += _forward_checks(model, few, tried)
+    rate_option = None if rate > 0 else 1.0
+    asked = dataclasses.replace(estimate, blocks=None, learning_rate=estimate.learning_rate or rate_option)
+    start = time.perf_counter()
+    result = _probe(model, known, few, asked, tried)
+    seconds = time.perf_counter() - start
+    checks += _coverage(result)
+    checks.append(_cost(result, few, batch, seconds))
+    if result.engine != REFERENCE:
+        checks.append(_agreement(result, _probe(model, known, few, asked, plain), model, tried))
+    checks.append(_optimizer(result, state, list(trained), run.max_excluded_share))
+
+
+def _default_engine(plain: RunOptions, run: RunOptions) -> RunOptions:
+    """The options of the folder as far as they fit one small batch."""
+    engine = "auto" if run.engine in TWO_BATCHES else run.engine
+    return dataclasses.replace(plain, engine=engine, memory_budget=run.memory_budget)
+
+
+def _probe(
+    model: nn.Module, state: AdamState, rows: Rollouts, estimate: EstimateOptions, run: RunOptions
+) -> DeltaH1Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", EntropyFastWarning)  # what it says stands in the result
+        return fast_delta_h1(model, state, rows, estimate=estimate, run=run)
 
 
 def _checkpointing(model: nn.Module) -> Check:
@@ -171,58 +167,115 @@ def _checkpointing(model: nn.Module) -> Check:
     if name is None:
         return Check("gradient checkpointing", True, f"on in {len(on)} modules, not reentrant")
     return Check(
-        "gradient checkpointing", None, f"reentrant in '{name}': X and Y work, the alpha trick and autograd.grad do not"
+        "gradient checkpointing",
+        None,
+        f"reentrant in '{name}': whole sequences are packed, and the double backward (conditional_variance) cannot be used",
     )
 
 
-def _coverage(label: str, found: PassCoverage) -> Check:
+def _batch_checks(batch: Rollouts, rollouts: Rollouts, n_empty: int) -> list[Check]:
+    """What the rollouts alone tell."""
+    useful = len(prompts_with_advantage(batch))
+    sampled = None if None in (batch.temperature, batch.top_p) else (batch.temperature, batch.top_p) == (1, 1)
+    return [
+        Check("empty responses", None, f"{n_empty} of {rollouts.n_sequences}"),
+        Check(
+            "prompts with an advantage",
+            useful > 0,
+            f"{useful} of {batch.n_prompts}" + ("" if useful else "; every advantage is 0, and so is the update"),
+        ),
+        Check("sampled at temperature 1, top-p 1", sampled, f"temperature {batch.temperature}, top-p {batch.top_p}"),
+    ]
+
+
+def _forward_checks(model: nn.Module, rows: Rollouts, run: RunOptions) -> list[Check]:
+    """Whether a forward is repeatable, and whether a sequence's log-prob is its own."""
+    with probe_state(model):
+        first, again = (_sequence_logprobs(model, rows, run) for _ in range(2))
+        single = [_sequence_logprobs(model, rows.select_rows(torch.tensor([i])), run) for i in range(rows.n_sequences)]
+    difference = float((first - again).abs().max())
+    relative = float((first - torch.cat(single)).abs().max() / first.abs().max().clamp_min(1e-30))
+    # In 16 bits another batch size takes other kernels, which round otherwise.
+    exact = _is_exact(model, run)
+    mixes = relative >= INVARIANCE_LIMIT
+    return [
+        Check(
+            "dropout off",
+            difference == 0,
+            f"two forwards differ by {difference:.3g} nats"
+            + ("; remove dropout or noise from hooks and custom forwards" if difference else ""),
+        ),
+        Check(
+            "sequences do not interact",
+            not mixes if exact or not mixes else None,
+            f"batched and single log-probs differ by {relative:.2e} relative"
+            + ("; remove batch statistics and expert capacity limits" if mixes and exact else ""),
+        ),
+    ]
+
+
+def _sequence_logprobs(model: nn.Module, rows: Rollouts, run: RunOptions) -> Tensor:
+    """[N] S_i in nats by the model's own forward; rows are padded on the right."""
+    device = next(model.parameters()).device
+    ids, attention, loss = (t.to(device) for t in (rows.input_ids, rows.attention_mask, rows.loss_mask))
+    dtype = run.torch_autocast_dtype
+    autocast = contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    with torch.no_grad(), autocast:
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1]
+        logprobs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    found: Tensor = (logprobs * loss[:, 1:]).double().sum(-1)
+    return found
+
+
+def _coverage(result: DeltaH1Result) -> list[Check]:
+    checks = []
+    for label, found in result.diagnostics.coverage.items():
+        norm = "" if found.norm is None else f", norm {found.norm:.4g}"
+        missing = f"; none for '{found.untouched[0]}': use it in the forward or freeze it" if found.untouched else ""
+        detail = f"{found.n_with_gradient} of {found.n_trainable} tensors, {found.numel_share:.1%} of elements{norm}{missing}"
+        # A norm of 0 was computed, but says nothing: without advantages, say.
+        checks.append(Check(f"{label} gradients", not found.untouched and found.norm != 0, detail))
+    return checks
+
+
+def _cost(result: DeltaH1Result, few: Rollouts, batch: Rollouts, seconds: float) -> Check:
+    """The default engine's plan for the few rows, and what the time it took comes to for the batch."""
+    tried, all_tokens = (int(rows.attention_mask.sum()) for rows in (few, batch))
     return Check(
-        f"{label} gradients",
-        not found.untouched,
-        f"{found.n_with_gradient} of {found.n_trainable} tensors, {found.numel_share:.1%} of elements, norm {found.norm:.4g}"
-        + (f"; none for '{found.untouched[0]}': use it in the forward or freeze it" if found.untouched else ""),
+        f"engine {result.engine}",
+        True,
+        f"{few.n_sequences} short responses, {tried} tokens, took {seconds:.2g} s; at that rate the batch's {all_tokens:,} "
+        f"tokens take {seconds * all_tokens / tried:.2g} s, usually less. Plan: {result.plan}",
     )
 
 
-def _alpha(components: ProbeComponents, batch: Rollouts, direction: GradientSum) -> Check:
-    """s_n along X_sum by the alpha trick, against X_n · X_sum by one backward a prompt."""
-    try:
-        found = components._alpha_projections(batch, direction.tensors)
-    except EntropyFastError as error:
-        return Check("alpha trick", None, f"not usable: {error.problem} Per-prompt backwards are used instead.")
-    projections = torch.cat([of_prompts.projections for of_prompts in found])
-    reached = min(of_prompts.n_with_gradient for of_prompts in found)
-    expected = components._projections(Side.FUNCTIONAL, batch, direction.tensors)
-    relative = _distance(projections, expected) / float(expected.abs().max().clamp_min(1e-300))
-    return Check(
-        "alpha trick",
-        relative < 1e-2,
-        f"{reached} of {len(components.context.registry.parameters)} tensors, {len(projections)} prompts, "
-        f"{relative:.1e} from per-prompt backwards",
-    )
+def _agreement(result: DeltaH1Result, reference: DeltaH1Result, model: nn.Module, run: RunOptions) -> Check:
+    name = f"{result.engine} agrees with {REFERENCE}"
+    scale = float(reference.row_sums.abs().max())
+    if scale == 0:
+        return Check(name, None, "nothing to compare: the kernel of these rows is 0")
+    relative = float((result.row_sums - reference.row_sums).abs().max()) / scale
+    exact = _is_exact(model, run)
+    detail = f"row sums of the kernel differ by {relative:.1e}" + ("" if exact else ", most of it rounding to 16 bits")
+    return Check(name, relative < AGREEMENT_LIMIT if exact else None, detail)
 
 
-def _optimizer(
-    components: ProbeComponents, state: AdamState | None, y_sum: GradientSum, excluded: ExcludedElements
-) -> Check:
+def _is_exact(model: nn.Module, run: RunOptions) -> bool:
+    """Whether forwards run in at least 32 bits."""
+    floating = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    return run.autocast_dtype is None and not quantised and not floating & {torch.bfloat16, torch.float16}
+
+
+def _optimizer(result: DeltaH1Result, state: AdamState | None, trained: list[str], limit: float) -> Check:
     if state is None:
         return Check("optimizer", None, "not given: coverage by second moments was not checked")
-    registry = components.context.registry
-    norm = inner_product(y_sum.tensors, y_sum.tensors) ** 0.5
-    held = sum(p.group is not None for p in registry.parameters)
-    stepped = sum(name in state.moments for name in registry.names)
+    held = sum(name in state.group_of for name in trained)
+    stepped = sum(name in state.moments for name in trained)
+    excluded = result.diagnostics.excluded
     return Check(
         "optimizer",
-        excluded.share <= RunOptions().max_excluded_share,
-        f"holds {held} and has stepped {stepped} of {len(registry.parameters)} tensors; {excluded.share:.2%} of "
-        f"‖g‖² without second moment, {excluded.below_eps} elements with sqrt(v̂) below ε, ‖Y_sum‖ {norm:.4g}",
+        excluded.share <= limit,
+        f"holds {held} and has stepped {stepped} of {len(trained)} tensors; {excluded.share:.2%} of ‖g‖² without second "
+        f"moment (the limit is {limit:.0%}), {excluded.below_eps} elements with sqrt(v̂) below ε",
     )
-
-
-def _distance(left: torch.Tensor, right: torch.Tensor) -> float:
-    return float((left.detach() - right.detach()).abs().max())
-
-
-def _grad_name(tensor: torch.Tensor) -> str:
-    assert tensor.grad_fn is not None
-    return f"logits {tensor.dtype} from {type(tensor.grad_fn).__name__}"

@@ -6,39 +6,20 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from entropy_fast.atomic import atomic_path
-from entropy_fast.errors import RunFolderError
+from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.errors import ConfigError, RunFolderError
 from entropy_fast.run_folder.model_source import ModelSource
 
-__all__ = ["MANIFEST_NAME", "SCHEMA", "ProbeSettings", "RunManifest", "read_manifest", "write_manifest"]
+__all__ = ["MANIFEST_NAME", "SCHEMA", "RunManifest", "read_manifest", "write_manifest"]
 
 MANIFEST_NAME = "run.json"
-SCHEMA = "entropy_fast.run/1"
+SCHEMA = "entropy_fast.run/2"
+LARGEST = 2**20  # bytes; far above what the fields below can take
 
-
-@dataclasses.dataclass(frozen=True)
-class ProbeSettings:
-    """The options of the probe that a folder was made with (see `ProbeConfig`)."""
-
-    weighting: str = "dr_grpo"
-    entropy_estimator: str = "score_function"
-    importance_ratio: str = "none"
-    clip: float | None = None
-    clip_high: float | None = None
-    mode: str = "exact"
-    blocks: int | None = None
-    prompts_per_microbatch: int | None = None
-    full_kernel: bool = False
-    memory_budget: str | None = None
-    by_sequence: bool = False
-    autocast_bfloat16: bool = False
-    accumulate_on: str = "device"
-    conditional_variance: str = "per_prompt"
-    strict: bool = False
-    max_excluded_share: float = 0.01
-    learning_rate: float | None = None
+Built = TypeVar("Built")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +32,8 @@ class RunManifest:
         optimizer: ``optimizer.pt``.
         adapter: LoRA adapter folder; None means that the model itself is trained.
         entropy_rollouts: entropy batch of the two-batch estimate.
-        probe: options.
+        estimate: what the probe estimates.
+        run: how it is run.
     """
 
     model: ModelSource
@@ -59,14 +41,18 @@ class RunManifest:
     optimizer: str
     adapter: str | None = None
     entropy_rollouts: str | None = None
-    probe: ProbeSettings = ProbeSettings()
+    estimate: EstimateOptions = dataclasses.field(default_factory=EstimateOptions)
+    run: RunOptions = dataclasses.field(default_factory=RunOptions)
 
 
 def write_manifest(manifest: RunManifest, folder: Path) -> None:
     """Write ``run.json`` into the folder, atomically."""
-    document = {"schema": SCHEMA, **dataclasses.asdict(manifest)}
+    fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    probe = {name: fields.pop(name).to_dict() for name in ("estimate", "run")}
+    document = {"schema": SCHEMA, **fields, "model": dataclasses.asdict(manifest.model), "probe": probe}
+    text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     with atomic_path(folder / MANIFEST_NAME) as temporary:
-        temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> RunManifest:
@@ -77,72 +63,114 @@ def read_manifest(folder: Path) -> RunManifest:
             is missing or outside the folder.
     """
     path = folder / MANIFEST_NAME
+    document = _document(folder, path)
+    if document.get("schema") != SCHEMA:
+        raise RunFolderError(
+            f"{path} has schema {document.get('schema')!r}, expected {SCHEMA!r}.",
+            fix="use the version that wrote it, or pass its files one by one (--model, --optimizer, --rollouts).",
+        )
+    fields = {key: value for key, value in document.items() if key != "schema"}
+    probe = _object(fields.pop("probe", {}), f"{path}: probe")
+    if unknown := set(probe) - {"estimate", "run"}:
+        raise RunFolderError(
+            f"{path}: probe has unknown fields {sorted(unknown)}.", fix="the fields are estimate, run."
+        )
+    fields["model"] = _build(ModelSource, fields.get("model"), f"{path}: model")
+    fields["estimate"] = _build(EstimateOptions, probe.get("estimate", {}), f"{path}: probe.estimate")
+    fields["run"] = _build(RunOptions, probe.get("run", {}), f"{path}: probe.run")
+    manifest = _build(RunManifest, fields, str(path))
+    for name in (manifest.rollouts, manifest.optimizer, manifest.adapter, manifest.entropy_rollouts):
+        if name is not None:
+            _check_named(folder, path, name, is_folder=name is manifest.adapter)
+    return manifest
+
+
+def _document(folder: Path, path: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise RunFolderError(f"run folder {folder} does not exist.", fix="check the path.")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.exists():
         raise RunFolderError(
             f"run folder {folder} has no {MANIFEST_NAME}.",
             fix="pass a folder made by `entropy-fast demo`, or give --model, --optimizer, --rollouts and, for LoRA, "
             "--adapter instead.",
-        ) from error
-    except (OSError, ValueError) as error:
+        )
+    if not path.is_file() or path.stat().st_size > LARGEST:
+        raise RunFolderError(f"{path} is not a file of at most {LARGEST} bytes.", fix="make the folder again.")
+    try:
+        document = json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=_each_key_once, parse_constant=_no_constant
+        )
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} cannot be read as JSON: {error}", fix="make the folder again.") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise RunFolderError(f"{path} has schema {found!r}, expected {SCHEMA!r}.", fix="use the version that wrote it.")
-    fields = {key: value for key, value in document.items() if key != "schema"}
-    for key, kind in (("model", ModelSource), ("probe", ProbeSettings)):
-        if isinstance(fields.get(key), dict):
-            fields[key] = _build(kind, fields[key], f"{path}: {key}")
-    manifest: RunManifest = _build(RunManifest, fields, str(path))
-    for name in (manifest.rollouts, manifest.optimizer, manifest.adapter, manifest.entropy_rollouts):
-        if name is None:
-            continue
+    return _object(document, str(path))
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
+
+
+def _no_constant(word: str) -> float:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{where} is a {type(value).__name__}, expected an object.", fix="correct the field.")
+    return value
+
+
+def _check_named(folder: Path, path: Path, name: str, *, is_folder: bool) -> None:
+    try:
         target = (folder / name).resolve()
-        if not target.is_relative_to(folder.resolve()):
-            raise RunFolderError(
-                f"{path} names {name}, which lies outside the folder.", fix="keep a run in one folder."
-            )
-        if not target.exists():
-            raise RunFolderError(
-                f"{path} names {name}, which is not there.", fix="make the folder again, or restore it."
-            )
-    return manifest
+    except ValueError as error:
+        raise RunFolderError(f"{path} names {name!r}: {error}.", fix="correct the field.") from error
+    if not target.is_relative_to(folder.resolve()):
+        raise RunFolderError(f"{path} names {name}, which lies outside the folder.", fix="keep a run in one folder.")
+    if not (target.is_dir() if is_folder else target.is_file()):
+        kind = "folder" if is_folder else "file"
+        raise RunFolderError(
+            f"{path} names {name}, and no such {kind} is there.", fix="make the folder again, or restore it."
+        )
 
 
-def _build(kind: type[Any], fields: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from JSON fields, each checked against its annotation."""
-    hints = get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}
+def _build(kind: type[Built], value: Any, where: str) -> Built:
+    """A dataclass from JSON fields; options check themselves, paths and the model's fields are checked by annotation."""
+    if value is None:
+        raise RunFolderError(f"{where} is missing.", fix="make the folder again.")
+    fields: Mapping[str, Any] = _object(value, where)
+    known = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = [key for key in fields if key not in known]
-    required = [
-        name
-        for name, f in known.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in fields
-    ]
+    required = [name for name, f in known.items() if _no_default(f) and name not in fields]
     if unknown or required:
         problem = f"unknown fields {unknown}" if unknown else f"missing fields {required}"
         raise RunFolderError(f"{where} has {problem}.", fix=f"the fields are {', '.join(known)}.")
+    try:
+        if kind not in (EstimateOptions, RunOptions):
+            _check_types(kind, fields, where)
+        return kind(**fields)
+    except ConfigError as error:
+        raise RunFolderError(f"{where}: {error.problem}", fix=error.fix) from error
+
+
+def _no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _check_types(kind: type[Any], fields: Mapping[str, Any], where: str) -> None:
+    hints = get_type_hints(kind)
     for name, value in fields.items():
         if not _fits(value, hints[name]):
-            raise RunFolderError(
-                f"{where}: `{name}` is {value!r}, expected {_name(hints[name])}.", fix="correct the field."
-            )
-    return kind(**fields)
-
-
-def _name(hint: Any) -> str:
-    return {ModelSource: "an object", ProbeSettings: "an object"}.get(hint, getattr(hint, "__name__", str(hint)))
+            expected = getattr(hints[name], "__name__", str(hints[name]))
+            raise RunFolderError(f"{where}: `{name}` is {value!r}, expected {expected}.", fix="correct the field.")
 
 
 def _fits(value: Any, hint: Any) -> bool:
     options = getattr(hint, "__args__", None)
     if options is None:
-        # JSON has one kind of number, Python two; and a bool is an int only to Python.
-        if hint is float:
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
         return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
     if not all(isinstance(option, type) for option in options):
         return value in options

@@ -1,22 +1,23 @@
-"""Loading the policy a run folder or a command line names."""
+"""Loading the policy a run folder or a command line names.
+
+torch and transformers are imported where they are used: a command's help needs neither.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast, get_args
-
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from entropy_fast.errors import RunFolderError
+from entropy_fast.run_folder.loading import first_line, ordinary_files, require_every_weight
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ModelSource", "attach_adapter", "load_model", "load_tokenizer"]
+__all__ = ["ModelSource", "load_model", "load_tokenizer"]
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 PACKAGE = "package:"
@@ -35,7 +36,7 @@ class ModelSource:
         device: where it goes, such as ``cpu`` or ``cuda``.
 
     Raises:
-        RunFolderError: an unknown dtype.
+        RunFolderError: an unknown dtype, or a device that is not there.
     """
 
     name: str
@@ -45,9 +46,10 @@ class ModelSource:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        import torch
+
         if self.dtype not in get_args(DtypeName):
             raise RunFolderError(f"model dtype is {self.dtype!r}.", fix=f"use one of {', '.join(get_args(DtypeName))}.")
-
         try:
             kind = torch.device(self.device).type
         except RuntimeError as error:
@@ -61,38 +63,52 @@ class ModelSource:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
-        return cast(torch.dtype, getattr(torch, self.dtype))
+        import torch
+
+        return cast("torch.dtype", getattr(torch, self.dtype))
 
 
 def load_model(source: ModelSource) -> PreTrainedModel:
     """The base model, in eval mode as transformers leaves it. Code from the hub is never run.
 
     Raises:
-        RunFolderError: the model cannot be found or loaded; the message carries transformers' reason.
+        RunFolderError: the model cannot be found or loaded (the message carries the reason), or its file lacks weights, has
+            others, or some of another shape.
     """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     location, file = _locate(source.name)
-    options: dict[str, object] = {"dtype": source.torch_dtype, "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": source.torch_dtype, "trust_remote_code": False}
+    # What does not fit is asked for in the report, not skipped: it is refused below, by name.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if file is not None:
         options["gguf_file"] = file
     if source.load_in_4bit:
-        from transformers import BitsAndBytesConfig
-
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=source.torch_dtype
         )
         options["device_map"] = {"": source.device}
     try:
-        model = AutoModelForCausalLM.from_pretrained(location, **options)
-    except (OSError, ValueError, ImportError) as error:
+        model, found = cast(Any, AutoModelForCausalLM.from_pretrained(location, **options))
+    except (
+        Exception
+    ) as error:  # a damaged file can fail anywhere: in JSON, safetensors, the unpickler, a layer's shapes
         raise RunFolderError(
-            f"model '{source.name}' cannot be loaded: {_first_line(error)}",
+            f"model '{source.name}' cannot be loaded: {first_line(error)}",
             fix="pass a model folder, a .gguf file, or a hub id that is cached or reachable.",
         ) from error
+    require_every_weight(
+        f"model '{source.name}'",
+        missing=found["missing_keys"],
+        unexpected=found["unexpected_keys"],
+        mismatched=[key[0] if isinstance(key, tuple) else key for key in found["mismatched_keys"]],
+        fix="save the whole model again with save_pretrained, from the class that config.json names.",
+    )
     if not source.load_in_4bit:
-        cast(nn.Module, model).to(source.device)
+        model.to(source.device)
     if source.gradient_checkpointing:
         enable_checkpointing(model)
-    return cast(PreTrainedModel, model)
+    return cast("PreTrainedModel", model)
 
 
 def enable_checkpointing(model: PreTrainedModel) -> None:
@@ -107,39 +123,18 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         RunFolderError: it cannot be found or loaded.
     """
+    from transformers import AutoTokenizer
+
     location, file = _locate(source.name)
-    options: dict[str, object] = {} if file is None else {"gguf_file": file}
+    options: dict[str, Any] = {} if file is None else {"gguf_file": file}
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as above; its parsers are many
         raise RunFolderError(
-            f"tokenizer of '{source.name}' cannot be loaded: {_first_line(error)}",
+            f"tokenizer of '{source.name}' cannot be loaded: {first_line(error)}",
             fix="keep the tokenizer files beside the model.",
         ) from error
-    return cast(PreTrainedTokenizerBase, tokenizer)
-
-
-def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """The model with a LoRA adapter in training mode, its weights read from safetensors.
-
-    Raises:
-        RunFolderError: the folder holds no adapter in safetensors, or it does not fit the model.
-    """
-    from peft import PeftModel
-
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (adapter / file).is_file():
-            raise RunFolderError(
-                f"adapter folder {adapter} has no {file}.",
-                fix="save it with model.save_pretrained(folder) (safetensors; pickled .bin weights are not read).",
-            )
-    try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise RunFolderError(
-            f"adapter {adapter} does not fit the model: {' '.join(str(error).split())[:300]}",
-            fix="pass the base model it was trained on, and keep adapter_config.json (r, target_modules) as it was saved.",
-        ) from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def _locate(name: str) -> tuple[str, str | None]:
@@ -158,16 +153,14 @@ def _locate(name: str) -> tuple[str, str | None]:
             raise RunFolderError(f"model '{name}': no such file; the package holds {found}.", fix="name one of them.")
         return str(folder), file
     path = Path(name).expanduser()
-    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+    if not path.exists() and (not name or name.startswith(("/", ".", "~")) or name.count("/") > 1):
         # Asked for as a hub id it would be looked for on the network, for most of a minute.
         raise RunFolderError(f"model '{name}' does not exist.", fix="check the path; a hub id has the form owner/name.")
     if path.suffix == ".gguf":
         if not path.is_file():
             raise RunFolderError(f"model file {name} does not exist.", fix="check the path.")
         return str(path.parent), path.name
-    return str(path) if path.exists() else name, None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    if not path.exists():
+        return name, None
+    ordinary_files(path, "model folder")
+    return str(path), None

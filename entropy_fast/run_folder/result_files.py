@@ -1,13 +1,16 @@
-"""``result.json``, ``per_prompt.parquet`` and ``per_sequence.parquet``: a result on disk, in full precision.
+"""``result.json``, ``per_prompt.parquet`` and what goes with them: one result on disk, in full precision.
 
-Every file is written whole or not at all; the last one where the result has shares of sequences.
+``result.json`` is put in place last and holds the names and hashes of the other files. Files without a ``result.json`` that
+names them, as a writer that was killed leaves them, are no result.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-import os
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +19,100 @@ import pyarrow.parquet as pq
 import torch
 
 from entropy_fast._version import __version__
-from entropy_fast.atomic import atomic_path
-from entropy_fast.errors import RunFolderError
+from entropy_fast.errors import ResultError
 from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.run_folder.placing import put_in_place
 
-__all__ = ["RESULT_SCHEMA", "prepare_folder", "result_document", "write_result"]
+__all__ = ["RESULT_SCHEMA", "read_result_document", "read_result_table", "result_document", "write_result"]
 
-RESULT_SCHEMA = "entropy_fast.result/1"
+RESULT_SCHEMA = "entropy_fast.result/2"
+DOCUMENT, PROMPTS, SEQUENCES, PICTURE = RESULT_FILES = (
+    "result.json",
+    "per_prompt.parquet",
+    "per_sequence.parquet",
+    "contributions.png",
+)
+# Where a number that is not known stands for itself: of a sequence by a pass that did not need it.
+MAY_BE_UNKNOWN = "sequences"
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the folder now, so that a wrong path is found before the work and not after it.
+def write_result(
+    result: DeltaH1Result, folder: Path, *, draw: Callable[[DeltaH1Result, Path], object] | None = None
+) -> list[Path]:
+    """Put all files of a result into the folder together, in place of those of an earlier one.
+
+    An earlier result's ``per_sequence.parquet`` or picture is removed where this one has none. The folder is made where it
+    is missing; on any exception it holds what it held before.
+
+    Args:
+        result: what to write.
+        folder: where to.
+        draw: draws ``contributions.png`` to the path it is given; None for no picture.
+
+    Returns:
+        Paths of the files, ``result.json`` first.
 
     Raises:
-        RunFolderError: it cannot be made or written to.
+        ResultError: a number of the result is not finite; nothing is written.
+        RunFolderError, OutputFileError: the folder cannot be made or written to.
     """
+    document = result_document(result)
+    tables = {PROMPTS: pa.Table.from_pylist([_plain(dataclasses.asdict(p), PROMPTS) for p in result.per_prompt])}
+    if result.by_sequence is not None:
+        tables[SEQUENCES] = _sequence_table(result)
+
+    def fill(temporary: Path) -> None:
+        for name, table in tables.items():
+            pq.write_table(table, temporary / name, write_page_checksum=True)
+        if draw is not None:
+            draw(result, temporary / PICTURE)
+        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        text = json.dumps({**document, "files": files}, indent=2, allow_nan=False) + "\n"
+        (temporary / DOCUMENT).write_text(text, encoding="utf-8")
+
+    return [folder / name for name in put_in_place(folder, RESULT_FILES, fill)]
+
+
+def read_result_document(folder: Path) -> dict[str, Any]:
+    """``result.json`` of a folder, once every file that belongs to it is found to be the one it was written with.
+
+    Raises:
+        ResultError: there is none, it cannot be read, or the files beside it are missing, changed, or another result's.
+    """
+    path = folder / DOCUMENT
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise RunFolderError(
-            f"results cannot be written to {folder}: {error.strerror or error}.", fix="pass --out with another folder."
-        ) from error
-    if not writable:
-        raise RunFolderError(f"folder {folder} is not writable.", fix="pass --out with another folder.")
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultError(f"{path} cannot be read: {error}", fix="run the probe again.") from error
+    schema = document.get("schema") if isinstance(document, dict) else type(document).__name__
+    if schema != RESULT_SCHEMA:
+        raise ResultError(f"{path} has schema {schema!r}, expected {RESULT_SCHEMA!r}.", fix="run the probe again.")
+    files = document.get("files")
+    known = set(RESULT_FILES) - {DOCUMENT}
+    if not isinstance(files, Mapping) or not known.issuperset(files):
+        raise ResultError(f"{path}: `files` names none of a result's files.", fix="run the probe again.")
+    for name in sorted(known):
+        there = (folder / name).is_file()
+        if there != (name in files) or (there and _sha256(folder / name) != files[name]):
+            problem = "is not the file it was written with" if there else "is missing"
+            raise ResultError(f"{path}: {name} beside it {problem}.", fix="run the probe again.")
+    found: dict[str, Any] = document
+    return found
 
 
-def write_result(result: DeltaH1Result, folder: Path) -> list[Path]:
-    """Write all files into the folder (see `prepare_folder`); returns their paths.
+def read_result_table(folder: Path, name: str) -> pa.Table:
+    """``per_prompt.parquet`` or ``per_sequence.parquet`` of a result, verified like `read_result_document`.
 
-    A ``per_sequence.parquet`` of an earlier result is removed when this one has none: it would belong to other numbers.
+    Raises:
+        ResultError: likewise, or the result has no such table.
     """
-    prepare_folder(folder)
-    paths = [folder / "result.json", folder / "per_prompt.parquet"]
-    text = json.dumps(result_document(result), indent=2, allow_nan=False) + "\n"
-    table = pa.Table.from_pylist([_plain(dataclasses.asdict(p)) for p in result.per_prompt])
-    with atomic_path(paths[0]) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    with atomic_path(paths[1]) as temporary:
-        pq.write_table(table, temporary)
-    last = folder / "per_sequence.parquet"
-    if result.by_sequence is None:
-        last.unlink(missing_ok=True)
-        return paths
-    with atomic_path(last) as temporary:
-        pq.write_table(_sequence_table(result), temporary)
-    return [*paths, last]
+    if name not in read_result_document(folder)["files"] or not name.endswith(".parquet"):
+        raise ResultError(f"the result in {folder} has no table {name}.", fix=f"read {PROMPTS}, or use --by-sequence.")
+    return pq.read_table(folder / name, page_checksum_verification=True)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sequence_table(result: DeltaH1Result) -> pa.Table:
@@ -83,44 +134,50 @@ def _sequence_table(result: DeltaH1Result) -> pa.Table:
 
 
 def result_document(result: DeltaH1Result) -> dict[str, Any]:
-    """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, the interval.
+    """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, what follows from them.
 
-    Derivatives of single tokens, which would be most of the file, are left out.
+    Derivatives of single tokens, which would be most of the file, are left out. In ``sequences`` a number is
+    null where its pass did not need it.
+
+    Raises:
+        ResultError: a number is not finite where it has to be known.
     """
     names = [f.name for f in dataclasses.fields(result)]
-    fields = {name: None if name == "derivatives" else _plain(getattr(result, name)) for name in names}
+    fields = {name: None if name == "derivatives" else _plain(getattr(result, name), name) for name in names}
     if result.derivatives is not None:
         of_sequences = {
             "sequences": result.derivatives.sequences,
             "sequence_shares": result.derivatives.sequence_shares,
         }
-        fields["derivatives"] = _plain(of_sequences)
+        fields["derivatives"] = _plain(of_sequences, "derivatives")
     interval = result.interval(0.95)
     return {
         "schema": RESULT_SCHEMA,
         "version": __version__,
         **fields,
+        "by_layer": _plain(result.by_layer, "by_layer"),
         "interval_95": None if interval is None else list(interval),
         "sign_established": result.sign_established,
     }
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, where: str) -> Any:
     if isinstance(value, torch.Tensor):
-        # JSON has no NaN; a value that is not known (c_i in the update batch, say) is null.
-        return _without_nan(value.tolist())
+        return _plain(value.tolist(), where)
     if isinstance(value, torch.dtype):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, where) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        # JSON has no NaN.
+        if math.isnan(value) and where.startswith(MAY_BE_UNKNOWN):
+            return None
+        raise ResultError(
+            f"the result's `{where}` is {value}, so the forecast is not a number anyone measured; nothing was written.",
+            fix="look for overflow or NaN in the model, the rollouts and the optimizer (`entropy-fast doctor`).",
+        )
     return value
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if value != value else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from small_policy import saved_model, saved_run
 
 from entropy_fast import fast_delta_h1, read_rollouts, write_rollouts
 from entropy_fast.cli.app import run
-from entropy_fast.run_folder.model_source import ModelSource, attach_adapter, load_model
+from entropy_fast.run_folder.adapter import attach_adapter
+from entropy_fast.run_folder.model_source import ModelSource, load_model
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +39,15 @@ def test_probe_writes_what_the_library_returns(folder, capsys):
     assert run(["probe", str(folder), "--out", str(out)]) == 0
     expected = direct(folder)
     document = json.loads((out / "result.json").read_text())
-    assert document["schema"] == "entropy_fast.result/1"
+    assert document["schema"] == "entropy_fast.result/2"
     assert document["delta_h1"] == expected.delta_h1
     assert document["std_error"] == expected.std_error
     assert document["row_sums"] == expected.row_sums.tolist()
-    assert document["sequences"]["X"]["entropy"] == expected.sequences["X"].entropy.tolist()
+    for name, table in expected.sequences.items():
+        assert document["sequences"][name]["sequence_logprobs"] == table.sequence_logprobs.tolist()
+    assert document["by_layer"] == expected.by_layer
+    assert sum(document["by_layer"].values()) == pytest.approx(expected.delta_h1, rel=1e-9)
+    assert document["entropy_level"] == expected.entropy_level > 0
     table = pq.read_table(out / "per_prompt.parquet").to_pylist()
     assert [row["delta_h1"] for row in table] == [p.delta_h1 for p in expected.per_prompt]
     assert sum(row["delta_h1"] for row in table) == pytest.approx(expected.delta_h1, rel=1e-5)
@@ -85,7 +91,7 @@ def test_estimator_and_importance_ratios(folder, tmp_path):
     write_rollouts(dataclasses.replace(rollouts, old_logprobs=old), tmp_path / "sampled.jsonl")
     command += ["--rollouts", str(tmp_path / "sampled.jsonl"), "--importance-ratio", "token"]
     changes = []
-    for clip in ([], ["--clip", "0.2"], ["--clip", "0.2", "--clip-high", "0.3"]):
+    for clip in ([], ["--clip-range", "0.2"], ["--clip-range", "0.2,0.3"]):
         assert run([*command, *clip]) == 0
         document = json.loads((folder / "o" / "result.json").read_text())
         changes.append((document["estimate_options"]["clip_range"], document["delta_h1"]))
@@ -110,7 +116,7 @@ def test_shares_of_sequences(folder, capsys):
     assert run(command) == 0
     assert not (out / "per_sequence.parquet").exists()
     assert run(["probe", str(folder), "--by-sequence", "--engine", "two_pass", "--out", str(out)]) == 2
-    assert "engine='one_pass'" in " ".join(capsys.readouterr().err.split())
+    assert "`by_sequence` is True, and engine 'two_pass' has no use for it" in " ".join(capsys.readouterr().err.split())
 
 
 def test_two_batches(folder):
@@ -140,46 +146,6 @@ def test_two_batches(folder):
     assert len(forward["derivatives"]["sequences"]) == len(forward["derivatives"]["sequence_shares"])
     assert sum(forward["derivatives"]["sequence_shares"]) == pytest.approx(forward["delta_h1"], rel=1e-9)
     assert "tokens" not in forward["derivatives"]
-
-
-def test_doctor_ticks_off_a_healthy_model(folder, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    assert run(["doctor", str(folder)]) == 0
-    shown = capsys.readouterr().out
-    for name in (
-        "grad context",
-        "X gradients",
-        "Y gradients",
-        "alpha trick",
-        "optimizer",
-        "ops backend native",
-        "dropout off",
-    ):
-        assert name in shown
-    assert "FAIL" not in shown
-
-
-def test_doctor_fails_on_what_would_spoil_a_probe(folder, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps({**row, "temperature": 0.7}) + "\n" for row in rows))
-    assert run(["doctor", str(folder)]) == 1
-    assert "FAIL" in capsys.readouterr().out
-
-
-def test_doctor_without_a_model_reports_backends(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    assert run(["doctor"]) == 0
-    shown = capsys.readouterr().out
-    for name in ("reference", "native", "triton", "cuda"):
-        assert f"ops backend {name}" in shown
-
-
-def test_doctor_with_a_model_alone_uses_random_tokens(folder, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    command = ["doctor", "--model", str(folder / "base"), "--adapter", str(folder / "adapter")]
-    assert run(command) == 0
-    assert "not given: coverage" in capsys.readouterr().out
 
 
 def test_sample_then_probe(folder, tmp_path):
@@ -213,8 +179,12 @@ def test_sample_then_probe(folder, tmp_path):
         (["probe", "RUN", "--weighting", "none"], "`weighting` is 'none'"),
         (["probe", "RUN", "--entropy-estimator", "none"], "`entropy_estimator` is 'none'"),
         (["probe", "RUN", "--importance-ratio", "token"], "needs the update batch's `old_logprobs`"),
-        (["probe", "RUN", "--clip", "0.2"], "clip_range=(0.2, 0.2) with importance_ratio='none'"),
-        (["probe", "RUN", "--clip-high", "0.2"], "clip_high is given without clip"),
+        (["probe", "RUN", "--clip-range", "0.2"], "clip_range=(0.2, 0.2) with importance_ratio='none'"),
+        (["probe", "RUN", "--clip-range", "0.2,x", "--importance-ratio", "token"], "`clip_range` is '0.2,x'"),
+        (["probe", "RUN", "--learning-rate", "fast"], "`learning_rate` is 'fast'"),
+        (["probe", "RUN", "--learning-rate", "nan"], "learning rate"),
+        (["probe", "RUN", "--blocks", "2.5"], "`blocks` is '2.5'"),
+        (["probe", "RUN", "--prompts-per-microbatch", "0"], "`prompts_per_microbatch` is 0"),
         (["probe", "RUN", "--learning-rate", "0"], "learning rate"),
         (["probe", "RUN", "--blocks", "99"], "blocks=99"),
         (["probe", "RUN", "--rollouts", "missing.jsonl"], "missing.jsonl"),
@@ -230,6 +200,10 @@ def test_sample_then_probe(folder, tmp_path):
         (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl"], "cannot be read"),
         (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl", "--verifier", "oracle"], "verifier is 'oracle'"),
         (["doctor", "--device", "cpu"], "without a model"),
+        (["probe", "RUN", "--optimizer", "pipe"], "pipe is not a file"),
+        (["probe", "RUN", "--rollouts", "pipe"], "pipe is not a file"),
+        (["doctor", "--model", "m", "--rollouts", "pipe"], "pipe is not a file"),
+        (["doctor", "--model", "m", "--optimizer", "pipe"], "pipe is not a file"),
     ],
 )
 def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message):
@@ -238,6 +212,7 @@ def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base_without_weights").mkdir()
     shutil.copy(folder / "base" / "config.json", tmp_path / "base_without_weights")
+    os.mkfifo(tmp_path / "pipe")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
     assert run([str(folder) if a == "RUN" else a for a in arguments]) == 2
     shown = capsys.readouterr()
@@ -245,6 +220,27 @@ def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch,
     assert "what to do:" in shown.err
     assert "Traceback" not in shown.err
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"run", "base_without_weights"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["probe", "RUN", "--out", ""],
+        ["probe", "RUN", "--out", "  "],
+        ["probe", ""],
+        ["probe", "RUN", "--adapter", ""],
+        ["probe", "RUN", "--rollouts", ""],
+        ["demo", "--out", ""],
+        ["sample", "RUN", "--model", "m", "--out", ""],
+        ["doctor", ""],
+    ],
+)
+def test_an_empty_path_is_refused(folder, tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert run([str(folder) if a == "RUN" else a for a in arguments]) == 2
+    assert "the path is empty" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert {p.name for p in tmp_path.iterdir()} == {"run"}
 
 
 def test_a_truncated_rollouts_line_is_named(folder, capsys, monkeypatch):
@@ -295,25 +291,13 @@ def test_a_missing_gpu_is_a_message(folder, capsys, monkeypatch):
 
 def test_a_run_folders_switch_can_be_switched_off(folder):
     document = json.loads((folder / "run.json").read_text())
-    document["probe"]["full_kernel"] = True
+    document["probe"]["run"]["full_kernel"] = True
     (folder / "run.json").write_text(json.dumps(document))
     command = ["probe", str(folder), "--no-picture", "--engine", "two_pass"]
     assert run(command) == 0
     assert json.loads((folder / "result.json").read_text())["kernel"] is not None
     assert run([*command, "--no-full-kernel"]) == 0
     assert json.loads((folder / "result.json").read_text())["kernel"] is None
-
-
-def test_doctor_goes_on_after_a_learning_rate_of_zero(folder, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    saved = torch.load(folder / "optimizer.pt", weights_only=True)
-    saved["param_groups"][0]["lr"] = 0.0
-    torch.save(saved, folder / "optimizer.pt")
-    assert run(["doctor", str(folder)]) == 1
-    shown = capsys.readouterr().out
-    assert "needs learning_rate" in shown
-    assert "Y gradients" in shown
-    assert "alpha trick" in shown
 
 
 def test_usage_errors_and_version(capsys):

@@ -6,9 +6,16 @@ import json
 
 import pytest
 
+from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import RunFolderError
-from entropy_fast.run_folder.manifest import ProbeSettings, RunManifest, read_manifest, write_manifest
-from entropy_fast.run_folder.model_source import ModelSource, attach_adapter, load_model, load_tokenizer
+from entropy_fast.run_folder.adapter import attach_adapter
+from entropy_fast.run_folder.manifest import RunManifest, read_manifest, write_manifest
+from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer
+
+ESTIMATE = EstimateOptions(
+    weighting="sequence", learning_rate=1e-5, blocks=3, importance_ratio="token", clip_range=(0.2, 0.3)
+)
+RUN = RunOptions(engine="two_pass", memory_budget="1GiB", autocast_dtype="bfloat16", full_kernel=True, strict=True)
 
 
 @pytest.fixture
@@ -19,7 +26,8 @@ def folder(tmp_path):
         ModelSource("some/model", dtype="bfloat16", load_in_4bit=True),
         "rollouts.jsonl",
         "optimizer.pt",
-        probe=ProbeSettings(weighting="sequence", learning_rate=1e-5, blocks=3, mode="blocks"),
+        estimate=ESTIMATE,
+        run=RUN,
     )
     write_manifest(manifest, tmp_path)
     return tmp_path
@@ -43,7 +51,8 @@ def change(folder, **fields):
 def test_round_trip(folder):
     manifest = read_manifest(folder)
     assert manifest.model == ModelSource("some/model", dtype="bfloat16", load_in_4bit=True)
-    assert manifest.probe == ProbeSettings(weighting="sequence", learning_rate=1e-5, blocks=3, mode="blocks")
+    assert manifest.estimate == ESTIMATE
+    assert manifest.run == RUN
     assert manifest.adapter is None
 
 
@@ -51,18 +60,30 @@ def test_round_trip(folder):
     ("fields", "message"),
     [
         ({"schema": "entropy_fast.run/99"}, "schema"),
+        ({"schema": "entropy_fast.run/1"}, "expected 'entropy_fast.run/2'"),
         ({"surprise": 1}, "unknown fields"),
         ({"rollouts": ...}, "missing fields"),
         ({"rollouts": 3}, "`rollouts` is 3"),
-        ({"model": "a name"}, "`model` is 'a name'"),
+        ({"model": "a name"}, "model is a str, expected an object"),
         ({"model__dtype": "int8"}, "dtype"),
         ({"model__load_in_4bit": "yes"}, "load_in_4bit"),
         ({"model__nmae": "x"}, "unknown fields"),
-        ({"probe__blocks": True}, "blocks"),
-        ({"probe__blocks": 2.5}, "blocks"),
-        ({"probe__learning_rate": "1e-5"}, "learning_rate"),
-        ({"rollouts": "gone.jsonl"}, "not there"),
-        ({"adapter": "adapter"}, "not there"),
+        ({"model": ...}, "model is missing"),
+        ({"probe": []}, "probe is a list"),
+        ({"probe__full_kernel": True}, r"unknown fields \['full_kernel'\]"),
+        ({"probe__estimate__blokcs": 2}, "unknown fields"),
+        ({"probe__estimate__blocks": True}, "`blocks` is True"),
+        ({"probe__estimate__blocks": 2.5}, "`blocks` is 2.5"),
+        ({"probe__estimate__learning_rate": "1e-5"}, "`learning_rate` is '1e-5'"),
+        ({"probe__estimate__learning_rate": float("nan")}, "NaN is no JSON"),
+        ({"probe__estimate__importance_ratio": "none"}, "clip_range"),
+        ({"probe__run__strict": "yes"}, "`strict` is 'yes'"),
+        ({"probe__run__memory_budget": [1]}, "memory_budget"),
+        ({"rollouts": "gone.jsonl"}, "no such file is there"),
+        ({"rollouts": "."}, "no such file is there"),
+        ({"rollouts": "a\0b"}, "null"),
+        ({"adapter": "adapter"}, "no such folder is there"),
+        ({"adapter": "rollouts.jsonl"}, "no such folder is there"),
         ({"rollouts": "../rollouts.jsonl"}, "outside the folder"),
         ({"optimizer": "/etc/hostname"}, "outside the folder"),
     ],
@@ -73,10 +94,23 @@ def test_a_wrong_field_is_named(folder, fields, message):
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"run"'])
+def test_options_that_are_left_out_take_their_defaults(folder):
+    change(folder, probe=...)
+    manifest = read_manifest(folder)
+    assert (manifest.estimate, manifest.run) == (EstimateOptions(), RunOptions())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '"run"', "[" * 100_000, " " * (2**20 + 1), "\x00"])
 def test_a_broken_document(folder, content):
     (folder / "run.json").write_text(content)
     with pytest.raises(RunFolderError):
+        read_manifest(folder)
+
+
+def test_a_key_that_stands_twice(folder):
+    text = (folder / "run.json").read_text()
+    (folder / "run.json").write_text(text.replace('"strict": true', '"strict": true, "strict": false'))
+    with pytest.raises(RunFolderError, match="the key 'strict' stands twice"):
         read_manifest(folder)
 
 

@@ -1,0 +1,54 @@
+"""Writing a result and then showing it: what is printed may get lost, what is on disk may not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.text import Text
+
+from entropy_fast.cli.console import output
+from entropy_fast.errors import EntropyFastError, ResultError
+from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.report.picture import require_matplotlib, write_picture
+from entropy_fast.report.terminal import print_result
+from entropy_fast.run_folder.result_files import write_result
+
+__all__ = ["save_and_show"]
+
+
+def save_and_show(result: DeltaH1Result, folder: Path, *, picture: bool | None) -> None:
+    """Write all files of a result, then print it and their paths. One that cannot be written is shown all the same.
+
+    Args:
+        result: what to write and show.
+        folder: where to.
+        picture: whether to draw ``contributions.png``; None draws it where matplotlib can, and says where not.
+
+    Raises:
+        ResultError: a number of it is not finite.
+        RunFolderError, OutputFileError: the folder or a file cannot be written.
+    """
+    console = output()
+    try:
+        paths, undrawn = _write(result, folder, picture)
+    except ResultError:
+        raise
+    except EntropyFastError:
+        print_result(result, console)
+        raise
+    print_result(result, console)
+    if undrawn is not None:
+        console.print(Text(f"note: contributions.png was not drawn: {undrawn}", style="yellow"))
+    console.print(Text("written: " + ", ".join(map(str, paths))), soft_wrap=True)
+
+
+def _write(result: DeltaH1Result, folder: Path, picture: bool | None) -> tuple[list[Path], str | None]:
+    """The paths that were written, and why there is no picture, where one was wanted."""
+    undrawn = require_matplotlib(quiet=picture is None) if picture is not False else None
+    draws = picture is not False and undrawn is None
+    try:
+        return write_result(result, folder, draw=write_picture if draws else None), undrawn
+    except ResultError as error:
+        if not draws:
+            raise
+        return write_result(result, folder), error.problem  # if it was not the picture, this raises again
