@@ -1,4 +1,4 @@
-# Everything needed to work on entropy_fast. A fresh machine needs python3 (3.11 or later), a C++ compiler, make and git.
+# Everything needed to work on entropy_fast. A fresh machine needs python3 (3.10 or later), a C++ compiler, make and git.
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -122,7 +122,7 @@ class OfflineEntropyProbe:
 
     def _engine(self, batches: int) -> Engine:
         refuse_shared_keys(self.context.model)
-        reason = self._kind.refuses(batches, self.context)
+        reason = self._kind.why_not(batches, self.context)
         if reason is not None:
             raise ConfigError(
                 f"engine {self._kind.name!r}: {reason}.",

@@ -37,7 +37,7 @@ def check(actual: Any, expected: Any, what: str, tolerance: float = TOLERANCE) -
     assert error < tolerance, f"{what}: relative error {error:.3g}"
 
 
-def error_of(result: DeltaH1Result, name: str) -> float | None:
+def error_of(result: DeltaH1Result, name: str) -> float:
     return next(e.value for e in result.diagnostics.standard_errors if e.name == name)
 
 

@@ -52,6 +52,12 @@ class EngineKind:
     takes: frozenset[str]
     refuses: Callable[[int, ProbeContext], str | None] = lambda batches, context: None
 
+    def why_not(self, batches: int, context: ProbeContext) -> str | None:
+        """Why it cannot do what is asked with so many batches; None when it can."""
+        if batches == 2 and context.run.full_kernel:
+            return "full_kernel is about the same-batch estimate; the two-batch estimate does not keep K"
+        return self.refuses(batches, context)
+
     def check(self, options: RunOptions) -> None:
         """Raise where an option is set that the engine has no use for.
 

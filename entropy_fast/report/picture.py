@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,15 +66,16 @@ def _figure(result: DeltaH1Result) -> Figure:
     figure = Figure(figsize=(10, 1.4 + 0.36 * len(values)), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     axes.barh(range(len(values)), values, color=colours)
-    interval = result.interval(0.95)
-    if interval is not None:
-        half = (interval[1] - interval[0]) / 2
+    known = not math.isnan(result.std_error)
+    if known:
+        lower, upper = result.interval(0.95)
+        half = (upper - lower) / 2
         axes.errorbar(result.delta_h1, len(values) - 1, xerr=half, fmt="none", ecolor="black", capsize=4)
     # Prompt texts are data: a dollar sign in them is not mathematics.
     axes.set_yticks(range(len(values)), labels, parse_math=False, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
-    about = "no standard error" if interval is None else "with its 95 % interval"
+    about = "with its 95 % interval" if known else "no standard error"
     axes.set_xlabel(f"share of δH₁, {result.unit} (bar at the bottom: the total, {about})")
     sign = {True: "", False: " (sign not established)", None: ""}[result.sign_established]
     axes.set_title(

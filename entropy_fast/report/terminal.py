@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,7 +20,7 @@ SEQUENCES_SHOWN = 5
 
 def verdict(result: DeltaH1Result) -> str:
     """What may be concluded about the sign, in words."""
-    if result.std_error is None:
+    if math.isnan(result.std_error):
         return "There are too few prompts for a standard error: nothing can be said about the sign."
     if result.delta_h1 == 0:
         return "The forecast is exactly 0: see the notes."
@@ -37,9 +39,9 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     summary.add_column(style="bold")
     summary.add_column()
     summary.add_row("δH₁", Text(f"{result.delta_h1:.17g}"))
-    summary.add_row("standard error", Text("unknown" if result.std_error is None else f"{result.std_error:.4g}"))
-    interval = result.interval(0.95)
-    summary.add_row("95% interval", Text("unknown" if interval is None else f"[{interval[0]:.4g}, {interval[1]:.4g}]"))
+    known, (lower, upper) = not math.isnan(result.std_error), result.interval(0.95)
+    summary.add_row("standard error", Text(f"{result.std_error:.4g}" if known else "unknown"))
+    summary.add_row("95% interval", Text(f"[{lower:.4g}, {upper:.4g}]" if known else "unknown"))
     summary.add_row("entropy now", Text(f"{result.entropy_level:.4g}"))
     summary.add_row("unit", Text(result.unit))
     summary.add_row("learning rate", Text(f"{result.learning_rate:.6g}"))
@@ -61,7 +63,7 @@ def _errors(result: DeltaH1Result) -> Table:
     for column in ("method", "value", "about"):
         table.add_column(column)
     for error in result.diagnostics.standard_errors:
-        value = "not defined here" if error.value is None else f"{error.value:.4g}"
+        value = "not defined here" if math.isnan(error.value) else f"{error.value:.4g}"
         table.add_row(Text(error.name), Text(value), Text(error.covers))
     return table
 

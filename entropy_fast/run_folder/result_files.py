@@ -32,8 +32,8 @@ DOCUMENT, PROMPTS, SEQUENCES, PICTURE = RESULT_FILES = (
     "per_sequence.parquet",
     "contributions.png",
 )
-# Where a number that is not known stands for itself: of a sequence by a pass that did not need it.
-MAY_BE_UNKNOWN = "sequences"
+# Where a number may be not known: of a sequence by a pass that did not need it, and errors that a batch is too small for.
+MAY_BE_UNKNOWN = ("sequences", "std_error", "diagnostics.standard_errors", "diagnostics.unbiased_variance")
 
 
 def write_result(
@@ -136,8 +136,8 @@ def _sequence_table(result: DeltaH1Result) -> pa.Table:
 def result_document(result: DeltaH1Result) -> dict[str, Any]:
     """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, what follows from them.
 
-    Derivatives of single tokens, which would be most of the file, are left out. In ``sequences`` a number is
-    null where its pass did not need it.
+    Derivatives of single tokens, which would be most of the file, are left out. A number that is not known
+    is null where that may be.
 
     Raises:
         ResultError: a number is not finite where it has to be known.
@@ -150,13 +150,12 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
             "sequence_shares": result.derivatives.sequence_shares,
         }
         fields["derivatives"] = _plain(of_sequences, "derivatives")
-    interval = result.interval(0.95)
     return {
         "schema": RESULT_SCHEMA,
         "version": __version__,
         **fields,
         "by_layer": _plain(result.by_layer, "by_layer"),
-        "interval_95": None if interval is None else list(interval),
+        "interval_95": None if math.isnan(result.std_error) else list(result.interval(0.95)),
         "sign_established": result.sign_established,
     }
 

@@ -259,7 +259,7 @@ def check_excluded(excluded: ExcludedElements, limit: float) -> None:
         ),
         fix="probe after the optimizer has stepped on all trainable parameters, with the optimizer that trains them. In full "
         "fine-tuning the rows of tokens not seen in training yet (embedding, position) have v = 0: freeze the embedding, probe "
-        "later, or raise ProbeConfig.max_excluded_share if their part of the step does not matter.",
+        "later, or raise RunOptions.max_excluded_share if their part of the step does not matter.",
     )
 
 

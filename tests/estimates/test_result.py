@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 
 import pytest
 import torch
+from probe_models.batches import make_rollouts
 from probe_models.cases import lora_case
 from probe_options import options_of
 from scipy.stats import t as student_t
@@ -14,6 +17,7 @@ from entropy_fast import RunOptions, fast_delta_h1
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.errors import ConfigError, ModelStateError, OptimizerStateError, RolloutsError
 from entropy_fast.report.terminal import verdict
+from entropy_fast.run_folder.result_files import result_document
 
 
 def with_advantages(rollouts, advantages):
@@ -72,6 +76,30 @@ def test_two_prompts_give_no_error_bar_and_no_sign() -> None:
     assert (result.std_error, result.interval(), result.sign_established) == (None, None, None)
     assert "no standard error" in str(result)
     assert "too few prompts" in verdict(result)
+
+
+def test_what_two_prompts_do_not_tell_is_nan() -> None:
+    """So that a logger, which expects numbers, goes on; and null in a file."""
+    case = lora_case(group_sizes=(2, 3))
+    result = case.probe().compute_delta_h1(case.rollouts)
+    unknown = [result.std_error, *result.interval(), *(e.value for e in result.diagnostics.standard_errors)]
+    assert all(isinstance(value, float) and math.isnan(value) for value in unknown)
+    assert math.isnan(result.diagnostics.unbiased_variance)
+    assert result.sign_established is None
+    document = result_document(result)
+    assert document["std_error"] is None and document["interval_95"] is None
+    assert [error["value"] for error in document["diagnostics"]["standard_errors"]] == [None] * 4
+    json.dumps(document, allow_nan=False)
+    assert "nothing can be said about the sign" in verdict(result)
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+def test_two_batches_refuse_the_whole_kernel(engine: str) -> None:
+    case = lora_case()
+    with pytest.raises(ConfigError, match="does not keep K"):
+        case.probe(engine=engine, full_kernel=True).run_mixed_probe(
+            entropy_rollouts=make_rollouts((2, 2), seed=9), update_rollouts=case.rollouts
+        )
 
 
 def test_two_batches_refuse_blocks() -> None:

@@ -23,8 +23,6 @@ KIND = EngineKind(
     refuses=lambda batches, context: (
         "conditional_variance='alpha' is about the entropy batch of the two-batch estimate; here is one batch"
         if batches == 1 and context.run.conditional_variance == "alpha"
-        else "full_kernel is about the same-batch estimate; the two-batch estimate does not keep K"
-        if batches == 2 and context.run.full_kernel
         else None
     ),
 )
