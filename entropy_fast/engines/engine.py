@@ -8,7 +8,6 @@ from typing import Protocol
 
 from entropy_fast.config import RunOptions
 from entropy_fast.context import ProbeContext
-from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.rollouts import Rollouts
 
@@ -58,15 +57,6 @@ class EngineKind:
             return "full_kernel is about the same-batch estimate; the two-batch estimate does not keep K"
         return self.refuses(batches, context)
 
-    def check(self, options: RunOptions) -> None:
-        """Raise where an option is set that the engine has no use for.
-
-        Raises:
-            ConfigError: one is; the message names it and the engines that take it.
-        """
-        ignored = [name for name in options.changed() if name not in self.takes | COMMON]
-        if ignored:
-            raise ConfigError(
-                f"RunOptions: `{ignored[0]}` is {getattr(options, ignored[0])!r}, and engine {self.name!r} has no use for it.",
-                fix=f"leave `{ignored[0]}` out, or choose an engine that takes it.",
-            )
+    def ignored(self, options: RunOptions) -> list[str]:
+        """Names of the options that are set and that it has no use for."""
+        return [name for name in options.changed() if name not in self.takes | COMMON]

@@ -48,5 +48,10 @@ def engine_kind(options: RunOptions) -> EngineKind:
         names = ", ".join(map(repr, (AUTO, *_KINDS)))
         raise ConfigError(f"engine is {options.engine!r}.", fix=f"use one of {names}.")
     kind = _KINDS[options.engine]
-    kind.check(options)
+    for name in kind.ignored(options):
+        others = ", ".join(f"engine={other.name!r}" for other in engine_kinds() if name in other.takes)
+        raise ConfigError(
+            f"RunOptions: `{name}` is {getattr(options, name)!r}, and engine {kind.name!r} has no use for it.",
+            fix=f"leave `{name}` out, or pass {others}.",
+        )
     return kind

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.ops import native_backend
+from entropy_fast.ops.linear_inputs import LinearInputs
 from entropy_fast.ops.registration import accumulator
 from entropy_fast.reference import LinearTokenLogprobs
 
@@ -28,30 +29,21 @@ WORKSPACE_BYTES = 2**24
 _LEAST_ROWS, _ROWS_STEP = 512, 16
 
 
-def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    want_entropy: bool,
-    unit_gradients: bool,
-    ignore_index: int,
-) -> LinearTokenLogprobs:
+def linear_token_logprobs(inputs: LinearInputs) -> LinearTokenLogprobs:
     """As ``entropy_fast.reference.linear_token_logprobs``, on the CPU, within ``WORKSPACE_BYTES``."""
+    hidden, targets, n_units = inputs.hidden, inputs.targets, inputs.n_units
     dtype = accumulator(hidden)
     if hidden.dtype == torch.float16:
         # Weights are relative to a row's maximum, not to its sum: a product of a thousand of them passes 65504.
         hidden = hidden.float()
     rows = hidden.shape[0]
     scalars = torch.zeros(3, rows, dtype=torch.float64)
-    n_units = unit_gradients * (1 + want_entropy)
     units = [torch.zeros(hidden.shape, dtype=dtype) for _ in range(n_units)]
-    kept = (targets != ignore_index).nonzero().squeeze(1)
+    kept = (targets != inputs.ignore_index).nonzero().squeeze(1)
     size = _product_rows(len(kept), hidden.dtype)
     for chosen in torch.split(kept, size) if len(kept) else ():
-        found, found_units = _rows(hidden[chosen], weight, targets[chosen], bias, softcap, n_units, size)
+        own = inputs._replace(hidden=hidden[chosen], targets=targets[chosen])
+        found, found_units = _rows(own, size)
         scalars[:, chosen] = found
         for whole, part in zip(units, found_units, strict=True):
             whole[chosen] = part
@@ -59,7 +51,7 @@ def linear_token_logprobs(
     return LinearTokenLogprobs(
         logprob.to(dtype),
         lse.clone(),
-        entropy.clone() if want_entropy else None,
+        entropy.clone() if inputs.want_entropy else None,
         units[0] if units else None,
         units[1] if n_units > 1 else None,
     )
@@ -91,17 +83,10 @@ def block_logits(
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _rows(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    n_units: int,
-    size: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """``[3, rows]`` logprob, lse and entropy in float64, and ``n_units`` unit gradients, by products of ``size`` rows."""
-    n = hidden.shape[0]
+def _rows(inputs: LinearInputs, size: int) -> tuple[Tensor, list[Tensor]]:
+    """``[3, rows]`` logprob, lse and entropy in float64, and unit gradients, by products of ``size`` rows."""
+    hidden, weight, targets, bias, softcap = inputs[:5]
+    n, n_units = hidden.shape[0], inputs.n_units
     dtype = accumulator(hidden)
     # Some matrix products read past the end of a row and count on 0 times that being 0: a NaN would get into the row before.
     finite = hidden.isfinite().all(1, keepdim=True)

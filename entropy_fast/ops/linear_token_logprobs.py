@@ -17,6 +17,7 @@ from entropy_fast.errors import ConfigError
 from entropy_fast.ops import blockwise, linear_gradients, triton_backend
 from entropy_fast.ops.backends import AUTO, count_call, requested, resolve_backend
 from entropy_fast.ops.linear_gradients import logits_dtype
+from entropy_fast.ops.linear_inputs import LinearInputs
 from entropy_fast.ops.registration import accumulator, refuse_forward_mode, register
 from entropy_fast.ops.token_logprobs import TokenLogprobs, check_targets
 from entropy_fast.reference import LinearTokenLogprobs
@@ -152,20 +153,6 @@ def _check_arguments(
         )
 
 
-class _Forward(NamedTuple):
-    """Arguments of the op, in the order of its schema; the dispatcher leaves out trailing ones that have their default."""
-
-    hidden: Tensor
-    weight: Tensor
-    targets: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    want_entropy: bool = False
-    unit_gradients: bool = False
-    ignore_index: int = -100
-    backend: str = AUTO
-
-
 class _Backward(NamedTuple):
     """Arguments of the backward op: upstream gradients, the forward's inputs and results, and which inputs want a gradient."""
 
@@ -188,24 +175,29 @@ class _Backward(NamedTuple):
 
 
 def _forward(*arguments: Any) -> LinearTokenLogprobs:
-    call = _Forward(*arguments)
+    call = LinearInputs(*arguments)
     _check_arguments(call.hidden, call.weight, call.targets, call.bias, call.softcap)
     check_targets("linear_token_logprobs", call.targets, call.weight.shape[0], call.ignore_index)
     chosen = resolve_backend(call.backend, call.hidden.device, _BACKENDS)
     count_call(chosen, _OP)
-    runs: dict[str, Callable[..., LinearTokenLogprobs]] = {
-        "reference": reference.linear_token_logprobs,
-        "native": blockwise.linear_token_logprobs,
-        "triton": triton_backend.linear_token_logprobs,
-    }
+    return _RUNS[chosen](call)
+
+
+def _by_reference(call: LinearInputs) -> LinearTokenLogprobs:
     options = call._asdict()
-    inputs = [options.pop(name) for name in ("hidden", "weight", "targets")]
     del options["backend"]
-    return runs[chosen](*inputs, **options)
+    return reference.linear_token_logprobs(*(options.pop(name) for name in ("hidden", "weight", "targets")), **options)
+
+
+_RUNS: dict[str, Callable[[LinearInputs], LinearTokenLogprobs]] = {
+    "reference": _by_reference,
+    "native": blockwise.linear_token_logprobs,
+    "triton": triton_backend.linear_token_logprobs,
+}
 
 
 def _fake_forward(*arguments: Any) -> LinearTokenLogprobs:
-    call = _Forward(*arguments)
+    call = LinearInputs(*arguments)
     hidden, rows, dtype = call.hidden, call.hidden.shape[0], accumulator(call.hidden)
     return LinearTokenLogprobs(
         hidden.new_empty(rows, dtype=dtype),

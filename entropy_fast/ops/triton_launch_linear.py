@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from entropy_fast.ops.linear_inputs import LinearInputs
 from entropy_fast.ops.registration import accumulator
 from entropy_fast.ops.triton_loading import interpreting, kernels_of, on_device, triton_type
 from entropy_fast.reference import LinearTokenLogprobs
@@ -21,29 +22,19 @@ def _dense_rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def linear_token_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None,
-    softcap: float | None,
-    want_entropy: bool,
-    unit_gradients: bool,
-    ignore_index: int,
-) -> LinearTokenLogprobs:
+def linear_token_logprobs(inputs: LinearInputs) -> LinearTokenLogprobs:
     """As ``entropy_fast.reference.linear_token_logprobs``, within ``WORKSPACE_BYTES`` (more if 128 rows need more).
 
     Finding the rows that are not ignored waits for the device.
     """
-    rows, dtype = hidden.shape[0], accumulator(hidden)
-    n_units = unit_gradients * (1 + want_entropy)
+    hidden, weight, targets, bias, softcap = inputs[:5]
+    rows, dtype, n_units = hidden.shape[0], accumulator(hidden), inputs.n_units
     units = [torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) for _ in range(n_units)]
     logprob = torch.zeros(rows, dtype=dtype, device=hidden.device)
     lse = torch.zeros(rows, dtype=torch.float64, device=hidden.device)
-    entropy = torch.zeros_like(lse) if want_entropy else None
+    entropy = torch.zeros_like(lse) if inputs.want_entropy else None
     result = LinearTokenLogprobs(logprob, lse, entropy, *units, *[None] * (2 - n_units))
-    kept = (targets != ignore_index).nonzero().squeeze(1)
+    kept = (targets != inputs.ignore_index).nonzero().squeeze(1)
     if len(kept):
         with on_device(hidden.device):
             tensors = (_dense_rows(hidden), _dense_rows(weight), None if bias is None else bias.contiguous())

@@ -24,8 +24,8 @@ FUNCTIONS = (
     ("rms_norm_backward_cpu", "@5P2qi0q"),
     ("gated_silu_forward_cpu", "@3P2qi0q"),
     ("gated_silu_backward_cpu", "@5P2qi0q"),
-    ("packed_attention_forward_cpu", "@PqqPqqPqqPqqPqqP5qd2Pi0q"),
-    ("packed_attention_backward_cpu", "@PqqPqqPqqPqqPqqP5qdPqq9P4qi0q"),
+    ("packed_attention_forward_cpu", "@PqqPqqPqqPqqPqq2P7qdPi0q"),
+    ("packed_attention_backward_cpu", "@PqqPqqPqqPqqPqq2P7qdPqq7P3qi0q"),
 )
 
 

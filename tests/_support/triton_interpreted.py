@@ -33,6 +33,7 @@ from entropy_fast.kernels.linear_token_logprobs import tiles_for
 from entropy_fast.kernels.token_logprobs import BLOCK
 from entropy_fast.ops import linear_token_logprobs, triton_backend, triton_launch_linear
 from entropy_fast.ops.accumulation_table import CHUNK
+from entropy_fast.ops.linear_inputs import LinearInputs
 from entropy_fast.reference import LinearTokenLogprobs
 
 
@@ -79,7 +80,7 @@ def check_token_logprobs() -> int:
 
 def run_linear(case: LinearCase) -> LinearTokenLogprobs:
     return triton_backend.linear_token_logprobs(
-        case.hidden, case.weight, case.targets, bias=case.bias, **case.options()
+        LinearInputs(case.hidden, case.weight, case.targets, bias=case.bias, **case.options())
     )
 
 

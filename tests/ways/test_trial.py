@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from probe_models.architectures import VOCABULARY, add_lora, build_model, stepped_adamw
 from probe_models.batches import Sample, make_samples, pack
 from probe_options import options_of
@@ -82,6 +83,7 @@ def test_what_is_done_to_logits_is_not_skipped(how: str, dtype: torch.dtype) -> 
 
 
 def test_a_model_that_accelerate_prepared_in_bf16_packs() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, one precision: another test may have chosen
     model = add_lora(build_model("llama"))
     rollouts = pack(make_samples((4, 3, 4, 3), seed=8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -91,6 +93,7 @@ def test_a_model_that_accelerate_prepared_in_bf16_packs() -> None:
     found = fast_delta_h1(prepared, state, rollouts)
     assert "packed" in found.plan.way
     assert found.delta_h1 == expected.delta_h1
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
