@@ -19,6 +19,7 @@ __all__ = [
     "attention_function",
     "casts_outputs_alone",
     "dequantized_weight",
+    "embedding_scale",
     "is_exactly",
     "prompt_learning",
     "trainer_decay_names",
@@ -40,6 +41,12 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
 
     weight: Tensor = dequantize_module_weight(layer)
     return weight
+
+
+def embedding_scale(layer: nn.Module) -> Tensor | None:
+    """What a peft layer over a scaled embedding multiplies its adapters' share by; None where the embedding has no scale."""
+    scale: Tensor | None = layer._get_embed_scale()  # type: ignore[operator]
+    return scale
 
 
 def transformers_base(module: nn.Module) -> Any:

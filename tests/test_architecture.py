@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,11 @@ def test_the_kernels_folder_is_no_package() -> None:
     """A package of that name at the root would shadow Hugging Face's `kernels` for whoever runs from there."""
     assert (ROOT / "kernels" / "triton" / "__init__.py").exists()
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_architecture_page_names_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paths = sorted({path for path in re.findall(r"`([\w./]+)`", page) if "/" in path or path.endswith(".py")})
+    assert len(paths) > 20
+    missing = [path for path in paths if not any((base / path).exists() for base in (ROOT, ROOT / PACKAGE))]
+    assert missing == []

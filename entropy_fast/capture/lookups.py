@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from entropy_fast.capture.functions import captured_linear, captured_rows
 from entropy_fast.capture.kinds import CapturedLayer, plain_parameters, register_layer_kind
 from entropy_fast.capture.recorder import Recorder
-from entropy_fast.libraries import is_exactly
+from entropy_fast.libraries import embedding_scale, is_exactly
 
 __all__ = ["captured_embedding"]
 
@@ -145,7 +145,7 @@ def lora_embedding(layer: nn.Module, names: Mapping[int, str]) -> CapturedLayer 
         def run(index: Tensor, *others: Any, **options: Any) -> Tensor:
             result: Tensor = module.base_layer(index, *others, **options)
             dtype = result.dtype
-            scale = module._get_embed_scale()
+            scale = embedding_scale(module)
             for adapter in active:
                 added = _added(module, adapter, index, names, recorder)
                 if scale is not None:
