@@ -184,9 +184,10 @@ def _forward(*arguments: Any) -> LinearTokenLogprobs:
 
 
 def _by_reference(call: LinearInputs) -> LinearTokenLogprobs:
-    options = call._asdict()
-    del options["backend"]
-    return reference.linear_token_logprobs(*(options.pop(name) for name in ("hidden", "weight", "targets")), **options)
+    options = {
+        name: value for name, value in call._asdict().items() if name not in ("hidden", "weight", "targets", "backend")
+    }
+    return reference.linear_token_logprobs(call.hidden, call.weight, call.targets, **options)
 
 
 _RUNS: dict[str, Callable[[LinearInputs], LinearTokenLogprobs]] = {

@@ -21,12 +21,14 @@ from entropy_fast import OfflineEntropyProbe
 
 
 def numbers(probe: OfflineEntropyProbe, rank: int) -> list[float]:
-    own = make_rollouts((2, 3, 2) if rank == 0 else (3, 2), seed=40 + rank)  # not even the number of passes agrees
+    own = make_rollouts(
+        (2, 3, 2) if rank == 0 else (3, 2, 2, 2), seed=40 + rank
+    )  # not even the number of passes agrees
     other = make_rollouts((2, 2), seed=50 + rank)
     results = [probe.run_mixed_probe(entropy_rollouts=other, update_rollouts=own)]
     if probe.context.run.conditional_variance != "alpha":  # which is about two batches
         results.insert(0, probe.compute_delta_h1(own))
-    return [number for found in results for number in (found.delta_h1, float(found.std_error or 0.0))]
+    return [number for found in results for number in (found.delta_h1, found.std_error)]
 
 
 def main(rank: int, world: int, rendezvous: str, result: str) -> None:
