@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,10 @@ from hypothesis import settings
 # so that a run is not decided by luck; elsewhere every run looks at new ones.
 settings.register_profile("entropy_fast", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("entropy_fast")
+
+# A shell that starts something in the background without job control has it ignore Ctrl-C, and so do the processes that it
+# starts; what tests interrupt is to react whichever way they were started.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
