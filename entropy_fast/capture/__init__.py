@@ -6,7 +6,7 @@ sequence can be put on it afterwards. Where coefficients differ within a sequenc
 
 from entropy_fast.capture import dora, lookups, lora, scaled  # noqa: F401 (each registers its kinds of layers)
 from entropy_fast.capture.gradient_recorder import GradientRecorder
-from entropy_fast.capture.kinds import CapturedLayer, LayerKind, own_parameters, register_layer_kind
+from entropy_fast.capture.layer_kinds import CapturedLayer, LayerKind, own_parameters, register_layer_kind
 from entropy_fast.capture.modules import CapturedModules
 from entropy_fast.capture.projection_recorder import Directions, ProjectionRecorder
 from entropy_fast.capture.recorder import Recorder

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from entropy_fast.capture.kinds import CapturedLayer, plain_parameters, register_layer_kind
+from entropy_fast.capture.layer_kinds import CapturedLayer, plain_parameters, register_layer_kind
 from entropy_fast.capture.recorder import Recorder
 from entropy_fast.libraries import dequantized_weight, is_exactly
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from entropy_fast.capture.functions import captured_linear, captured_rows
-from entropy_fast.capture.kinds import CapturedLayer, plain_parameters, register_layer_kind
+from entropy_fast.capture.layer_kinds import CapturedLayer, plain_parameters, register_layer_kind
 from entropy_fast.capture.recorder import Recorder
 from entropy_fast.libraries import embedding_scale, is_exactly
 

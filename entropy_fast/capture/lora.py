@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from entropy_fast.capture.kinds import CapturedLayer, register_layer_kind
+from entropy_fast.capture.layer_kinds import CapturedLayer, register_layer_kind
 from entropy_fast.capture.lora_functions import Adapter, added_lora, with_lora
 from entropy_fast.capture.recorder import Recorder
 from entropy_fast.libraries import is_exactly

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from entropy_fast.capture.kinds import CapturedLayer, layer_kinds, own_parameters
+from entropy_fast.capture.layer_kinds import CapturedLayer, layer_kinds, own_parameters
 from entropy_fast.capture.recorder import Recorder
 
 __all__ = ["CapturedModules", "uncaptured_uses"]

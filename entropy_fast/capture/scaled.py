@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from entropy_fast.capture.kinds import CapturedLayer, register_layer_kind
+from entropy_fast.capture.layer_kinds import CapturedLayer, register_layer_kind
 from entropy_fast.capture.recorder import Recorder
 from entropy_fast.libraries import is_exactly
 

@@ -21,6 +21,8 @@ _owner: int | None = None
 _interrupts = 0
 # So many interrupts while the first waits for a safe moment are taken to mean: at once.
 _INSISTING = 3
+# How long who waits for another probe is deaf to interrupts, seconds.
+_LOOK_AROUND = 0.2
 
 
 @contextlib.contextmanager
@@ -40,18 +42,26 @@ def one_probe_at_a_time(*, wait: bool) -> Iterator[None]:
             "a probe was started from within a probe (from its on_progress callback?).",
             fix="start it after the first has returned.",
         )
-    if not _running.acquire(blocking=wait):
-        raise ModelStateError(
-            "another probe is running in this process, and they cannot run at once: each exchanges parts of its model.",
-            fix="wait for it (when_busy='wait'), or probe in a process of its own.",
-        )
-    try:
-        _owner = threading.get_ident()
-        with _interrupts_deferred():
+    # Around all of it: an interrupt between two lines of putting back would leave the rest of the process waiting for ever.
+    with _interrupts_deferred():
+        _acquire(wait=wait)
+        try:
+            _owner = threading.get_ident()
             yield
-    finally:
-        _owner = None
-        _running.release()
+        finally:
+            _owner = None
+            _running.release()
+
+
+def _acquire(*, wait: bool) -> None:
+    while not _running.acquire(timeout=_LOOK_AROUND if wait else 0):
+        if not wait:
+            raise ModelStateError(
+                "another probe is running in this process, and they cannot run at once: each exchanges parts of its model.",
+                fix="wait for it (when_busy='wait'), or probe in a process of its own.",
+            )
+        if _interrupts and threading.current_thread() is threading.main_thread():
+            _pass_on(None)
 
 
 def raise_if_interrupted() -> None:

@@ -82,7 +82,11 @@ def probe_state(model: nn.Module) -> Iterator[None]:
             for submodule, _ in flags:
                 submodule.training = _keeps_training(submodule)
                 if submodule.training:
-                    probabilities.extend(_silence(submodule))
+                    chances = _chances(submodule)
+                    # Noted first: whatever comes between the two leaves nothing behind.
+                    probabilities.extend(chances)
+                    for owner, attribute, _ in chances:
+                        setattr(owner, attribute, 0.0)
             yield
         finally:
             for submodule, attribute, value in probabilities:
@@ -106,12 +110,10 @@ def _checkpoints(module: nn.Module) -> bool:
     return own is True
 
 
-def _silence(module: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """Zero the random-change probabilities kept as plain floats on ``module``; returns what they were."""
-    changed = []
-    for attribute, value in vars(module).items():
-        if isinstance(value, float) and value > 0 and any(mark in attribute for mark in RANDOMNESS_MARKS):
-            changed.append((module, attribute, value))
-    for owner, attribute, _ in changed:
-        setattr(owner, attribute, 0.0)
-    return changed
+def _chances(module: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """The probabilities of random change kept as plain floats on ``module``."""
+    return [
+        (module, attribute, value)
+        for attribute, value in vars(module).items()
+        if isinstance(value, float) and value > 0 and any(mark in attribute for mark in RANDOMNESS_MARKS)
+    ]

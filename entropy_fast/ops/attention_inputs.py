@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.errors import ConfigError
+from entropy_fast.ops.registration import described
 
 __all__ = ["AttentionInputs", "AttentionOptions", "PackedSequences", "PrefixSums"]
 
@@ -136,7 +137,7 @@ class AttentionInputs:
         if sinks is not None:
             fits = fits and sinks.shape == (len(q),) and sinks.is_floating_point() and sinks.device == q.device
         if not fits:
-            found = ", ".join("None" if t is None else _described(t) for t in (q, k, v, *prefixes, sinks))
+            found = ", ".join("None" if t is None else described(t) for t in (q, k, v, *prefixes, sinks))
             raise ConfigError(
                 f"packed_attention got {found} (q, k, v, keys and values of prefixes, sinks) for {self.sequences.tokens} "
                 f"tokens behind {self.sequences.prefix_tokens}; expected [heads, N, D], [key heads, N, D], "
@@ -180,13 +181,9 @@ class PrefixSums:
         for t in (self.weights, self.key, self.value):
             fits = fits and t.dtype == wide and t.device == inputs.query.device and t.is_contiguous()
         if not fits:
-            found = ", ".join(map(_described, (self.weights, self.key, self.value)))
+            found = ", ".join(map(described, (self.weights, self.key, self.value)))
             raise ConfigError(
                 f"packed_attention_backward got {found} as weights and sums; expected contiguous {wide} [C, rows] for "
                 f"{inputs.sequences.rows} rows, and [C, key heads, P, D] like the prefixes' keys and values.",
                 fix="make them like the keys and values of the prefixes, which have to be there.",
             )
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

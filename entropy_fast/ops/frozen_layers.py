@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend
 from entropy_fast.ops.backends import count_call, runs_natively
-from entropy_fast.ops.registration import accumulator
+from entropy_fast.ops.registration import accumulator, described
 
 __all__ = ["compiled_layers_take", "gated_silu", "rms_norm"]
 
@@ -25,7 +26,7 @@ def compiled_layers_take(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     return (
         dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-        and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+        and all(t.dtype == dtype and t.device.type == "cpu" and t.layout == torch.strided for t in tensors)
         and runs_natively(tensors[0].device)
     )
 
@@ -36,16 +37,37 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Args:
         x: [..., H].
         weight: [H], in the same dtype; not differentiated.
-        epsilon: ε.
+        epsilon: ε, not negative.
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit, or the compiled kernels do not take them (`compiled_layers_take`).
     """
+    if not (x.dim() and x.shape[-1:] == weight.shape and compiled_layers_take(x, weight)):
+        raise _do_not_fit("rms_norm", "[..., H] and [H]", x, weight)
+    if not epsilon >= 0:
+        raise ConfigError(f"rms_norm got epsilon = {epsilon!r}.", fix="pass a number that is not negative.")
     result: Tensor = _RmsNorm.apply(x, weight, epsilon)  # type: ignore[no-untyped-call]
     return result
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up of two tensors [..., H] of one dtype, differentiable in both once."""
+    """silu(gate) · up of two tensors [..., H] of one dtype, differentiable in both once.
+
+    Raises:
+        ConfigError: shapes or dtypes do not fit, or the compiled kernels do not take them (`compiled_layers_take`).
+    """
+    if not (gate.dim() and gate.shape == up.shape and compiled_layers_take(gate, up)):
+        raise _do_not_fit("gated_silu", "[..., H] twice", gate, up)
     result: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[no-untyped-call]
     return result
+
+
+def _do_not_fit(op: str, expected: str, *tensors: Tensor) -> ConfigError:
+    return ConfigError(
+        f"{op} got {', '.join(map(described, tensors))}; expected {expected}, of one floating-point dtype, on a CPU whose "
+        "compiled kernels may run.",
+        fix="ask compiled_layers_take first; entropy_fast.reference has the same for every device.",
+    )
 
 
 def _run(function: str, *tensors: Tensor, parameters: tuple[float, ...] = ()) -> None:
@@ -54,7 +76,7 @@ def _run(function: str, *tensors: Tensor, parameters: tuple[float, ...] = ()) ->
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]).contiguous()
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from entropy_fast._version import __version__
-from entropy_fast.errors import NativeLibraryError
+from entropy_fast.errors import ConfigError, NativeLibraryError
 from entropy_fast.ops.accumulation_table import AccumulationTable
 from entropy_fast.ops.attention_inputs import AttentionInputs, PrefixSums
-from entropy_fast.ops.registration import accumulator
+from entropy_fast.ops.registration import accumulator, described
 
 if TYPE_CHECKING:
     from entropy_fast import _native
@@ -112,7 +112,20 @@ def _element_type(dtype: torch.dtype) -> _native.ElementType:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    """Where the elements are; 0 where there is no tensor, or nothing in it.
+
+    Raises:
+        ConfigError: it has elements and no memory of its own: a meta tensor, or a wrapper such as a distributed one.
+    """
+    if tensor is None:
+        return 0
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ConfigError(
+            f"a compiled kernel got a {type(tensor).__name__} of {described(tensor)} that has no memory.",
+            fix="pass the tensor on this device that it stands for (DTensor: to_local()).",
+        )
+    return address
 
 
 def token_logprobs_forward(
@@ -246,7 +259,7 @@ def unit_products(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor, weights:
 def packed_attention_forward(inputs: AttentionInputs, output: Tensor) -> None:
     """Fill ``output`` [N, heads, D] (csrc/packed_attention.h)."""
     fields, _alive = _attention_fields(inputs)
-    _call("packed_attention_forward", output.device, *fields, output.data_ptr(), _element_type(output.dtype))
+    _call("packed_attention_forward", output.device, *fields, _address(output), _element_type(output.dtype))
 
 
 def packed_attention_backward(
@@ -288,7 +301,7 @@ def _with_whole_heads(packed: Tensor) -> Tensor:
 
 
 def _operand(tensor: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+    return (0, 0, 0) if tensor is None else (_address(tensor), tensor.stride(0), tensor.stride(1))
 
 
 def _call(function: str, device: torch.device, *arguments: object) -> None:

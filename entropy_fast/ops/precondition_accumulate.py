@@ -70,8 +70,6 @@ def precondition_accumulate(
         ConfigError: lists of different lengths, or tensors whose shapes, dtypes or devices do not fit.
         BackendUnavailableError: the backend was asked for by name and cannot run here.
     """
-    ratios = [1.0] * len(x) if ratio is None else list(ratio)
-    _check_arguments(x, g, v, X_sum, Y_sum, (bias_correction, eps, ratios))
     result: Tensor = _precondition_accumulate(
         list(x),
         list(g),
@@ -80,7 +78,7 @@ def precondition_accumulate(
         list(Y_sum),
         list(bias_correction),
         list(eps),
-        ratios,
+        [1.0] * len(x) if ratio is None else list(ratio),
         x_scale,
         g_scale,
         update,
@@ -123,10 +121,10 @@ def _check_arguments(
                 f"device for all tensors, x and g of one floating dtype and contiguous sums in {sum_dtype}.",
                 fix="keep the sums in float32 (float64 for float64 gradients), on the device of the gradients.",
             )
-    if torch.compiler.is_compiling():
-        # There are no addresses yet, and asking for one would cut the graph.
-        return
-    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (*X_sum, *Y_sum) if t.numel() and not t.is_meta)
+
+
+def _check_memory(sums: Sequence[Tensor]) -> None:
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in sums if t.numel())
     if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
         raise ConfigError(
             "precondition_accumulate got sums that share memory.", fix="give every sum a tensor of its own."
@@ -147,6 +145,9 @@ def _implementation(
     update: bool,
     backend: str = AUTO,
 ) -> Tensor:
+    # Here, not where Python calls: the op can be called by its name in torch.ops, and traced.
+    _check_arguments(x, g, v, X_sum, Y_sum, (bias_correction, eps, ratio))
+    _check_memory((*X_sum, *Y_sum))
     device = x[0].device if x else torch.device("cpu")
     chosen = resolve_backend(backend, device)
     count_call(chosen, _OP)
@@ -181,7 +182,21 @@ def _implementation(
     return dots
 
 
-def _fake(x: list[Tensor], *_: object) -> Tensor:
+def _fake(
+    x: list[Tensor],
+    g: list[Tensor],
+    v: list[Tensor | None],
+    X_sum: list[Tensor],
+    Y_sum: list[Tensor],
+    *_: object,
+) -> Tensor:
+    # One tensor without data among others that have some leads here, where shapes may be symbols.
+    devices = {t.device for t in (*x, *g, *v, *X_sum, *Y_sum) if t is not None}
+    if len(devices) > 1:
+        raise ConfigError(
+            f"precondition_accumulate got tensors on {', '.join(sorted(map(str, devices)))}; expected one device for all.",
+            fix="move them to the device of the gradients.",
+        )
     return torch.empty(len(x), 3, dtype=torch.float64, device=x[0].device if x else "cpu")
 
 

@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from entropy_fast.errors import ConfigError
 
-__all__ = ["accumulator", "refuse_forward_mode", "register"]
+__all__ = ["accumulator", "described", "refuse_forward_mode", "register"]
 
 
 def register(
@@ -79,3 +79,8 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
 def accumulator(tensor: Tensor) -> torch.dtype:
     """What values of this tensor are summed up in: float32, or float64 for float64."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def described(tensor: Tensor) -> str:
+    """Dtype, shape and device of a tensor, for messages."""
+    return f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"

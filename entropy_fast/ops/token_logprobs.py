@@ -11,7 +11,7 @@ from entropy_fast import reference
 from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend, triton_backend
 from entropy_fast.ops.backends import AUTO, count_call, requested, resolve_backend
-from entropy_fast.ops.registration import accumulator, refuse_forward_mode, register
+from entropy_fast.ops.registration import accumulator, described, refuse_forward_mode, register
 
 __all__ = ["Backward", "TokenLogprobs", "check_targets", "overwrite_with_gradient", "token_logprobs"]
 
@@ -181,19 +181,55 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _backward(*arguments: Any) -> Tensor:
+    call = Backward(*arguments)
+    _check_backward(call)
     grad_logits = _fake_backward(*arguments)
-    _fill_gradient(Backward(*arguments), grad_logits)
+    _fill_gradient(call, grad_logits)
     return grad_logits
 
 
 def _backward_in_place(*arguments: Any) -> None:
     call = Backward(*arguments)
+    _check_backward(call)
+    if not _rows_of_their_own(call.logits):
+        raise ConfigError(
+            f"token_logprobs_backward_ got logits of shape {tuple(call.logits.shape)} and strides {call.logits.stride()}; "
+            "expected contiguous rows that share no memory.",
+            fix="pass contiguous logits, or use the op that allocates its result.",
+        )
     _fill_gradient(call, call.logits)
 
 
 def _fake_backward(*arguments: Any) -> Tensor:
     logits = Backward(*arguments).logits
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _check_backward(call: Backward) -> None:
+    logits, targets = call.logits, call.targets
+    _check_arguments(logits, targets)
+    check_targets("token_logprobs_backward", targets, logits.shape[1], call.ignore_index)
+    by_row = {
+        "grad_logprob": (call.grad_logprob, accumulator(logits)),
+        "grad_lse": (call.grad_lse, torch.float64),
+        "lse": (call.lse, torch.float64),
+        "grad_entropy": (call.grad_entropy, torch.float64),
+        "entropy": (call.entropy, torch.float64),
+    }
+    for name, (tensor, dtype) in by_row.items():
+        if tensor is None and name in ("grad_entropy", "entropy"):
+            continue
+        if tensor is None or tensor.shape != targets.shape or tensor.dtype != dtype or tensor.device != logits.device:
+            raise ConfigError(
+                f"token_logprobs_backward got {name} {None if tensor is None else described(tensor)}; expected {dtype} "
+                f"{tuple(targets.shape)} on {logits.device}.",
+                fix="pass what the forward of the same logits returned, and gradients like it.",
+            )
+    if call.grad_entropy is not None and call.entropy is None:
+        raise ConfigError(
+            "token_logprobs_backward got a gradient of the entropies without the entropies.",
+            fix="pass those of the forward (want_entropy=True).",
+        )
 
 
 def _fill_gradient(call: Backward, grad_logits: Tensor) -> None:

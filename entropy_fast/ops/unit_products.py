@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from entropy_fast.errors import ConfigError
 from entropy_fast.ops import native_backend
 from entropy_fast.ops.backends import count_call, runs_natively
-from entropy_fast.ops.registration import accumulator
+from entropy_fast.ops.registration import accumulator, described
 
 __all__ = ["UnitRuns", "add_unit_products"]
 
@@ -37,10 +38,24 @@ class UnitRuns:
 
     Attributes:
         runs: the same.
+        rows: how many there are in all.
+        units: one more than the last unit.
+
+    Raises:
+        ConfigError: a run does not begin where the one before it ended, ends before it begins, or is of a negative unit.
     """
 
     def __init__(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        self.runs = list(runs)
+        self.runs = [tuple(map(int, run)) for run in runs]
+        self.rows = self.units = 0
+        for unit, begin, end in self.runs:
+            if not (self.rows == begin <= end and unit >= 0):
+                raise ConfigError(
+                    f"UnitRuns got the run {(unit, begin, end)} where row {self.rows} comes next; expected the unit, that row "
+                    "and the one after the run's last.",
+                    fix="give runs in the order of their rows, without gaps.",
+                )
+            self.rows, self.units = end, max(self.units, unit + 1)
         self._spread: dict[tuple[int, int, torch.dtype], Tensor] = {}
 
     def __len__(self) -> int:
@@ -73,10 +88,14 @@ def add_unit_products(sums: Sequence[Tensor], left: Tensor, right: Tensor, scale
     Args:
         sums: [units, a, b] for every of C columns of coefficients, in fp32 or the dtype of the signals, whichever is wider.
         left: [rows * inner, a], ``inner`` positions for every row.
-        right: [rows * inner, b], in the same dtype.
+        right: [rows * inner, b]; in the same dtype, or where autocast left one of them wider, in another.
         scales: [C, rows] contiguous, on the same device, in the dtype of the sums. The same for all calls with ``runs``.
         runs: whose rows they are.
+
+    Raises:
+        ConfigError: shapes, dtypes or devices do not fit.
     """
+    _check_arguments(sums, left, right, scales, runs)
     # The factor with fewer columns takes the coefficients, and the other is read once.
     turned = right.shape[1] < left.shape[1]
     narrow, wide = (right, left) if turned else (left, right)
@@ -89,6 +108,40 @@ def add_unit_products(sums: Sequence[Tensor], left: Tensor, right: Tensor, scale
             native_backend.unit_products(views[both], narrow, wide, scales[both], runs.table)
     else:
         _by_torch(sums, narrow, wide, scales, runs, turned=turned)
+
+
+def _check_arguments(sums: Sequence[Tensor], left: Tensor, right: Tensor, scales: Tensor, runs: UnitRuns) -> None:
+    factors = left.dim() == right.dim() == scales.dim() == 2 and left.shape[0] == right.shape[0]
+    fits = (
+        factors
+        and left.is_floating_point()
+        and right.is_floating_point()
+        and left.device == right.device == scales.device
+        and 0 < len(sums) == scales.shape[0]
+        and scales.shape[1] == runs.rows
+        and left.shape[0] % max(1, runs.rows) == 0
+        and (runs.rows > 0 or left.shape[0] == 0)
+        and scales.is_contiguous()
+        and all(_takes_products(total, left, right, scales, runs.units) for total in sums)
+    )
+    if not fits:
+        raise ConfigError(
+            f"add_unit_products got {', '.join(map(described, (left, right, scales)))} (left, right, scales) and sums "
+            f"{', '.join(map(described, sums)) or 'of no column'}, for {runs.rows} rows of {runs.units} units; expected "
+            "[rows * inner, a], [rows * inner, b], contiguous [C, rows], and C times [units, a, b], scales and sums in fp32 or "
+            "the factors' dtype, whichever is wider, on one device.",
+            fix="pass one sum and one row of scales for every column of coefficients.",
+        )
+
+
+def _takes_products(total: Tensor, left: Tensor, right: Tensor, scales: Tensor, units: int) -> bool:
+    return (
+        total.dim() == 3
+        and total.shape[0] >= units
+        and total.shape[1:] == (left.shape[1], right.shape[1])
+        and total.dtype == scales.dtype == torch.promote_types(accumulator(left), right.dtype)
+        and total.device == left.device
+    )
 
 
 def _kernel_takes(sums: Sequence[Tensor], narrow: Tensor, wide: Tensor) -> bool:

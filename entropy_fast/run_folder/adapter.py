@@ -82,7 +82,7 @@ def _check_patterns(adapter: Path, modules: list[str]) -> None:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         patterns = _patterns(config)
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise RunFolderError(
             f"{path} cannot be read as a JSON object: {first_line(error)}", fix="save the adapter again."
         ) from error

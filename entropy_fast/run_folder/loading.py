@@ -7,9 +7,15 @@ from pathlib import Path
 
 from entropy_fast.errors import RunFolderError
 
-__all__ = ["first_line", "ordinary_files", "require_every_weight"]
+__all__ = ["first_line", "ordinary_files", "refuse_larger_than_files", "require_every_weight"]
 
 NAMES_SHOWN = 3
+# Weights that a byte of a file holds at the very most: 2-bit ones are four. A model that has more is not in the file, and what
+# is not in the file is made up, in memory that there may not be.
+WEIGHTS_PER_BYTE = 8
+WEIGHT_FILES = ("*.safetensors", "*.bin")
+# Nothing is asked of models below this size: they fit into any memory, and loading them says best what is wrong.
+SMALL_MODEL, FEW_LAYERS = 2**28, 2**10
 
 
 def require_every_weight(
@@ -39,6 +45,37 @@ def require_every_weight(
     if found:
         raise RunFolderError(
             f"{what}: the weights file {'; it '.join(found)}. What is not in the file would be random numbers.", fix=fix
+        )
+
+
+def refuse_larger_than_files(folder: Path, what: str) -> None:
+    """Raise when a model's configuration asks for many more weights than its files can hold.
+
+    The model is built without memory for that. A folder without weights, or without a configuration, is left to who loads it.
+
+    Raises:
+        RunFolderError: it does, or has more layers than the files have bytes.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    bytes_there = sum(path.stat().st_size for pattern in WEIGHT_FILES for path in folder.glob(pattern))
+    if not bytes_there or not (folder / "config.json").is_file():
+        return
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    # A layer takes time to build even without memory.
+    fits = not isinstance(layers, int) or layers <= max(FEW_LAYERS, bytes_there // 16)
+    if fits:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        fits = weights <= max(SMALL_MODEL, WEIGHTS_PER_BYTE * bytes_there)
+    if not fits:
+        raise RunFolderError(
+            f"{what}: config.json speaks of {layers} layers and a model of far more weights than its files, of "
+            f"{bytes_there} bytes, can hold.",
+            fix="put the config.json beside the weights that it was saved with.",
         )
 
 

@@ -126,11 +126,14 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _check_named(folder: Path, path: Path, name: str, *, is_folder: bool) -> None:
     try:
         target = (folder / name).resolve()
-    except ValueError as error:
-        raise RunFolderError(f"{path} names {name!r}: {error}.", fix="correct the field.") from error
-    if not target.is_relative_to(folder.resolve()):
+        inside = target.is_relative_to(folder.resolve())
+        there = target.is_dir() if is_folder else target.is_file()
+    except (ValueError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RunFolderError(f"{path} names {name[:200]!r}: {reason}.", fix="correct the field.") from error
+    if not inside:
         raise RunFolderError(f"{path} names {name}, which lies outside the folder.", fix="keep a run in one folder.")
-    if not (target.is_dir() if is_folder else target.is_file()):
+    if not there:
         kind = "folder" if is_folder else "file"
         raise RunFolderError(
             f"{path} names {name}, and no such {kind} is there.", fix="make the folder again, or restore it."

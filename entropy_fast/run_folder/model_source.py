@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from entropy_fast.errors import RunFolderError
-from entropy_fast.run_folder.loading import first_line, ordinary_files, require_every_weight
+from entropy_fast.run_folder.loading import first_line, ordinary_files, refuse_larger_than_files, require_every_weight
 
 if TYPE_CHECKING:
     import torch
@@ -89,7 +89,11 @@ def load_model(source: ModelSource) -> PreTrainedModel:
         )
         options["device_map"] = {"": source.device}
     try:
+        if file is None and Path(location).is_dir():
+            refuse_larger_than_files(Path(location), f"model '{source.name}'")
         model, found = cast(Any, AutoModelForCausalLM.from_pretrained(location, **options))
+    except RunFolderError:
+        raise
     except (
         Exception
     ) as error:  # a damaged file can fail anywhere: in JSON, safetensors, the unpickler, a layer's shapes

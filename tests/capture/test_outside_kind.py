@@ -12,7 +12,7 @@ from probe_models.architectures import build_model, stepped_adamw
 from probe_models.batches import make_rollouts
 from torch import Tensor, nn
 
-from entropy_fast.capture import CapturedLayer, Recorder, kinds, own_parameters, register_layer_kind
+from entropy_fast.capture import CapturedLayer, Recorder, layer_kinds, own_parameters, register_layer_kind
 
 
 class Gain(nn.Module):
@@ -56,7 +56,7 @@ def test_a_kind_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = observe("two_pass", model, optimizer, rollouts)
     with pytest.warns(UserWarning, match="1 of .* trainable parameters are used in ways"):
         assert_same_sums(observe("one_pass", model, optimizer, rollouts), expected, 1e-10)
-    monkeypatch.setattr(kinds, "_KINDS", list(kinds._KINDS))
+    monkeypatch.setattr(layer_kinds, "_KINDS", list(layer_kinds._KINDS))
     assert register_layer_kind(gain_kind) is gain_kind
     found = observe("one_pass", model, optimizer, rollouts)
     total = len(list(model.parameters()))
