@@ -193,7 +193,7 @@ def _refuse_unknown(measured: Measured, value: float, errors: tuple[StandardErro
         # NaN is what is not defined for a batch like this.
         if math.isinf(error.value):
             raise ModelStateError(f"the standard error '{error.name}' overflows.", fix=fix)
-    x, y = (measured.coverage[side.value].norm for side in Side)
+    x, y = [measured.coverage[side.value].norm for side in Side]
     if x and y and value == 0 and not bool(measured.sums.row_sums.any()):
         raise ModelStateError(
             f"all products of the entropy gradient (norm {x:.3g}) and the update gradient (norm {y:.3g}) came out as exactly "

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from entropy_fast.errors import RolloutsFileError
-from entropy_fast.rollouts.fields import LARGEST_ARRAY_BYTES, RowSource, open_regular
+from entropy_fast.rollouts.fields import RowSource, open_regular
+from entropy_fast.rollouts.parquet_metadata import check_size
 from entropy_fast.rollouts.rows import RolloutsTable
 
 __all__ = ["iterate_parquet", "write_parquet"]
@@ -30,7 +31,7 @@ def iterate_parquet(source: RowSource) -> Iterator[tuple[int, dict[str, Any]]]:
             stored = parquet.ParquetFile(file, page_checksum_verification=True)
             schema = stored.schema_arrow
             _check_columns(arrow, schema, source)
-            _check_size(stored.metadata, source)
+            check_size(stored.metadata, source)
             # A text of a megabyte in every one of a million rows is a small file: keep its texts once.
             texts = [column.name for column in schema if arrow.types.is_string(column.type)]
             stored = parquet.ParquetFile(file, page_checksum_verification=True, read_dictionary=texts)
@@ -82,22 +83,6 @@ def _is_plain(kinds: Any, kind: Any) -> bool:
     return bool(
         text or kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind) or kinds.is_null(kind)
     )
-
-
-def _check_size(metadata: Any, source: RowSource) -> None:
-    """Raise where a column asks for more than an array may hold: runs of one value and compression take next to no space."""
-    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-    for index in range(metadata.num_columns):
-        chunks = [group.column(index) for group in groups]
-        size = max(
-            8 * sum(chunk.num_values for chunk in chunks), sum(chunk.total_uncompressed_size for chunk in chunks)
-        )
-        if size > LARGEST_ARRAY_BYTES:
-            name = chunks[0].path_in_schema.partition(".")[0]
-            source.fail_file(
-                f"the column `{name}` asks for {size / 2**30:.1f} GiB; at most {LARGEST_ARRAY_BYTES / 2**30:.0f} GiB are read.",
-                fix="split the file; if it is small, its entries are damaged or repeat one value.",
-            )
 
 
 def _cells(arrow: Any, column: Any) -> Sequence[Any]:

@@ -19,6 +19,9 @@ LARGEST_LOGPROB = 1e-2
 LARGEST_MAGNITUDE = 1e38
 SMALLEST_ADVANTAGE = 1e-37
 
+# Prompts, responses, tokens.
+DEEPEST = 3
+
 PAD_LOGPROBS = (
     "where they are of the responses alone: full = torch.zeros(loss_mask.shape, dtype=torch.float64); full[loss_mask.bool()] = "
     "torch.cat([row[:n] for row, n in zip(old_logprobs, loss_mask.sum(-1))]).double()"
@@ -34,6 +37,8 @@ def as_tensor(field: str, value: Any, *, copy: bool = True) -> Tensor:
         RolloutsError: it is not a rectangle of numbers, or holds no values (a meta tensor).
     """
     try:
+        if isinstance(value, list) and _depth_passes(value, DEEPEST):
+            raise TypeError(f"its lists are nested more than {DEEPEST} deep")
         tensor = value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
         if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise TypeError("it is nested, sparse, quantised or on the device meta")
@@ -43,6 +48,12 @@ def as_tensor(field: str, value: Any, *, copy: bool = True) -> Tensor:
             f"Rollouts: `{field}` cannot be made a tensor ({error}).",
             fix="pass a tensor (a dense one), or a rectangular list of numbers.",
         ) from error
+
+
+def _depth_passes(value: list[Any], deepest: int) -> bool:
+    """Whether lists stand deeper in one another; torch follows one that holds itself until the process ends."""
+    inner = [item for item in value if isinstance(item, list)]
+    return bool(inner) and (deepest == 1 or any(_depth_passes(item, deepest - 1) for item in inner))
 
 
 def token_matrix(field: str, value: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import signal
 from collections.abc import Callable, Iterator
@@ -88,4 +89,6 @@ def damaged_value(value: Any, chance: random.Random, junk: list[Any]) -> Any:
         at = chance.randrange(len(value))
         value[at] = damaged_value(value[at], chance, junk)
         return value
-    return chance.choice(junk)
+    chosen = chance.choice(junk)
+    # What is put in may be changed later, and the next case is to begin with the same junk.
+    return copy.deepcopy(chosen) if isinstance(chosen, (list, dict)) else chosen

@@ -15,6 +15,7 @@ import pytest
 import torch
 from damage import JUNK, damaged_bytes, damaged_value, refused
 
+from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts, read_rollouts, write_rollouts
 from entropy_fast.sampling import read_tasks
 
@@ -91,7 +92,7 @@ def test_damaged_padded_batches(count: int) -> None:
         bad: dict[str, Any] = dict(batch)
         for _ in range(chance.randint(1, 2)):
             key = chance.choice(list(batch))
-            old = bad[key]
+            old = batch[key]
             as_lists = (
                 old.tolist()
                 if isinstance(old, torch.Tensor) and chance.random() < 0.5
@@ -100,3 +101,10 @@ def test_damaged_padded_batches(count: int) -> None:
             bad[key] = damaged_value(as_lists, chance, JUNK) if isinstance(as_lists, list) else as_lists
         errors += refused(functools.partial(Rollouts.from_dict, bad), bad)
     assert errors > count // 2, "most damage is seen"
+
+
+def test_a_list_that_holds_itself() -> None:
+    ids: list[Any] = [[1, 2], [3]]
+    ids[1].append(ids)
+    with pytest.raises(RolloutsError, match="nested more than 3 deep"):
+        Rollouts(ids, torch.ones(2, 2), torch.ones(2, 2), [0, 0], [1.0, -1.0])  # type: ignore[arg-type]
