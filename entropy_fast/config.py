@@ -89,6 +89,9 @@ class EstimateOptions(_Options):
         entropy_estimator: how the entropy gradient is estimated: ``score_function`` from log-probs, with a leave-one-out
             baseline; ``rao_blackwell`` from the entropy of the model's distribution at every token, which usually varies less
             from sample to sample and costs another backward.
+        split: δH₁ in two parts, each with its own error bar: ``direct``, how the distributions change at the prefixes that were
+            visited, and ``visitation``, how often prefixes are visited, which holds most of the noise. Costs another backward;
+            with ``entropy_estimator="rao_blackwell"`` alone.
         importance_ratio: ``token`` multiplies the update's gradient at every token by πθ/π_old, from the rollouts'
             ``old_logprobs``, as the clipped surrogate of PPO and GRPO does once θ has moved on from what sampled, and costs
             another backward; ``none`` takes the ratio to be 1.
@@ -107,6 +110,7 @@ class EstimateOptions(_Options):
     entropy_estimator: EntropyEstimator = option(
         "score_function", "entropy gradient from log-probs, or from token entropies"
     )
+    split: bool = option(False, "direct and visitation part, each with an error bar (rao_blackwell)")
     importance_ratio: ImportanceRatio = option("none", "ratios in the update: none, or by token from old_logprobs")
     clip_range: tuple[float, float] | None = option(None, "clip range of ratios: E, or LOW,HIGH where they differ")
     blocks: int | None = option(None, "blocks of prompts as units: less work, a coarser error", least=2)
@@ -114,6 +118,11 @@ class EstimateOptions(_Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.split and self.entropy_estimator != "rao_blackwell":
+            raise ConfigError(
+                f"EstimateOptions: split=True with entropy_estimator={self.entropy_estimator!r}, which has no parts.",
+                fix="pass entropy_estimator='rao_blackwell' (--entropy-estimator rao_blackwell), or split=False.",
+            )
         if self.clip_range is not None and self.importance_ratio == "none":
             raise ConfigError(
                 f"EstimateOptions: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",

@@ -30,7 +30,7 @@ from entropy_fast.columns.tokens import TokenPlaces
 from entropy_fast.config import Weighting
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["RaoBlackwellEntropy", "ScoreFunctionEntropy"]
+__all__ = ["DirectEntropy", "RaoBlackwellEntropy", "ScoreFunctionEntropy"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,35 @@ class RaoBlackwellEntropy:
         weights = length_weights(scored.rollouts, self.weighting)[scored.rows]
         c, e = _rao_blackwell(entropies, places, weights, to_go=self.weighting != "per_token")
         return ColumnWeights(places.means(c).to(device), c.to(device), e.to(device))
+
+    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
+        """See `Column.clipped`: nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectEntropy:
+    """The part of the Rao-Blackwell gradient that is about how distributions change at the prefixes that were visited.
+
+    Without coefficients of ∇s_t, which are about how often prefixes are visited. It has no baseline and needs none.
+
+    Args:
+        weighting: which w_i.
+    """
+
+    weighting: Weighting
+    name: ClassVar[str] = "direct"
+    side: ClassVar[Side] = Side.FUNCTIONAL
+    by_token: ClassVar[bool] = True
+    needs_entropies: ClassVar[bool] = True
+
+    def check(self, rollouts: Rollouts) -> None:
+        """See `Column.check`: it can always be formed."""
+
+    def weigh(self, scored: ScoredTokens) -> ColumnWeights:
+        """See `Column.weigh`."""
+        places, device = scored.places, scored.logprobs.device
+        weights = length_weights(scored.rollouts, self.weighting)[scored.rows] / places.group_size
+        return ColumnWeights(torch.zeros_like(weights).to(device), None, weights[places.sequence].to(device))
 
     def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
         """See `Column.clipped`: nothing."""

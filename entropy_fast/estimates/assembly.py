@@ -25,6 +25,7 @@ from entropy_fast.estimates.result import (
     StandardError,
 )
 from entropy_fast.estimates.setting import Setting
+from entropy_fast.estimates.split import split_of
 from entropy_fast.estimates.two_batch import two_batch_estimate
 from entropy_fast.estimates.u_statistic import u_estimate
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
@@ -177,6 +178,9 @@ def _result(
         derivatives=sums.derivatives,
         by_parameter=by_parameter(setting.parameters, sums.by_parameter, scaled.factor),
         by_sequence=scaled.by_sequence,
+        split=split_of(
+            measured, setting.learning_rate, *(n.n_prompts for n in (*batches.values(), *batches.values())[:2])
+        ),
     )
 
 

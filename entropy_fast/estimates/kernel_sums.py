@@ -55,3 +55,19 @@ class KernelSums:
     by_parameter: Tensor | None = None
     by_sequence: SequenceParts | None = None
     derivatives: DirectionalDerivatives | None = None
+
+    def less(self, other: KernelSums) -> KernelSums:
+        """Sums of the kernel of X - X', whose X' with the same Y has the sums ``other``."""
+
+        def difference(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            return None if mine is None or theirs is None else mine - theirs
+
+        return KernelSums(
+            self.x_dot_y - other.x_dot_y,
+            self.row_sums - other.row_sums,
+            difference(self.column_sums, other.column_sums),
+            difference(self.diagonal, other.diagonal),
+            self.unit_sizes,
+            difference(self.kernel, other.kernel),
+            difference(self.by_parameter, other.by_parameter),
+        )

@@ -47,6 +47,7 @@ class Measured:
         excluded: elements without a usable second moment.
         leading_products: X_sum · Y_sum of the first few parameters, by name; empty where X_sum was not formed.
         plan: how the batches were gone through.
+        apart: likewise sums, with the same update, of every functional column after the first, by its name.
         notes: what deserves a sentence in the result.
     """
 
@@ -57,3 +58,4 @@ class Measured:
     leading_products: Mapping[str, float]
     plan: Plan
     notes: tuple[str, ...] = ()
+    apart: Mapping[str, KernelSums] = dataclasses.field(default_factory=dict)

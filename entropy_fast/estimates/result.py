@@ -7,16 +7,16 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from entropy_fast.checks.coverage import PassCoverage
 from entropy_fast.columns import SequenceTable
 from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, Weighting
-from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.attribution import SequenceContributions, by_layer
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
+from entropy_fast.estimates.forecast import LEVEL, half_width
 from entropy_fast.estimates.measured import Plan
+from entropy_fast.estimates.split import Split
 from entropy_fast.rollouts import EmptyResponseReport
 from entropy_fast.step.preconditioner import ExcludedElements
 
@@ -149,6 +149,8 @@ class DeltaH1Result:
             sums apart.
         by_sequence: shares of sequences by the role of their batch (``both`` in the same-batch estimate; ``entropy`` and
             ``update`` in the two-batch one); None unless ``RunOptions.by_sequence`` asked for them.
+        split: the direct and the visitation part, each with its standard errors; None unless ``EstimateOptions.split`` asked
+            for them.
     """
 
     delta_h1: float
@@ -173,8 +175,9 @@ class DeltaH1Result:
     derivatives: DirectionalDerivatives | None = None
     by_parameter: dict[str, float] | None = None
     by_sequence: dict[Role, SequenceContributions] | None = None
+    split: Split | None = None
 
-    def interval(self, level: float = 0.95) -> tuple[float, float]:
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.
 
         Args:
@@ -186,11 +189,7 @@ class DeltaH1Result:
         Raises:
             ConfigError: ``level`` is not between 0 and 1.
         """
-        if not 0 < level < 1:
-            raise ConfigError(f"interval: level is {level}.", fix="use a number between 0 and 1, such as 0.95.")
-        if math.isnan(self.std_error):
-            return math.nan, math.nan
-        half = float(student_t.ppf((1 + level) / 2, self.row_sums.shape[0] - 1)) * self.std_error
+        half = half_width(self.std_error, self.row_sums.shape[0], level)
         return self.delta_h1 - half, self.delta_h1 + half
 
     @property

@@ -10,9 +10,10 @@ from rich.text import Text
 
 from entropy_fast.estimates.attribution import SequenceContributions
 from entropy_fast.estimates.result import DeltaH1Result, PromptContribution
+from entropy_fast.estimates.split import Split
 from entropy_fast.report.text import printable
 
-__all__ = ["print_result", "verdict"]
+__all__ = ["print_result", "split_verdict", "verdict"]
 
 PROMPTS_SHOWN = 10
 SEQUENCES_SHOWN = 5
@@ -33,6 +34,17 @@ def verdict(result: DeltaH1Result) -> str:
     )
 
 
+def split_verdict(split: Split) -> str:
+    """What may be concluded about the direct part, in words."""
+    what = "At the prefixes that the policy visits today, this update"
+    direction = "lower" if split.direct.value < 0 else "raise"
+    if split.direct.established is None:
+        return f"{what} is forecast to {direction} the entropy; there are too few prompts to say how surely."
+    if split.direct.established:
+        return f"{what} is expected to {direction} the entropy; the sign of that part is established at 95%."
+    return f"{what} may lower or raise the entropy: the sign of that part is not established."
+
+
 def print_result(result: DeltaH1Result, console: Console) -> None:
     """Forecast, standard errors, the prompts that matter most, and warnings."""
     summary = Table(title="First-order entropy change of the next update", show_header=False, title_justify="left")
@@ -50,12 +62,36 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     summary.add_row("plan", Text(str(result.plan)))
     console.print(summary)
     console.print(Text(verdict(result), style="bold"))
+    if result.split is not None:
+        console.print(_parts(result.split))
+        console.print(Text(split_verdict(result.split)))
     console.print(_errors(result))
     console.print(_prompts(result))
     for role, shares in (result.by_sequence or {}).items():
         console.print(Text(_sequences(role, shares)))
     for warning in result.diagnostics.warnings:
         console.print(Text(f"note: {warning}", style="yellow"))
+
+
+def _parts(split: Split) -> Table:
+    table = Table(title="Where the change comes from", title_justify="left")
+    for column in ("part", "forecast", "± this update", "± such updates", "about"):
+        table.add_column(column)
+    for name, part, about in (
+        ("direct", split.direct, "distributions at the prefixes that are visited"),
+        ("visitation", split.visitation, "how often prefixes are visited"),
+        ("total", split.total, "both"),
+    ):
+        errors = ["unknown" if math.isnan(e) else f"{e:.3g}" for e in (part.std_error, part.population_std_error)]
+        table.add_row(Text(name), Text(f"{part.value:+.4g}"), *map(Text, errors), Text(about))
+    table.add_row(
+        Text("on this batch"),
+        Text(f"{split.on_batch:+.4g}"),
+        Text("none"),
+        Text(""),
+        Text("its own responses scored again"),
+    )
+    return table
 
 
 def _errors(result: DeltaH1Result) -> Table:

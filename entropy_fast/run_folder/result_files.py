@@ -33,7 +33,17 @@ DOCUMENT, PROMPTS, SEQUENCES, PICTURE = RESULT_FILES = (
     "contributions.png",
 )
 # Where a number may be not known: of a sequence by a pass that did not need it, and errors that a batch is too small for.
-MAY_BE_UNKNOWN = ("sequences", "std_error", "diagnostics.standard_errors", "diagnostics.unbiased_variance")
+MAY_BE_UNKNOWN = (
+    "sequences",
+    "std_error",
+    "diagnostics.standard_errors",
+    "diagnostics.unbiased_variance",
+    *(
+        f"split.{part}.{error}"
+        for part in ("total", "direct", "visitation")
+        for error in ("std_error", "population_std_error")
+    ),
+)
 
 
 def write_result(

@@ -67,7 +67,7 @@ class ForwardModeEngine:
             padded = pad_rows(entropy, first[:1], context.device)
             forward = ForwardWithTangents(context.registry.module, context.registry.tensors, context.autocast, padded)
             x_coverage = check_against_reverse_mode(context, entropy, first, y_sum.tensors)
-            found, table, silent = self._sweep(forward, entropy, y_sum, update.n_prompts)
+            found, apart, table, silent = self._sweep(forward, entropy, y_sum, update.n_prompts)
         if silent:
             # Then X_sum is known: it is 0.
             x_coverage = dataclasses.replace(x_coverage, norm=0.0)
@@ -82,12 +82,13 @@ class ForwardModeEngine:
                 "engine 'jvp' does not form X_sum: shares of update prompts, v_x_plus_v_y and the norm of the entropy gradient "
                 "are not known, and which parameters the entropy gradient reaches was seen for one prompt.",
             ),
+            apart,
         )
 
     def _sweep(
         self, forward: ForwardWithTangents, rollouts: Rollouts, y_sum: GradientSum, n_update: int
-    ) -> tuple[KernelSums, SequenceTable, bool]:
-        """All of E, every microbatch by one forward; and whether all coefficients are 0.
+    ) -> tuple[KernelSums, dict[str, KernelSums], SequenceTable, bool]:
+        """All of E, every microbatch by one forward; likewise every other functional; and whether all coefficients are 0.
 
         ``y_sum`` is scaled in place and of no use afterwards.
         """
@@ -97,6 +98,7 @@ class ForwardModeEngine:
         largest, prompts = 0.0, list(range(rollouts.n_prompts))
         tokens, parts = (torch.zeros(rollouts.input_ids.shape, dtype=torch.float64) for _ in range(2))
         entropies = torch.zeros_like(tokens) if columns.needs_entropies else None
+        apart = torch.zeros(len(columns), rollouts.n_prompts, dtype=torch.float64)
         for rows in iter_microbatches(rollouts, prompts, context.run.prompts_per_microbatch or 1):
             context.registry.check("ForwardModeEngine")
             batch = pad_rows(rollouts, rows, context.device)
@@ -107,12 +109,17 @@ class ForwardModeEngine:
             places = _scored(rollouts, rows)
             of_tokens = found.tokens[found.values.scored].double() / scale
             of_entropies = None if found.entropies is None else found.entropies[found.values.scored].double() / scale
-            own = _parts(coefficients, batch.loss_mask.sum(1), of_tokens, of_entropies)
+            lengths, prompt = batch.loss_mask.sum(1), rollouts.prompt_index[rows]
+            own, *others = (
+                _parts(coefficients, place, lengths, of_tokens, of_entropies) for place in range(len(columns))
+            )
+            for place, other in enumerate(others, 1):
+                apart[place].index_add_(0, prompt.repeat_interleave(lengths.cpu()), other.cpu())
             for kept, values in ((tokens, of_tokens), (entropies, of_entropies), (parts, own)):
                 if kept is not None and values is not None:
                     kept[rows] = kept[rows].masked_scatter(places, values.cpu())
             largest = max(largest, float(coefficients.largest(0).max()))
-            context.report("entropy", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
+            context.report("entropy", int(prompt.max()) + 1, rollouts.n_prompts)
         projections = torch.zeros(rollouts.n_prompts, dtype=torch.float64)
         projections.index_add_(0, rollouts.prompt_index, parts.sum(1))
         derivatives = DirectionalDerivatives(
@@ -122,7 +129,11 @@ class ForwardModeEngine:
             entropies=None if entropies is None else entropies.div_(n_update),
         )
         sums = KernelSums(float(projections.sum()), projections, None, derivatives=derivatives)
-        return sums, table, not largest
+        sums_apart = {
+            column.name: KernelSums(float(own.sum()), own, None)
+            for column, own in list(zip(columns, apart, strict=True))[1:]
+        }
+        return sums, sums_apart, table, not largest
 
 
 NO_DIAGONAL = (
@@ -131,11 +142,13 @@ NO_DIAGONAL = (
 )
 
 
-def _parts(coefficients: Coefficients, lengths: Tensor, of_tokens: Tensor, of_entropies: Tensor | None) -> Tensor:
-    """[M] every response token's part in its prompt's X_n · Y_sum."""
-    if not coefficients.by_token(0):
-        return coefficients.by_sequence[0].repeat_interleave(lengths) * of_tokens
-    own, parts = coefficients.columns[0], torch.zeros_like(of_tokens)
+def _parts(
+    coefficients: Coefficients, column: int, lengths: Tensor, of_tokens: Tensor, of_entropies: Tensor | None
+) -> Tensor:
+    """[M] every response token's part in its prompt's X_n · Y_sum, of one column."""
+    if not coefficients.by_token(column):
+        return coefficients.by_sequence[column].repeat_interleave(lengths) * of_tokens
+    own, parts = coefficients.columns[column], torch.zeros_like(of_tokens)
     for weights, derivatives in ((own.of_logprob, of_tokens), (own.of_entropy, of_entropies)):
         if weights is not None:
             assert derivatives is not None

@@ -76,15 +76,16 @@ def one_batch_parts(
     px_sum = context.step.apply_preconditioner(sums.x.tensors)
     context.step.precondition_in_place(x_stack)
     place = {name: index for index, name in enumerate(context.registry.names)}
-    x_first = context.columns.places_of(Side.FUNCTIONAL)[0] == 0
+    columns = _two_columns(context)
+    x_first = columns.places_of(Side.FUNCTIONAL)[0] == 0
 
     def of_others(name: str, unit: int) -> Sequence[Tensor]:
         index = place[name]
         meets = sums.y.tensors[index] - y_stack[index][unit], px_sum[index] - x_stack[index][unit]
         return meets if x_first else meets[::-1]
 
-    parts = project(rollouts, units, of_others, context.columns, by_unit=True)
-    (x_place,), (y_place,) = (context.columns.places_of(side) for side in Side)
+    parts = project(rollouts, units, of_others, columns, by_unit=True)
+    (x_place,), (y_place,) = (columns.places_of(side) for side in Side)
     return SequenceParts(parts[:, x_place].contiguous(), parts[:, y_place].contiguous())
 
 
@@ -96,8 +97,14 @@ def two_batch_parts(
     def along(rollouts: Rollouts, tensors: Sequence[Tensor], side: Side) -> Tensor:
         direction = dict(zip(context.registry.names, tensors, strict=True))
         units = prompt_units(rollouts.n_prompts, None)
-        columns = context.columns.of_side(side)
+        columns = _two_columns(context).of_side(side)
         return project(rollouts, units, lambda name, _: (direction[name],), columns, by_unit=False)[:, 0]
 
     px_sum = context.step.apply_preconditioner(sums.x.tensors)
     return SequenceParts(along(entropy, sums.y.tensors, Side.FUNCTIONAL), along(update, px_sum, Side.UPDATE))
+
+
+def _two_columns(context: ProbeContext) -> Columns:
+    """The functional whose change is forecast, and the update, in the order in which they stand."""
+    apart = list(context.columns.of_side(Side.FUNCTIONAL))[1:]
+    return Columns(tuple(column for column in context.columns if column not in apart))

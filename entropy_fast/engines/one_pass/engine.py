@@ -11,6 +11,7 @@ backwards of their own over the same graph, and are named in the result's notes.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,7 +22,7 @@ from entropy_fast.capture import Directions, GradientRecorder, ProjectionRecorde
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.columns import Columns, SequenceTable, Side
 from entropy_fast.context import ProbeContext
-from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
 from entropy_fast.engines.one_pass.by_sequence import one_batch_parts, refuse_without_stack, two_batch_parts
 from entropy_fast.engines.one_pass.costs import CostModel
 from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
@@ -69,27 +70,20 @@ class OnePassEngine:
                 refuse_without_stack(wanted, self._stack_bytes(units, columns), context.run.memory_bytes)
         table = self._table(rollouts, columns)
         totals, stack = self._sums_of(rollouts, units, columns, table)
-        (x_place,), (y_place,) = (columns.places_of(side) for side in Side)
-        sums = finished(context, totals[x_place], totals[y_place], rollouts, rollouts)
+        x_places, (y_place,) = (columns.places_of(side) for side in Side)
+        x_totals = [totals[place] for place in x_places]
+        sums = finished(context, x_totals[0], totals[y_place], rollouts, rollouts)
+        products = [sums.products, *(parameter_products(x, sums.y) for x in x_totals[1:])]
         if stack is None:
-            found = self._second_sweep(rollouts, units, columns, sums)
+            found = self._second_sweep(rollouts, units, columns, x_totals, sums.y, products)
         else:
-            x_stack, y_stack = stack.columns[x_place], stack.columns[y_place]
+            x_stacks, y_stack = [stack.columns[place] for place in x_places], stack.columns[y_place]
             context.step.precondition_in_place(y_stack)
-            kernel, diagonals = kernel_of(x_stack, y_stack)
-            parts = None
+            sizes = torch.tensor([len(unit) for unit in units])
+            found = [_sums_of_stacks(x, y_stack, sizes, own) for x, own in zip(x_stacks, products, strict=True)]
             if context.run.by_sequence:
-                parts = one_batch_parts(context, self._project, rollouts, units, sums, (x_stack, y_stack))
-            found = KernelSums(
-                float(sums.products.sum()),
-                kernel.sum(1),
-                kernel.sum(0),
-                kernel.diagonal().clone(),
-                torch.tensor([len(unit) for unit in units]),
-                kernel,
-                sums.products - diagonals,
-                parts,
-            )
+                parts = one_batch_parts(context, self._project, rollouts, units, sums, (x_stacks[0], y_stack))
+                found[0] = dataclasses.replace(found[0], by_sequence=parts)
         return self._measured(found, sums, {side.value: table for side in Side})
 
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
@@ -104,67 +98,93 @@ class OnePassEngine:
         update_units = prompt_units(update.n_prompts, None)
         (g_total,), stack = self._sums_of(update, update_units, updates, tables["update"])
         y_sum = finish_update(context, g_total, update)[0]
-        x_total, rows = self._empty_sum(), torch.zeros(entropy.n_prompts, dtype=torch.float64)
+        x_totals = [self._empty_sum() for _ in functional]
+        rows = torch.zeros(len(functional), entropy.n_prompts, dtype=torch.float64)
 
         def project_entropy(numbers: list[int], gradients: GradientRecorder) -> None:
-            (of_units,) = gradients.columns
-            for position, number in enumerate(numbers):
-                rows[number] = self._dots(of_units, of_units, position, x_total, y_sum)[:, 1].sum()
-            self._add(x_total, of_units)
+            for place, (of_units, x_total) in enumerate(zip(gradients.columns, x_totals, strict=True)):
+                for position, number in enumerate(numbers):
+                    rows[place, number] = self._dots(of_units, of_units, position, x_total, y_sum)[:, 1].sum()
+                self._add(x_total, of_units)
+
+        def start_again() -> None:
+            for x_total in x_totals:
+                x_total.clear()
 
         entropy_units = prompt_units(entropy.n_prompts, None)
         request = SweepRequest(entropy, entropy_units, functional, "entropy", tables["entropy"])
-        self._sweep(request, project_entropy, start_again=x_total.clear)
-        sums = finished(context, x_total, g_total, entropy, update)
-        columns = torch.zeros(update.n_prompts, dtype=torch.float64)
+        self._sweep(request, project_entropy, start_again=start_again)
+        sums = finished(context, x_totals[0], g_total, entropy, update)
+        columns = torch.zeros(len(functional), update.n_prompts, dtype=torch.float64)
         if stack is not None:
             context.step.precondition_in_place(stack.columns[0])
-            columns = kernel_of([x.unsqueeze(0) for x in sums.x.tensors], stack.columns[0])[0][0]
+            for place, x_total in enumerate(x_totals):
+                columns[place] = kernel_of([x.unsqueeze(0) for x in x_total.tensors], stack.columns[0])[0][0]
         else:
 
             def project_update(numbers: list[int], gradients: GradientRecorder) -> None:
                 (of_units,) = gradients.columns
-                for position, number in enumerate(numbers):
-                    columns[number] = self._dots(of_units, of_units, position, sums.x, sums.y)[:, 2].sum()
+                for place, x_total in enumerate(x_totals):
+                    for position, number in enumerate(numbers):
+                        columns[place, number] = self._dots(of_units, of_units, position, x_total, sums.y)[:, 2].sum()
 
             request = SweepRequest(update, update_units, updates, "projections")
             self._sweep(request, project_update, start_again=lambda: None)
-        parts = two_batch_parts(context, self._project, entropy, update, sums) if context.run.by_sequence else None
-        found = KernelSums(float(sums.products.sum()), rows, columns, by_parameter=sums.products, by_sequence=parts)
+        products = [sums.products, *(parameter_products(x, sums.y) for x in x_totals[1:])]
+        found = [
+            KernelSums(float(own.sum()), by_row, by_column, by_parameter=own)
+            for own, by_row, by_column in zip(products, rows, columns, strict=True)
+        ]
+        if context.run.by_sequence:
+            parts = two_batch_parts(context, self._project, entropy, update, sums)
+            found[0] = dataclasses.replace(found[0], by_sequence=parts)
         return self._measured(found, sums, tables)
 
     def _second_sweep(
-        self, rollouts: Rollouts, units: list[list[int]], columns: Columns, sums: FinishedSums
-    ) -> KernelSums:
-        """Diagonal, row and column sums from every unit's products with the sums."""
-        (x_place,), (y_place,) = (columns.places_of(side) for side in Side)
-        dots = torch.zeros(len(units), 3, dtype=torch.float64)
-        diagonals = torch.zeros_like(sums.products)
+        self,
+        rollouts: Rollouts,
+        units: list[list[int]],
+        columns: Columns,
+        x_totals: Sequence[GradientSum],
+        y_sum: GradientSum,
+        products: Sequence[Tensor],
+    ) -> list[KernelSums]:
+        """Diagonal, row and column sums of every functional column, from every unit's products with the sums."""
+        x_places, (y_place,) = (columns.places_of(side) for side in Side)
+        dots = torch.zeros(len(x_places), len(units), 3, dtype=torch.float64)
+        diagonals = torch.zeros(len(x_places), len(products[0]), dtype=torch.float64)
 
         def project(numbers: list[int], gradients: GradientRecorder) -> None:
-            x_units, g_units = gradients.columns[x_place], gradients.columns[y_place]
-            for position, number in enumerate(numbers):
-                own = self._dots(x_units, g_units, position, sums.x, sums.y)
-                dots[number] = own.sum(0)
-                diagonals.add_(own[:, 0])
+            g_units = gradients.columns[y_place]
+            for index, (place, x_total) in enumerate(zip(x_places, x_totals, strict=True)):
+                for position, number in enumerate(numbers):
+                    own = self._dots(gradients.columns[place], g_units, position, x_total, y_sum)
+                    dots[index, number] = own.sum(0)
+                    diagonals[index].add_(own[:, 0])
 
         def start_again() -> None:
             dots.zero_()
             diagonals.zero_()
 
         self._sweep(SweepRequest(rollouts, units, columns, "projections"), project, start_again=start_again)
-        diagonal, row_sums, column_sums = (part.contiguous() for part in dots.unbind(1))
-        sizes = torch.tensor([len(unit) for unit in units])
-        total = float(sums.products.sum())
-        return KernelSums(total, row_sums, column_sums, diagonal, sizes, None, sums.products - diagonals)
+        sizes, found = torch.tensor([len(unit) for unit in units]), []
+        for own, of_units, product in zip(diagonals, dots, products, strict=True):
+            diagonal, row_sums, column_sums = (part.contiguous() for part in of_units.unbind(1))
+            total = float(product.sum())
+            found.append(KernelSums(total, row_sums, column_sums, diagonal, sizes, None, product - own))
+        return found
 
-    def _measured(self, found: KernelSums, sums: FinishedSums, tables: Mapping[str, SequenceTable]) -> Measured:
+    def _measured(
+        self, found: Sequence[KernelSums], sums: FinishedSums, tables: Mapping[str, SequenceTable]
+    ) -> Measured:
         note = self._runner.note
         if note is not None:
             warnings.warn(note, EntropyFastWarning, stacklevel=4)
         plan = self._log.plan(self._context, self._runner)
         notes = () if note is None else (note,)
-        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan, notes)
+        others = list(self._context.columns.of_side(Side.FUNCTIONAL))[1:]
+        apart = {column.name: own for column, own in zip(others, found[1:], strict=True)}
+        return Measured(found[0], sums.coverage, tables, sums.excluded, sums.leading_products, plan, notes, apart)
 
     def _table(self, rollouts: Rollouts, columns: Columns) -> SequenceTable:
         return SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
@@ -287,3 +307,12 @@ class OnePassEngine:
             update=False,
         ).cpu()
         return dots
+
+
+def _sums_of_stacks(
+    x_stack: Sequence[Tensor], y_stack: Sequence[Tensor], sizes: Tensor, products: Tensor
+) -> KernelSums:
+    """From the gradients of all units in a functional column and in the update's; ``products`` of their sums by parameter."""
+    kernel, diagonals = kernel_of(x_stack, y_stack)
+    row_sums, column_sums, diagonal = kernel.sum(1), kernel.sum(0), kernel.diagonal().clone()
+    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, kernel, products - diagonals)

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from entropy_fast.checks.grad_context import assert_attached, assert_grad_context
 from entropy_fast.checks.repeatability import check_repeatable
-from entropy_fast.columns import Coefficients, SequenceTable, Side
+from entropy_fast.columns import Coefficients, Columns, SequenceTable, Side
 from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
-from entropy_fast.engines.gradient_sum import GradientSum, inner_product
+from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products
 from entropy_fast.engines.sums import coverage_of, finish_functional, finish_update, finished
 from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
@@ -143,10 +143,19 @@ class ProbeComponents:
             rows = self._projections(Side.FUNCTIONAL, entropy, sums.y.tensors)
         columns = self._projections(Side.UPDATE, update, sums.x.tensors)
         found = KernelSums(float(sums.products.sum()), rows, columns, by_parameter=sums.products)
+        apart = {
+            name: KernelSums(
+                float((products := parameter_products(total, sums.y)).sum()),
+                self._projections(Side.FUNCTIONAL, entropy, sums.y.tensors, place),
+                self._projections(Side.UPDATE, update, total.tensors),
+                by_parameter=products,
+            )
+            for place, name, total in self._totals_apart(entropy)
+        }
         tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
         how = "the double backward" if context.run.conditional_variance == "alpha" else "a backward a prompt"
         plan = self._plan(f"projections of the entropy batch by {how}")
-        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan)
+        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan, apart=apart)
 
     def compute_conditional_variance_over_E_alpha(  # noqa: N802 (E as in the theory)
         self, entropy: Rollouts, y_mean: Sequence[Tensor]
@@ -174,7 +183,7 @@ class ProbeComponents:
         """Of every microbatch."""
         context = self.context
         alpha_trick.refuse_reentrant_checkpointing(context.model)
-        columns, found = context.columns.of_side(Side.FUNCTIONAL), []
+        columns, found = self._column(Side.FUNCTIONAL, 0), []
         with context.probe_state(), alpha_trick.twice_differentiable_attention():
             for rows in self._iter_prompt_microbatches(entropy):
                 forward = self._compute_aligned_batch_logprobs(entropy, rows)
@@ -199,41 +208,60 @@ class ProbeComponents:
         first, second = (found.table.sequence_logprobs for found in (x_pass, y_pass))
         check_repeatable(first, second, torch.arange(rollouts.n_sequences))
         sums = finished(context, x_pass.total, y_pass.total, rollouts, rollouts)
+        apart = list(self._totals_apart(rollouts))
+        totals = [sums.x, *(total for _, _, total in apart)]
         moments = step.second_moments(sums.x.tensors)
-        dots = []  # per unit X_u · Y_u, X_u · Y_sum and Y_u · X_sum
+        dots: list[list[Tensor]] = [[] for _ in totals]  # per unit X_u · Y_u, X_u · Y_sum and Y_u · X_sum
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         for unit in units:
-            x_unit, g_unit = (self._gradient_sum(side, rollouts, unit).tensors for side in Side)
-            per_parameter = precondition_accumulate(
-                x_unit,
-                g_unit,
-                moments.tensors,
-                sums.x.tensors,
-                sums.y.tensors,
-                bias_correction=moments.bias_correction,
-                eps=moments.eps,
-                ratio=moments.ratio,
-                update=False,
-            )
-            dots.append(per_parameter.cpu())
+            x_units = [
+                self._gradient_sum(Side.FUNCTIONAL, rollouts, unit, place=place).tensors for place in range(len(totals))
+            ]
+            g_unit = self._gradient_sum(Side.UPDATE, rollouts, unit).tensors
+            for own, x_unit, total in zip(dots, x_units, totals, strict=True):
+                per_parameter = precondition_accumulate(
+                    x_unit,
+                    g_unit,
+                    moments.tensors,
+                    total.tensors,
+                    sums.y.tensors,
+                    bias_correction=moments.bias_correction,
+                    eps=moments.eps,
+                    ratio=moments.ratio,
+                    update=False,
+                )
+                own.append(per_parameter.cpu())
             if context.run.full_kernel:
                 y_unit = step.apply_preconditioner(g_unit)
-                kept.append(([x.cpu() for x in x_unit], [y.cpu() for y in y_unit]))
+                kept.append(([x.cpu() for x in x_units[0]], [y.cpu() for y in y_unit]))
             context.report("diagonal", unit[-1] + 1, rollouts.n_prompts)
-        diagonal, row_sums, column_sums = torch.stack([dot.sum(0) for dot in dots]).unbind(1)
+        sizes = torch.tensor([len(unit) for unit in units])
         kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
-        found = KernelSums(
-            x_dot_y=float(sums.products.sum()),
-            row_sums=row_sums.contiguous(),
-            column_sums=column_sums.contiguous(),
-            diagonal=diagonal.contiguous(),
-            unit_sizes=torch.tensor([len(unit) for unit in units]),
-            kernel=torch.tensor(kernel, dtype=torch.float64) if kernel else None,
-            by_parameter=sums.products - torch.stack(dots)[:, :, 0].sum(0),
-        )
+        products = [sums.products, *(parameter_products(total, sums.y) for total in totals[1:])]
+        found = [_sums_of_dots(own, product, sizes) for own, product in zip(dots, products, strict=True)]
+        if kernel:
+            found[0] = dataclasses.replace(found[0], kernel=torch.tensor(kernel, dtype=torch.float64))
         tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
         plan = self._plan("then both again for every unit")
-        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan)
+        return Measured(
+            found[0],
+            sums.coverage,
+            tables,
+            sums.excluded,
+            sums.leading_products,
+            plan,
+            apart={name: own for (_, name, _), own in zip(apart, found[1:], strict=True)},
+        )
+
+    def _totals_apart(self, rollouts: Rollouts) -> Iterator[tuple[int, str, GradientSum]]:
+        """Place, name and X_sum of every functional column after the first."""
+        for place, column in enumerate(self.context.columns.of_side(Side.FUNCTIONAL)):
+            if place:
+                yield (
+                    place,
+                    column.name,
+                    self._gradient_sum(Side.FUNCTIONAL, rollouts, range(rollouts.n_prompts), place=place),
+                )
 
     def _plan(self, then: str) -> Plan:
         per_forward = self.context.run.prompts_per_microbatch or 1
@@ -243,11 +271,11 @@ class ProbeComponents:
             reasons=("the plain reference that faster engines are checked against",),
         )
 
-    def _projections(self, side: Side, rollouts: Rollouts, direction: Sequence[Tensor]) -> Tensor:
+    def _projections(self, side: Side, rollouts: Rollouts, direction: Sequence[Tensor], place: int = 0) -> Tensor:
         """[B] inner products of every prompt's X_n (or Y_n) with a direction, one backward a prompt."""
         products = []
         for prompt in range(rollouts.n_prompts):
-            gradient = self._gradient_sum(side, rollouts, [prompt]).tensors
+            gradient = self._gradient_sum(side, rollouts, [prompt], place=place).tensors
             if side is Side.UPDATE:
                 gradient = self.context.step.apply_preconditioner(gradient)
             products.append(inner_product(gradient, direction))
@@ -263,7 +291,7 @@ class ProbeComponents:
 
     def _pass(self, side: Side, rollouts: Rollouts, x_touched: Sequence[bool] | None = None) -> _Pass:
         """The sum over a whole batch, and what was learned of its sequences."""
-        columns = self.context.columns.of_side(side)
+        columns = self._column(side, 0)
         table = SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
         total = self._gradient_sum(side, rollouts, range(rollouts.n_prompts), table, x_touched)
         return _Pass(total, table)
@@ -275,12 +303,16 @@ class ProbeComponents:
         prompts: Sequence[int],
         table: SequenceTable | None = None,
         x_touched: Sequence[bool] | None = None,
+        *,
+        place: int = 0,
     ) -> GradientSum:
         """Σ X_n or Σ g_n (raw) over the given prompts: a fresh forward and one backward per microbatch.
 
+        Of the column at ``place`` among those of its side.
+
         With a ``table`` (the pass over the whole batch) what is learned of every sequence is written into it.
         """
-        context, columns = self.context, self.context.columns.of_side(side)
+        context, columns = self.context, self._column(side, place)
         total, done = GradientSum.zeros(context.registry.tensors, context.sums_device), 0
         with context.probe_state():
             if side is Side.UPDATE:
@@ -300,6 +332,9 @@ class ProbeComponents:
                     context.report(side.value, done, rollouts.n_prompts)
         return total
 
+    def _column(self, side: Side, place: int) -> Columns:
+        return Columns((self.context.columns.of_side(side).members[place],))
+
     def _gradients(
         self, side: Side, loss: Tensor, forward: ForwardResult, x_touched: Sequence[bool] | None
     ) -> Sequence[Tensor | None]:
@@ -318,3 +353,11 @@ class _Pass:
 
     total: GradientSum
     table: SequenceTable
+
+
+def _sums_of_dots(dots: Sequence[Tensor], products: Tensor, sizes: Tensor) -> KernelSums:
+    """From [parameters, 3] X_u · Y_u, X_u · Y_sum and Y_u · X_sum of every unit, and X_sum · Y_sum by parameter."""
+    of_units = torch.stack(list(dots))
+    diagonal, row_sums, column_sums = (part.contiguous() for part in of_units.sum(1).unbind(1))
+    by_parameter = products - of_units[:, :, 0].sum(0)
+    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, by_parameter=by_parameter)

@@ -1,0 +1,64 @@
+"""A forecast with its error bars: of δH₁, or of a part of it.
+
+Two questions have two answers. What *this* update will do is uncertain because the entropy gradient was estimated from a
+sample; what *such* an update does on average is uncertain because the update itself is a sample too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from scipy.stats import t as student_t
+
+from entropy_fast.errors import ConfigError
+
+__all__ = ["LEVEL", "Forecast", "half_width"]
+
+# Of confidence intervals, where none is asked for.
+LEVEL = 0.95
+
+
+def half_width(std_error: float, n_units: int, level: float) -> float:
+    """Of an interval by Student's t on (units - 1) degrees of freedom; NaN when there is no standard error.
+
+    Raises:
+        ConfigError: ``level`` is not between 0 and 1.
+    """
+    if not 0 < level < 1:
+        raise ConfigError(f"interval: level is {level}.", fix="use a number between 0 and 1, such as 0.95.")
+    if math.isnan(std_error):
+        return math.nan
+    return float(student_t.ppf((1 + level) / 2, n_units - 1)) * std_error
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """A change to first order in the learning rate, in the unit of the result that it belongs to.
+
+    Attributes:
+        value: the estimate.
+        std_error: for the change by this very update; NaN where it is not known.
+        population_std_error: for the change by such updates on average, likewise.
+        n_units: units (prompts, or blocks) that they come from.
+    """
+
+    value: float
+    std_error: float
+    population_std_error: float
+    n_units: int
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """Confidence interval for the change by this very update, with Student's t; NaN when there is no standard error.
+
+        Raises:
+            ConfigError: ``level`` is not between 0 and 1.
+        """
+        half = half_width(self.std_error, self.n_units, level)
+        return self.value - half, self.value + half
+
+    @property
+    def established(self) -> bool | None:
+        """Whether the sign of the change by this very update is beyond doubt at 95 %; None when there is no standard error."""
+        low, high = self.interval()
+        return None if math.isnan(low) else low > 0 or high < 0
