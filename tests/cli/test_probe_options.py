@@ -63,7 +63,8 @@ def test_what_is_typed_is_what_the_field_gets(name):
 def test_every_field_is_tried():
     switches = {field.name for field in FIELDS if field.kind is bool}
     assert {field.name for field in FIELDS} == {*TYPED, *switches, "clip_range"}
-    for name in switches:
+    assert changed(split=True, entropy_estimator="rao_blackwell")[0].split
+    for name in switches - {"split"}:
         assert changed(**{name: True})[1] == dataclasses.replace(RunOptions(), **{name: True})
 
 

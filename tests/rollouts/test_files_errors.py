@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from entropy_fast.errors import RolloutsError, RolloutsFileError
-from entropy_fast.rollouts import parquet, read_rollouts
+from entropy_fast.rollouts import parquet_metadata, read_rollouts
 from entropy_fast.rollouts import rows as rows_module
 
 Write = Callable[[list[dict[str, Any]]], Path]
@@ -319,7 +319,7 @@ def test_a_small_parquet_file_that_asks_for_much_is_refused_before_it_is_read(
     row = GOOD | {"response": "x", key: [0] * 1_200_000 if key == "input_ids" else "x" * 9_600_000}
     pq.write_table(pa.Table.from_pylist([row]), path, compression="zstd", use_dictionary=["input_ids"])
     assert path.stat().st_size < 2**13
-    monkeypatch.setattr(parquet, "LARGEST_ARRAY_BYTES", 2**23)
+    monkeypatch.setattr(parquet_metadata, "LARGEST_ARRAY_BYTES", 2**23)
     monkeypatch.setattr(pq.ParquetFile, "read", lambda self: pytest.fail("it was read"))
     failure(path, f"the column `{key}` asks for 0.0 GiB; at most 0 GiB are read", "split the file")
 
