@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from entropy_fast.checks.grad_context import assert_grad_context
+from entropy_fast.columns import Functionals
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProgressCallback
 from entropy_fast.errors import ConfigError, RolloutsError
@@ -25,6 +26,7 @@ def fast_delta_h1(
     rollouts: Rollouts,
     *,
     entropy_rollouts: Rollouts | None = None,
+    functionals: Functionals | None = None,
     estimate: EstimateOptions | None = None,
     run: RunOptions | None = None,
     on_progress: ProgressCallback | None = None,
@@ -44,6 +46,8 @@ def fast_delta_h1(
         rollouts: the batch the update will be made from. Alone, it is also where the entropy gradient is estimated.
         entropy_rollouts: an independent batch for the entropy gradient; then the two-batch estimate is returned, with
             the error conditional on the update.
+        functionals: other numbers whose expectation the update changes, forecast from the same backward: by name (``reward``,
+            ``length``, any other) one number per row of the batch for the entropy gradient. See ``result.functionals``.
         estimate: what is estimated; None takes the defaults.
         run: how it is run; None takes the defaults.
         on_progress: called with stage, prompts done, prompts in all.
@@ -72,5 +76,5 @@ def fast_delta_h1(
             )
     probe = OfflineEntropyProbe(model, optimizer, estimate=estimate, run=run, on_progress=on_progress)
     if entropy_rollouts is None:
-        return probe.compute_delta_h1(rollouts)
-    return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=rollouts)
+        return probe.compute_delta_h1(rollouts, functionals=functionals)
+    return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=rollouts, functionals=functionals)

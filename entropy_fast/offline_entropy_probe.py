@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from entropy_fast.checks.exclusive import one_probe_at_a_time
 from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.checks.model_state import refuse_shared_keys
-from entropy_fast.columns import Side
+from entropy_fast.columns import Functionals, Side, functionals_of
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.engines import Engine, EngineKind, engine_kind
@@ -63,8 +65,12 @@ class OfflineEntropyProbe:
         """Name of the engine that is used."""
         return self._kind.name
 
-    def compute_delta_h1(self, rollouts: Rollouts) -> DeltaH1Result:
+    def compute_delta_h1(self, rollouts: Rollouts, *, functionals: Functionals | None = None) -> DeltaH1Result:
         """Same-batch estimate: δH₁ = lr · U.
+
+        Args:
+            rollouts: the batch.
+            functionals: [N] numbers by name whose change is forecast too, see `fast_delta_h1`.
 
         Raises:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
@@ -73,6 +79,8 @@ class OfflineEntropyProbe:
             ConfigError: the engine has no diagonal (``jvp``), or no use for an option with one batch.
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
+        if functionals:
+            return self._forecasting(functionals, rollouts).compute_delta_h1(rollouts)
         engine = self._engine(1)
         batch, empty = self._prepare(rollouts, *Side)
         if batch.n_prompts < 2:
@@ -82,12 +90,15 @@ class OfflineEntropyProbe:
             )
         return same_batch_result(self._alone(lambda: engine.same_batch(batch)), self._setting(), batch, empty)
 
-    def run_mixed_probe(self, *, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
+    def run_mixed_probe(
+        self, *, entropy_rollouts: Rollouts, update_rollouts: Rollouts, functionals: Functionals | None = None
+    ) -> DeltaH1Result:
         """Two-batch estimate: δH₁ = lr · X̄_E · Ȳ_U, its error conditional on the update batch.
 
         Args:
             entropy_rollouts: E, where the entropy gradient is estimated.
             update_rollouts: U, what the update is made from; independent of E.
+            functionals: numbers of E's sequences by name whose change is forecast too, see `fast_delta_h1`.
 
         Raises:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
@@ -96,6 +107,9 @@ class OfflineEntropyProbe:
             ForwardDerivativeError: the engine is ``jvp``, and the model has an operation that it cannot go through.
         """
         assert_grad_context("OfflineEntropyProbe.run_mixed_probe")
+        if functionals:
+            probe = self._forecasting(functionals, entropy_rollouts)
+            return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=update_rollouts)
         if self.context.estimate.blocks is not None:
             raise ConfigError(
                 f"run_mixed_probe: blocks={self.context.estimate.blocks} groups the units of the same-batch estimate; the "
@@ -114,6 +128,12 @@ class OfflineEntropyProbe:
         empty = {Side.FUNCTIONAL.value: empty_entropy, Side.UPDATE.value: empty_update}
         measured = self._alone(lambda: engine.two_batch(entropy, update))
         return two_batch_result(measured, self._setting(), entropy, update, empty)
+
+    def _forecasting(self, functionals: Functionals, rollouts: Rollouts) -> OfflineEntropyProbe:
+        """The same probe with columns of numbers that belong to the rows of ``rollouts``."""
+        probe, more = copy.copy(self), functionals_of(functionals, rollouts)
+        probe.context = dataclasses.replace(self.context, columns=self.context.columns.with_functionals(more))
+        return probe
 
     def _alone(self, measure: Callable[[], Measured]) -> Measured:
         """While no other probe runs in this process."""

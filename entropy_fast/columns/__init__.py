@@ -5,11 +5,23 @@ from __future__ import annotations
 from entropy_fast.columns.coefficients import Backward, Coefficients
 from entropy_fast.columns.column import Column, Columns, ScoredTokens, Side
 from entropy_fast.columns.entropy import DirectEntropy, RaoBlackwellEntropy, ScoreFunctionEntropy
+from entropy_fast.columns.functional import Functionals, functionals_of
 from entropy_fast.columns.table import SequenceTable
 from entropy_fast.columns.update import PolicyGradient
 from entropy_fast.config import EstimateOptions
 
-__all__ = ["Backward", "Coefficients", "Column", "Columns", "ScoredTokens", "SequenceTable", "Side", "columns_of"]
+__all__ = [
+    "Backward",
+    "Coefficients",
+    "Column",
+    "Columns",
+    "Functionals",
+    "ScoredTokens",
+    "SequenceTable",
+    "Side",
+    "columns_of",
+    "functionals_of",
+]
 
 
 def columns_of(options: EstimateOptions) -> Columns:

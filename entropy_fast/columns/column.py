@@ -130,6 +130,10 @@ class Columns:
         """Indices of those of one side."""
         return [place for place, column in enumerate(self.members) if column.side is side]
 
+    def with_functionals(self, more: tuple[Column, ...]) -> Columns:
+        """The same, and more functional columns after those that there are."""
+        return Columns((*self.of_side(Side.FUNCTIONAL), *more, *self.of_side(Side.UPDATE)))
+
     @property
     def needs_entropies(self) -> bool:
         """Whether any of them asks for H_t."""

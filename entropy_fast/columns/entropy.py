@@ -25,6 +25,7 @@ from torch import Tensor
 
 from entropy_fast.columns.coefficients import ColumnWeights
 from entropy_fast.columns.column import ScoredTokens, Side
+from entropy_fast.columns.functional import leave_one_out
 from entropy_fast.columns.lengths import check_group_sizes, length_weights
 from entropy_fast.columns.tokens import TokenPlaces
 from entropy_fast.config import Weighting
@@ -54,10 +55,8 @@ class ScoreFunctionEntropy:
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `Column.weigh`."""
         S = scored.sequence_logprobs.detach()
-        member, size = (t.to(S.device) for t in (scored.places.member, scored.places.group_size))
         weighted = length_weights(scored.rollouts, self.weighting)[scored.rows].to(S.device) * S.to(torch.float64)
-        others = (member @ (member.T @ weighted) - weighted) / (size - 1)
-        return ColumnWeights(-(weighted - others) / size)
+        return ColumnWeights(-leave_one_out(weighted, scored.places))
 
     def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
         """See `Column.clipped`: nothing."""

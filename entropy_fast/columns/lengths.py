@@ -12,8 +12,12 @@ from entropy_fast.rollouts import Rollouts
 __all__ = ["check_group_sizes", "length_weights"]
 
 
-def check_group_sizes(rollouts: Rollouts) -> None:
+def check_group_sizes(rollouts: Rollouts, *, instead: str = "use entropy_estimator='rao_blackwell'") -> None:
     """Raise unless every prompt has the two responses the leave-one-out baseline needs.
+
+    Args:
+        rollouts: the batch.
+        instead: what does without it, for the message.
 
     Raises:
         RolloutsError: groups have a single sequence; the message names them.
@@ -25,7 +29,7 @@ def check_group_sizes(rollouts: Rollouts) -> None:
         raise RolloutsError(
             f"Rollouts: groups {groups} have 1 response with tokens; the leave-one-out baseline needs at least 2 responses per "
             "prompt.",
-            fix=f"use entropy_estimator='rao_blackwell', or leave them out: rollouts.without_groups({groups}).",
+            fix=f"{instead}, or leave them out: rollouts.without_groups({groups}).",
         )
 
 

@@ -25,7 +25,7 @@ from entropy_fast.estimates.result import (
     StandardError,
 )
 from entropy_fast.estimates.setting import Setting
-from entropy_fast.estimates.split import split_of
+from entropy_fast.estimates.split import other_forecasts, split_of
 from entropy_fast.estimates.two_batch import two_batch_estimate
 from entropy_fast.estimates.u_statistic import u_estimate
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
@@ -135,7 +135,16 @@ def _result(
     scaled: _Scaled,
 ) -> DeltaH1Result:
     sums, weighting = measured.sums, setting.estimate.weighting
+    of_entropy, *more = batches.values()
+    of_update = more[0] if more else of_entropy
     _refuse_unknown(measured, scaled.value, scaled.standard_errors)
+    functionals = other_forecasts(measured, setting.learning_rate, of_update.n_prompts)
+    for name, forecast in functionals.items():
+        if not math.isfinite(forecast.value) or math.isinf(forecast.std_error):
+            raise ModelStateError(
+                f"the forecast of {name!r} came out as {forecast.value} ± {forecast.std_error}: products overflow.",
+                fix="pass numbers of an ordinary size.",
+            )
     notes = [*notes_of(measured, setting, batches, empty), *scaled.notes]
     for role, shares_of in (scaled.by_sequence or {}).items():
         gap = abs(float(shares_of.delta_h1.sum()) - scaled.value)
@@ -152,7 +161,7 @@ def _result(
         engine=setting.engine,
         geometry=setting.geometry,
         entropy_functional=ENTROPY_FUNCTIONAL[setting.estimate.entropy_estimator, weighting],
-        entropy_level=_level(measured.sequences[ENTROPY], next(iter(batches.values())), weighting),
+        entropy_level=_level(measured.sequences[ENTROPY], of_entropy, weighting),
         unit=UNIT[weighting],
         x_dot_y=sums.x_dot_y,
         diagonal=sums.diagonal,
@@ -178,9 +187,8 @@ def _result(
         derivatives=sums.derivatives,
         by_parameter=by_parameter(setting.parameters, sums.by_parameter, scaled.factor),
         by_sequence=scaled.by_sequence,
-        split=split_of(
-            measured, setting.learning_rate, *(n.n_prompts for n in (*batches.values(), *batches.values())[:2])
-        ),
+        split=split_of(measured, setting.learning_rate, of_entropy.n_prompts, of_update.n_prompts),
+        functionals=functionals,
     )
 
 

@@ -14,7 +14,7 @@ from entropy_fast.columns import SequenceTable
 from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, Weighting
 from entropy_fast.estimates.attribution import SequenceContributions, by_layer
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
-from entropy_fast.estimates.forecast import LEVEL, half_width
+from entropy_fast.estimates.forecast import LEVEL, Forecast, half_width
 from entropy_fast.estimates.measured import Plan
 from entropy_fast.estimates.split import Split
 from entropy_fast.rollouts import EmptyResponseReport
@@ -151,6 +151,7 @@ class DeltaH1Result:
             ``update`` in the two-batch one); None unless ``RunOptions.by_sequence`` asked for them.
         split: the direct and the visitation part, each with its standard errors; None unless ``EstimateOptions.split`` asked
             for them.
+        functionals: forecasts of the other numbers that were given, by name, each in its own unit per response.
     """
 
     delta_h1: float
@@ -176,6 +177,7 @@ class DeltaH1Result:
     by_parameter: dict[str, float] | None = None
     by_sequence: dict[Role, SequenceContributions] | None = None
     split: Split | None = None
+    functionals: Mapping[str, Forecast] = dataclasses.field(default_factory=dict)
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.

@@ -15,7 +15,7 @@ from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.two_batch import two_batch_estimate
 from entropy_fast.estimates.u_statistic import u_estimate
 
-__all__ = ["Split", "forecast_of", "split_of"]
+__all__ = ["Split", "forecast_of", "other_forecasts", "split_of"]
 
 DIRECT = "direct"
 
@@ -75,3 +75,8 @@ def split_of(measured: Measured, learning_rate: float, n_entropy: int, n_update:
         forecast_of(sums, learning_rate, n_update) for sums in (measured.sums, direct, measured.sums.less(direct))
     )
     return Split(total, part, rest, learning_rate * direct.x_dot_y / (n_entropy * n_update))
+
+
+def other_forecasts(measured: Measured, learning_rate: float, n_update: int) -> dict[str, Forecast]:
+    """Of the functionals that are no part of the entropy, by name."""
+    return {name: forecast_of(sums, learning_rate, n_update) for name, sums in measured.apart.items() if name != DIRECT}

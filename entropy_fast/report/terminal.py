@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from entropy_fast.estimates.attribution import SequenceContributions
+from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.result import DeltaH1Result, PromptContribution
 from entropy_fast.estimates.split import Split
 from entropy_fast.report.text import printable
@@ -65,6 +67,8 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     if result.split is not None:
         console.print(_parts(result.split))
         console.print(Text(split_verdict(result.split)))
+    if result.functionals:
+        console.print(_functionals(result.functionals))
     console.print(_errors(result))
     console.print(_prompts(result))
     for role, shares in (result.by_sequence or {}).items():
@@ -91,6 +95,16 @@ def _parts(split: Split) -> Table:
         Text(""),
         Text("its own responses scored again"),
     )
+    return table
+
+
+def _functionals(functionals: Mapping[str, Forecast]) -> Table:
+    table = Table(title="What else the update changes, per response", title_justify="left")
+    for column in ("of", "forecast", "± this update", "± such updates"):
+        table.add_column(column)
+    for name, found in functionals.items():
+        errors = ["unknown" if math.isnan(e) else f"{e:.3g}" for e in (found.std_error, found.population_std_error)]
+        table.add_row(Text(printable(name, 40)), Text(f"{found.value:+.4g}"), *map(Text, errors))
     return table
 
 

@@ -35,6 +35,7 @@ DOCUMENT, PROMPTS, SEQUENCES, PICTURE = RESULT_FILES = (
 # Where a number may be not known: of a sequence by a pass that did not need it, and errors that a batch is too small for.
 MAY_BE_UNKNOWN = (
     "sequences",
+    "functionals",
     "std_error",
     "diagnostics.standard_errors",
     "diagnostics.unbiased_variance",
