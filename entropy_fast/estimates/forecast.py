@@ -10,6 +10,7 @@ import dataclasses
 import math
 
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from entropy_fast.errors import ConfigError
 
@@ -32,7 +33,7 @@ def half_width(std_error: float, n_units: int, level: float) -> float:
     return float(student_t.ppf((1 + level) / 2, n_units - 1)) * std_error
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Forecast:
     """A change to first order in the learning rate, in the unit of the result that it belongs to.
 
@@ -41,12 +42,15 @@ class Forecast:
         std_error: for the change by this very update; NaN where it is not known.
         population_std_error: for the change by such updates on average, likewise.
         n_units: units (prompts, or blocks) that they come from.
+        by_unit: [n_units] share of each, adding up to ``value``: with one batch the mean of its part as one whose numbers
+            change and its part as one whose update changes them; with two its part as a prompt of the entropy batch.
     """
 
     value: float
     std_error: float
     population_std_error: float
     n_units: int
+    by_unit: Tensor
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Confidence interval for the change by this very update, with Student's t; NaN when there is no standard error.

@@ -51,12 +51,12 @@ def forecast_of(sums: KernelSums, learning_rate: float, n_update: int) -> Foreca
     if sums.diagonal is not None:
         assert sums.column_sums is not None
         same = u_estimate(sums.x_dot_y, sums.diagonal, sums.row_sums, sums.column_sums, sums.unit_sizes, sums.kernel)
-        value, errors = same.value, (same.se_given_update, same.se_jackknife)
+        value, errors, shares = same.value, (same.se_given_update, same.se_jackknife), same.contributions
     else:
         two = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums, n_update)
-        value, errors = two.value, (two.se_conditional, two.se_total)
+        value, errors, shares = two.value, (two.se_conditional, two.se_total), two.projections / len(sums.row_sums)
     this, population = (math.nan if error is None else learning_rate * error for error in errors)
-    return Forecast(learning_rate * value, this, population, len(sums.row_sums))
+    return Forecast(learning_rate * value, this, population, len(sums.row_sums), learning_rate * shares)
 
 
 def split_of(measured: Measured, learning_rate: float, n_entropy: int, n_update: int) -> Split | None:

@@ -7,7 +7,6 @@ update gradient.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,17 +32,6 @@ ENGINES = [
     ("qwen2", {"engine": "one_pass", "memory_budget": 1}),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:.*without response tokens were left out")
-
-
-@pytest.fixture(scope="module")
-def setups() -> Iterator[dict[str, Setup]]:
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Qwen2RMSNorm, "forward", models.double_precision_norm)
-    built = {name: make() for name, make in (("tiny", models.tiny_transformer), ("qwen2", models.qwen2))}
-    yield {name: (model.train(), models.stepped_adam(model)) for name, model in built.items()}
-    patch.undo()
 
 
 def batch(seed: int = 0, empty: int = 0) -> Rollouts:
@@ -95,6 +83,7 @@ def test_one_batch(setups: dict[str, Setup], family: str, options: dict[str, Any
         rows = (kernel.sum(1) - kernel.diagonal()) / (B - 1)
         close(found.std_error, 2.0 * rows.std() / math.sqrt(B))
         close(found.population_std_error, 2.0 * jackknife(kernel, singles(kernel)))
+        close(found.by_unit.sum(), found.value)
     plain = forecast(setup, rollouts, functionals=None, **options)
     assert plain.functionals == {}
     close(result.delta_h1, plain.delta_h1)

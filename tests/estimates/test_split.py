@@ -7,7 +7,6 @@ X_n^direct = Σ_i w_i Σ_t ∇H_t / G, Y_m preconditioned update gradient, K_nm 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,17 +25,6 @@ from entropy_fast.estimates.forecast import Forecast
 Setup = tuple[nn.Module, torch.optim.Optimizer]
 SHAPE = Shape(budget=2)
 WEIGHTINGS = ("dr_grpo", "per_token", "sequence")
-
-
-@pytest.fixture(scope="module")
-def setups() -> Iterator[dict[str, Setup]]:
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Qwen2RMSNorm, "forward", models.double_precision_norm)
-    built = {name: make() for name, make in (("tiny", models.tiny_transformer), ("qwen2", models.qwen2))}
-    yield {name: (model.train(), models.stepped_adam(model)) for name, model in built.items()}
-    patch.undo()
 
 
 def batch(seed: int = 0) -> Rollouts:
@@ -115,6 +103,9 @@ def test_one_batch(setups: dict[str, Setup], family: str, options: dict[str, Any
     close(split.direct.std_error, rows.std() / math.sqrt(B))
     close(split.direct.population_std_error, jackknife(kernel, singles(kernel)))
     close(split.on_batch, kernel.sum() / B**2)
+    off = kernel - torch.diag(kernel.diagonal())
+    close(split.direct.by_unit, (off.sum(1) + off.sum(0)) / (2 * B * (B - 1)))
+    close(split.total.by_unit, [p.delta_h1 for p in result.per_prompt])
     assert split.total.value == result.delta_h1
     assert split.total.population_std_error == result.std_error
     assert abs(split.direct.value + split.visitation.value - result.delta_h1) <= 1e-12 * abs(split.visitation.value)
@@ -138,6 +129,7 @@ def test_two_batches(setups: dict[str, Setup], engine: str) -> None:
     close(split.direct.value, projections.mean())
     close(split.direct.std_error, projections.std() / math.sqrt(len(projections)))
     close(split.on_batch, projections.mean())
+    close(split.direct.by_unit, projections / len(projections))
     assert split.total.std_error == result.std_error
     assert abs(split.direct.value + split.visitation.value - result.delta_h1) <= 1e-12 * abs(split.visitation.value)
     assert math.isnan(split.direct.population_std_error) == (engine == "jvp")
@@ -200,11 +192,14 @@ def test_a_split_of_log_probs_alone_is_refused() -> None:
 
 
 def test_what_is_established() -> None:
-    assert Forecast(-1.0, 0.1, math.nan, 8).established is True
-    assert Forecast(-1.0, 0.9, 0.9, 8).established is False
-    assert Forecast(-1.0, math.nan, 0.1, 8).established is None
-    low, high = Forecast(2.0, 1.0, 5.0, 4).interval(0.95)
+    def forecast(*numbers: float, n: int = 8) -> Forecast:
+        return Forecast(*numbers, n, torch.full((n,), numbers[0] / n))
+
+    assert forecast(-1.0, 0.1, math.nan).established is True
+    assert forecast(-1.0, 0.9, 0.9).established is False
+    assert forecast(-1.0, math.nan, 0.1).established is None
+    low, high = forecast(2.0, 1.0, 5.0, n=4).interval(0.95)
     # Student's t with three degrees of freedom, from a table.
     assert (low, high) == (pytest.approx(2 - 3.1824, abs=1e-4), pytest.approx(2 + 3.1824, abs=1e-4))
     with pytest.raises(ConfigError, match="level"):
-        Forecast(1.0, 1.0, 1.0, 4).interval(1.0)
+        forecast(1.0, 1.0, 1.0).interval(1.0)
