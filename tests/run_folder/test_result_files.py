@@ -6,10 +6,12 @@ import dataclasses
 import fcntl
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -263,6 +265,33 @@ def test_a_writer_that_is_killed_for_good(tmp_path):
     names = placing.put_in_place(tmp_path, ("first", "second"), lambda folder: (folder / "first").write_text("next"))
     assert names == ["first"]
     assert contents(tmp_path) == {"first": b"next"}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_hundred_kills_at_any_moment(results, tmp_path):
+    """A process that writes one result over the other is killed after a time that no clock decides the outcome of."""
+    write_result(results[0], tmp_path, draw=draw)
+    chance, found = random.Random(0), set()
+    for _ in range(200):
+        process = os.fork()
+        if not process:
+            try:
+                while True:
+                    for result in results:
+                        write_result(result, tmp_path, draw=draw if result is results[0] else None)
+            finally:
+                os._exit(1)
+        time.sleep(chance.uniform(0.0, 0.1))
+        os.kill(process, signal.SIGKILL)
+        assert os.waitpid(process, 0)[1] == signal.SIGKILL
+        # `whose` compares every file with those of the result that the document is of.
+        found.add(whose(tmp_path, results))
+    assert found <= {0, 1, None}
+    assert {0, 1} <= found
+    write_result(results[1], tmp_path)
+    assert whose(tmp_path, results) == 1
+    assert not list(tmp_path.glob(".tmp-*"))
 
 
 def test_writers_wait_for_one_another(results, tmp_path):
