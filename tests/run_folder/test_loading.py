@@ -207,6 +207,15 @@ def test_a_configuration_nested_too_deep_is_a_sentence(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("field", ["num_hidden_layers", "vocab_size"])
+def test_a_configuration_that_asks_for_more_than_the_files_hold(folder, field):
+    """Neither by the time that so many layers take to build nor by the memory of so many weights."""
+    path = folder / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: 10**9}))
+    with pytest.raises(RunFolderError, match="far more weights than its files"):
+        load_model(ModelSource(str(folder / "base")))
+
+
 @pytest.mark.parametrize("part", ["base", "adapter"])
 def test_a_pipe_among_the_files_does_not_hang(folder, part):
     os.mkfifo(folder / part / "extra.json")
