@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from entropy_fast._version import __version__
 
 if TYPE_CHECKING:
-    from entropy_fast import errors, ops
+    from entropy_fast import candidates, errors, ops
     from entropy_fast.api import fast_delta_h1
     from entropy_fast.config import EstimateOptions, RunOptions
     from entropy_fast.estimates.result import DeltaH1Result
@@ -27,6 +27,7 @@ __all__ = [
     "Rollouts",
     "RunOptions",
     "__version__",
+    "candidates",
     "errors",
     "fast_delta_h1",
     "ops",
@@ -51,7 +52,7 @@ _HOME = {
     "read_rollouts": "entropy_fast.rollouts",
     "write_rollouts": "entropy_fast.rollouts",
 }
-_MODULES = ("errors", "ops")
+_MODULES = ("candidates", "errors", "ops")
 
 
 def __getattr__(name: str) -> object:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from entropy_fast.checks.grad_context import assert_grad_context
-from entropy_fast.columns import Functionals
+from entropy_fast.columns import Functionals, TokenScores, Wanted
+from entropy_fast.columns.candidates import Candidate
+from entropy_fast.columns.given import LossFunction
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProgressCallback
 from entropy_fast.errors import ConfigError, RolloutsError
@@ -27,6 +30,11 @@ def fast_delta_h1(
     *,
     entropy_rollouts: Rollouts | None = None,
     functionals: Functionals | None = None,
+    entropy_mask: Tensor | None = None,
+    update: LossFunction | None = None,
+    coefficients: Tensor | tuple[Tensor, Tensor] | None = None,
+    updates: Mapping[str, Candidate | LossFunction | Tensor | tuple[Tensor, Tensor]] | None = None,
+    scores: TokenScores | None = None,
     estimate: EstimateOptions | None = None,
     run: RunOptions | None = None,
     on_progress: ProgressCallback | None = None,
@@ -48,6 +56,16 @@ def fast_delta_h1(
             the error conditional on the update.
         functionals: other numbers whose expectation the update changes, forecast from the same backward: by name (``reward``,
             ``length``, any other) one number per row of the batch for the entropy gradient. See ``result.functionals``.
+        entropy_mask: [N, T] 1 at response tokens whose entropy counts, of the batch for the entropy gradient; None for all.
+        update: the loss that the trainer minimises, in place of the update that ``estimate`` describes: a function of log-probs
+            and entropies [N, T] of ``rollouts`` (in column t those of the token in column t; 0 where no response token stands)
+            that returns a scalar of the whole batch with its graph. It is called once, after a sweep that finds them.
+        coefficients: the update as -∂L/∂(log-prob), [N] by sequence or [N, T] by token; or a pair of that and -∂L/∂(entropy)
+            [N, T].
+        updates: other updates to compare with it, by name: a ready one of `entropy_fast.candidates`, a loss or coefficients.
+            See ``result.updates``.
+        scores: log-probs and entropies [N, T] of ``rollouts`` under the model as it is now, which saves that sweep; they are
+            checked.
         estimate: what is estimated; None takes the defaults.
         run: how it is run; None takes the defaults.
         on_progress: called with stage, prompts done, prompts in all.
@@ -74,7 +92,19 @@ def fast_delta_h1(
                 f"fast_delta_h1: a {type(option).__name__} was passed where {kind.__name__} is expected.",
                 fix="pass estimate=EstimateOptions(...) for what is estimated and run=RunOptions(...) for how.",
             )
+    if update is not None and coefficients is not None:
+        raise ConfigError(
+            "fast_delta_h1: `update` and `coefficients` both give the update.", fix="leave one of them out."
+        )
+    if update is not None and not callable(update):
+        raise ConfigError(
+            f"fast_delta_h1: `update` is a {type(update).__name__}, expected a function of log-probs and entropies.",
+            fix="pass coefficients as `coefficients`.",
+        )
+    wanted = Wanted(
+        functionals or {}, entropy_mask, coefficients if update is None else update, dict(updates or {}), scores
+    )
     probe = OfflineEntropyProbe(model, optimizer, estimate=estimate, run=run, on_progress=on_progress)
     if entropy_rollouts is None:
-        return probe.compute_delta_h1(rollouts, functionals=functionals)
-    return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=rollouts, functionals=functionals)
+        return probe.compute_delta_h1(rollouts, wanted=wanted)
+    return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=rollouts, wanted=wanted)

@@ -25,9 +25,11 @@ else:
 
 __all__ = ["EstimateOptions", "OptionField", "RunOptions", "default_of", "option_fields"]
 
-Weighting = Literal["dr_grpo", "per_token", "sequence"]
+Weighting = Literal["dr_grpo", "per_token", "sequence", "pooled"]
+Part = Literal["direct", "visitation"]
 EntropyEstimator = Literal["score_function", "rao_blackwell"]
-ImportanceRatio = Literal["none", "token"]
+ImportanceRatio = Literal["none", "token", "sequence"]
+KlEstimator = Literal["k1", "k2", "k3"]
 AccumulateOn = Literal["device", "cpu"]
 YPass = Literal["backward", "autograd_grad"]
 ConditionalVariance = Literal["per_prompt", "alpha"]
@@ -85,19 +87,32 @@ class EstimateOptions(_Options):
     """What is estimated: which entropy, which update, with which estimator.
 
     Attributes:
-        weighting: length weight w_i of a sequence log-prob: ``dr_grpo`` 1/L_max, ``per_token`` 1/L_i, ``sequence`` 1.
-        entropy_estimator: how the entropy gradient is estimated: ``score_function`` from log-probs, with a leave-one-out
-            baseline; ``rao_blackwell`` from the entropy of the model's distribution at every token, which usually varies less
-            from sample to sample and costs another backward.
-        split: δH₁ in two parts, each with its own error bar: ``direct``, how the distributions change at the prefixes that were
-            visited, and ``visitation``, how often prefixes are visited, which holds most of the noise. Costs another backward;
-            with ``entropy_estimator="rao_blackwell"`` alone.
-        importance_ratio: ``token`` multiplies the update's gradient at every token by πθ/π_old, from the rollouts'
+        weighting: length weight w_i of a sequence, in the entropy and in the update: ``dr_grpo`` 1/L_max; ``per_token`` 1/L_i,
+            as GRPO has it; ``sequence`` 1; ``pooled`` one over the mean length of the whole batch, as DAPO and BNPO have it.
+        entropy_weighting: another one for the entropy alone: what is forecast is the entropy per token of generation budget,
+            the mean of responses' means, the entropy of a whole response, or the mean over all tokens that trainers log. None
+            takes ``weighting``.
+        update_weighting: another one for the update alone: how its loss weighs sequences. None takes ``weighting``.
+        entropy_estimator: how the entropy gradient is estimated: ``rao_blackwell`` from the entropy of the model's distribution
+            at every token; ``score_function`` from log-probs, with a leave-one-out baseline, which costs a backward less and
+            usually varies more from sample to sample.
+        parts: which parts of the entropy change are wanted, each with its own error bar: ``direct``, how the distributions
+            change at the prefixes that were visited, and ``visitation``, how often prefixes are visited, which holds most of
+            the noise. ``("direct",)`` takes that one alone, which saves a backward, and then the total is not known. None is
+            both; with ``entropy_estimator="score_function"`` there are none.
+        policy_temperature: T where the policy itself is softmax(logits/T), because its loss and its metrics are of log-probs of
+            logits/T. Log-probs, entropies and gradients are those of that policy. Never taken from how rollouts were sampled.
+        importance_ratio: ``token`` multiplies the update's gradient at every token by r_t = πθ/π_old, from the rollouts'
             ``old_logprobs``, as the clipped surrogate of PPO and GRPO does once θ has moved on from what sampled, and costs
-            another backward; ``none`` takes the ratio to be 1.
-        clip_range: ε_low and ε_high, or one number for both: with ``importance_ratio="token"``, tokens whose ratio is above
-            1 + ε_high under a positive advantage, or below 1 - ε_low under a negative one, send nothing back; None clips
-            nothing.
+            another backward; ``sequence`` has one ratio a response, the geometric mean of its tokens' (GSPO); ``none`` takes
+            the ratio to be 1.
+        clip_range: ε_low and ε_high, or one number for both: with ratios, tokens (or responses) whose ratio is above 1 + ε_high
+            under a positive advantage, or below 1 - ε_low under a negative one, send nothing back; None clips nothing.
+        dual_clip: c > 1: with ratios, those above c under a negative advantage send nothing back either; None for no limit.
+        kl_coefficient: β of a penalty on the divergence from a reference policy, β · w_i · KL_t a token; needs the rollouts'
+            ``ref_logprobs``, and costs another backward.
+        kl_estimator: with d_t = log πθ - log π_ref: ``k1`` d_t, ``k2`` d_t²/2, ``k3`` exp(-d_t) - 1 + d_t.
+        entropy_bonus: β of a bonus for entropy in the update's loss, β · w_i · H_t a token; costs another backward.
         blocks: number of blocks of prompts that are the units of the same-batch estimate (fewer backward passes, a coarser
             error bar); None takes every prompt by itself.
         learning_rate: the step's; all groups of the optimizer are rescaled alike. None takes the optimizer's.
@@ -107,27 +122,71 @@ class EstimateOptions(_Options):
     """
 
     weighting: Weighting = option("dr_grpo", "length weight of a sequence: 1/L_max, 1/L_i or 1")
+    entropy_weighting: Weighting | None = option(None, "another length weight for the entropy")
+    update_weighting: Weighting | None = option(None, "another length weight for the update")
     entropy_estimator: EntropyEstimator = option(
-        "score_function", "entropy gradient from log-probs, or from token entropies"
+        "rao_blackwell", "entropy gradient from token entropies, or from log-probs"
     )
-    split: bool = option(False, "direct and visitation part, each with an error bar (rao_blackwell)")
-    importance_ratio: ImportanceRatio = option("none", "ratios in the update: none, or by token from old_logprobs")
+    parts: tuple[Part, ...] | None = option(
+        None, "direct, or direct,visitation: which parts are wanted (rao_blackwell)"
+    )
+    policy_temperature: float = option(1.0, "T of a policy that is softmax(logits/T)")
+    importance_ratio: ImportanceRatio = option(
+        "none", "ratios in the update, from old_logprobs: none, by token, by sequence"
+    )
     clip_range: tuple[float, float] | None = option(None, "clip range of ratios: E, or LOW,HIGH where they differ")
+    dual_clip: float | None = option(None, "largest ratio under a negative advantage")
+    kl_coefficient: float = option(0.0, "penalty on the divergence from ref_logprobs", least=0)
+    kl_estimator: KlEstimator = option("k3", "how that divergence is estimated")
+    entropy_bonus: float = option(0.0, "bonus for entropy in the update's loss")
     blocks: int | None = option(None, "blocks of prompts as units: less work, a coarser error", least=2)
     learning_rate: float | None = option(None, "instead of the optimizer's")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.split and self.entropy_estimator != "rao_blackwell":
+        if self.parts is not None and self.entropy_estimator != "rao_blackwell":
             raise ConfigError(
-                f"EstimateOptions: split=True with entropy_estimator={self.entropy_estimator!r}, which has no parts.",
-                fix="pass entropy_estimator='rao_blackwell' (--entropy-estimator rao_blackwell), or split=False.",
+                f"EstimateOptions: parts={self.parts!r} with entropy_estimator={self.entropy_estimator!r}, which has none.",
+                fix="pass entropy_estimator='rao_blackwell' (--entropy-estimator rao_blackwell), or no parts.",
             )
-        if self.clip_range is not None and self.importance_ratio == "none":
+        for name in ("clip_range", "dual_clip"):
+            if getattr(self, name) is not None and self.importance_ratio == "none":
+                raise ConfigError(
+                    f"EstimateOptions: {name}={getattr(self, name)!r} with importance_ratio='none', whose ratios are all 1.",
+                    fix=f"pass importance_ratio='token' (--importance-ratio token), or no {name} "
+                    f"(--{name.replace('_', '-')} none).",
+                )
+        if not 0 < self.policy_temperature < math.inf:
             raise ConfigError(
-                f"EstimateOptions: clip_range={self.clip_range!r} with importance_ratio='none', whose ratios are all 1.",
-                fix="pass importance_ratio='token' (--importance-ratio token), or no clip_range (--clip-range none).",
+                f"EstimateOptions: `policy_temperature` is {self.policy_temperature!r}.",
+                fix="use a number above 0; 1 for a policy whose loss is of the model's own log-probs.",
             )
+        if self.dual_clip is not None and not 1 < self.dual_clip < math.inf:
+            raise ConfigError(
+                f"EstimateOptions: `dual_clip` is {self.dual_clip!r}.", fix="use a number above 1, such as 3."
+            )
+        for name in ("kl_coefficient", "entropy_bonus"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(
+                    f"EstimateOptions: `{name}` is {getattr(self, name)!r}.", fix="use a finite number, such as 0.01."
+                )
+
+    @property
+    def of_entropy(self) -> Weighting:
+        """The length weight of the entropy."""
+        return self.entropy_weighting or self.weighting
+
+    @property
+    def of_update(self) -> Weighting:
+        """The length weight of the update."""
+        return self.update_weighting or self.weighting
+
+    @property
+    def wanted_parts(self) -> tuple[Part, ...]:
+        """The parts of the entropy change that are taken; none with the score function."""
+        if self.entropy_estimator != "rao_blackwell":
+            return ()
+        return ("direct", "visitation") if self.parts is None else self.parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +208,9 @@ class RunOptions(_Options):
             one-pass engine keeps it wherever ``memory_budget`` allows; with this it is an error where that does not.
         by_sequence: give every sequence's share of δH₁ too, by one more sweep a batch. With one batch, every unit's gradients
             have to fit ``memory_budget``.
+        by_token: give every response token's share of δH₁ and of its parts too, as one whose log-prob and entropy change, by a
+            forward with tangents for every unit. With one batch, every unit's gradients have to fit ``memory_budget``. The jvp
+            engine knows them without being asked.
         max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
             (v = 0, no state, not in the optimizer) before the probe refuses to answer.
         strict: an untouched trainable parameter is an error instead of a count.
@@ -169,6 +231,7 @@ class RunOptions(_Options):
     accumulate_on: AccumulateOn = option("device", "where gradient sums are kept")
     full_kernel: bool = option(False, "the whole influence kernel K is wanted")
     by_sequence: bool = option(False, "shares of sequences (one_pass)")
+    by_token: bool = option(False, "shares of response tokens (one_pass)")
     max_excluded_share: float = option(
         0.01, "largest share of the squared gradient without second moment", least=0, most=1
     )
@@ -230,6 +293,8 @@ def _checked(options: Any, field: dataclasses.Field[Any], value: Any) -> Any:
 
     if value is None and optional:
         return None
+    if field.name == "parts":
+        return _parts(value, refused)
     if choices:
         named = str(value).removeprefix("torch.")
         if named not in choices or isinstance(value, bool):
@@ -272,6 +337,14 @@ def _clip_range(value: Any, refused: Callable[[str], ConfigError]) -> tuple[floa
     if len(numbers) not in (1, 2) or not (0 <= numbers[0] <= 1 and 0 <= numbers[-1] < math.inf):
         raise refused(fix)
     return numbers[0], numbers[-1]
+
+
+def _parts(value: Any, refused: Callable[[str], ConfigError]) -> tuple[Part, ...]:
+    """Which parts, from a tuple, a list, or text; the direct one is always among them, since it is what the other is beside."""
+    found = tuple(value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else ())
+    if found not in (("direct",), ("direct", "visitation"), ("visitation", "direct")):
+        raise refused("('direct',) or ('direct', 'visitation')")
+    return ("direct",) if len(found) == 1 else ("direct", "visitation")
 
 
 _UNITS = {"": 1, "B": 1} | {

@@ -12,7 +12,7 @@ from torch import nn
 from entropy_fast.checks.exclusive import raise_if_interrupted
 from entropy_fast.checks.model_state import probe_state, reentrant_checkpointing
 from entropy_fast.checks.parameter_registry import ParameterRegistry
-from entropy_fast.columns import Columns, columns_of
+from entropy_fast.columns import Columns, TokenScores, columns_of
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.step import AdamPreconditioner, AdamState
 
@@ -31,7 +31,8 @@ class ProbeContext:
         step: the optimizer's step as geometry.
         estimate: what is estimated.
         run: how it is run.
-        columns: what sequences and tokens are weighed by, from ``estimate``.
+        columns: what sequences and tokens are weighed by, from ``estimate`` and what a call asks for.
+        scores: what the policy says of the update batch, where the caller knows; None elsewhere.
         on_progress: called with stage, prompts done and prompts in all.
     """
 
@@ -42,6 +43,7 @@ class ProbeContext:
     run: RunOptions
     columns: Columns
     on_progress: ProgressCallback | None = None
+    scores: TokenScores | None = None
 
     @classmethod
     def of(

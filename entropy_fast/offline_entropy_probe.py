@@ -15,18 +15,23 @@ from entropy_fast.checks.exclusive import one_probe_at_a_time
 from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.checks.model_state import refuse_shared_keys
-from entropy_fast.columns import Functionals, Side, functionals_of
+from entropy_fast.columns import Side, Wanted, columns_of
+from entropy_fast.columns.wanted import entropy_measure
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.engines import Engine, EngineKind, engine_kind
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.estimates.assembly import Setting, empty_response_message, same_batch_result, two_batch_result
+from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 from entropy_fast.step import AdamState, adam_state_from_file
 
 __all__ = ["OfflineEntropyProbe"]
+
+# Nats a token by which a response's log-prob may differ between two ways of computing it.
+SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS = 1e-3, 0.3
 
 
 class OfflineEntropyProbe:
@@ -59,18 +64,19 @@ class OfflineEntropyProbe:
         self._kind: EngineKind = engine_kind(run or RunOptions())
         state = _adam_state(optimizer, model)
         self.context = ProbeContext.of(model, state, estimate, run, on_progress)
+        self._measure = entropy_measure(self.context.estimate, Wanted(), None)
 
     @property
     def engine(self) -> str:
         """Name of the engine that is used."""
         return self._kind.name
 
-    def compute_delta_h1(self, rollouts: Rollouts, *, functionals: Functionals | None = None) -> DeltaH1Result:
+    def compute_delta_h1(self, rollouts: Rollouts, *, wanted: Wanted | None = None) -> DeltaH1Result:
         """Same-batch estimate: δH₁ = lr · U.
 
         Args:
             rollouts: the batch.
-            functionals: [N] numbers by name whose change is forecast too, see `fast_delta_h1`.
+            wanted: what else is asked for: other functionals, the update as a loss, updates to compare; None for nothing.
 
         Raises:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
@@ -79,8 +85,9 @@ class OfflineEntropyProbe:
             ConfigError: the engine has no diagonal (``jvp``), or no use for an option with one batch.
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
-        if functionals:
-            return self._forecasting(functionals, rollouts).compute_delta_h1(rollouts)
+        return self._asked(wanted, rollouts, rollouts)._same_batch(rollouts)
+
+    def _same_batch(self, rollouts: Rollouts) -> DeltaH1Result:
         engine = self._engine(1)
         batch, empty = self._prepare(rollouts, *Side)
         if batch.n_prompts < 2:
@@ -88,17 +95,19 @@ class OfflineEntropyProbe:
                 f"the same-batch estimate needs at least 2 prompts with responses, found {batch.n_prompts}.",
                 fix="probe more prompts, or pass entropy_rollouts for the two-batch estimate.",
             )
-        return same_batch_result(self._alone(lambda: engine.same_batch(batch)), self._setting(), batch, empty)
+        measured = self._alone(lambda: engine.same_batch(batch))
+        self._check_scores(measured)
+        return same_batch_result(measured, self._setting(), batch, empty)
 
     def run_mixed_probe(
-        self, *, entropy_rollouts: Rollouts, update_rollouts: Rollouts, functionals: Functionals | None = None
+        self, *, entropy_rollouts: Rollouts, update_rollouts: Rollouts, wanted: Wanted | None = None
     ) -> DeltaH1Result:
         """Two-batch estimate: δH₁ = lr · X̄_E · Ȳ_U, its error conditional on the update batch.
 
         Args:
             entropy_rollouts: E, where the entropy gradient is estimated.
             update_rollouts: U, what the update is made from; independent of E.
-            functionals: numbers of E's sequences by name whose change is forecast too, see `fast_delta_h1`.
+            wanted: see `compute_delta_h1`.
 
         Raises:
             GradContextError: called under ``inference_mode`` or ``no_grad``.
@@ -107,9 +116,10 @@ class OfflineEntropyProbe:
             ForwardDerivativeError: the engine is ``jvp``, and the model has an operation that it cannot go through.
         """
         assert_grad_context("OfflineEntropyProbe.run_mixed_probe")
-        if functionals:
-            probe = self._forecasting(functionals, entropy_rollouts)
-            return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=update_rollouts)
+        probe = self._asked(wanted, entropy_rollouts, update_rollouts)
+        return probe._two_batch(entropy_rollouts, update_rollouts)
+
+    def _two_batch(self, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
         if self.context.estimate.blocks is not None:
             raise ConfigError(
                 f"run_mixed_probe: blocks={self.context.estimate.blocks} groups the units of the same-batch estimate; the "
@@ -125,15 +135,40 @@ class OfflineEntropyProbe:
         engine = self._engine(2)
         entropy, empty_entropy = self._prepare(entropy_rollouts, Side.FUNCTIONAL)
         update, empty_update = self._prepare(update_rollouts, Side.UPDATE)
-        empty = {Side.FUNCTIONAL.value: empty_entropy, Side.UPDATE.value: empty_update}
+        empty: dict[Role, EmptyResponseReport] = {"entropy": empty_entropy, "update": empty_update}
         measured = self._alone(lambda: engine.two_batch(entropy, update))
+        self._check_scores(measured)
         return two_batch_result(measured, self._setting(), entropy, update, empty)
 
-    def _forecasting(self, functionals: Functionals, rollouts: Rollouts) -> OfflineEntropyProbe:
-        """The same probe with columns of numbers that belong to the rows of ``rollouts``."""
-        probe, more = copy.copy(self), functionals_of(functionals, rollouts)
-        probe.context = dataclasses.replace(self.context, columns=self.context.columns.with_functionals(more))
+    def _asked(self, wanted: Wanted | None, entropy: Rollouts, update: Rollouts) -> OfflineEntropyProbe:
+        """The same probe with the columns of one call."""
+        probe, wanted = copy.copy(self), wanted or Wanted()
+        columns = columns_of(self.context.estimate, wanted, entropy, update)
+        scores = None if wanted.scores is None else wanted.scores.of_rows(update)
+        probe.context = dataclasses.replace(self.context, columns=columns, scores=scores)
+        probe._measure = entropy_measure(self.context.estimate, wanted, entropy)
         return probe
+
+    def _check_scores(self, measured: Measured) -> None:
+        """Raise where scores that were given are not the model's.
+
+        Raises:
+            RolloutsError: they are not.
+        """
+        given = self.context.scores
+        if given is None:
+            return
+        found = measured.sequences[Side.UPDATE.value].sequence_logprobs
+        lengths = (given.logprobs != 0).sum(-1).clamp_min(1).cpu()
+        gap = ((given.logprobs.double().cpu().sum(-1) - found).abs() / lengths).nan_to_num(0.0)
+        narrow = any(dtype.itemsize < 4 for dtype in self.context.compute_dtypes)
+        if float(gap.max()) > (SCORES_MAY_MISS_IN_16_BITS if narrow else SCORES_MAY_MISS):
+            row = int(gap.argmax())
+            raise RolloutsError(
+                f"scores: the log-probs of row {row} (empty responses not counted) are {float(gap[row]):.3g} nats a token away "
+                "from the model's.",
+                fix="pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none.",
+            )
 
     def _alone(self, measure: Callable[[], Measured]) -> Measured:
         """While no other probe runs in this process."""
@@ -153,6 +188,20 @@ class OfflineEntropyProbe:
             )
         return self._kind.make(self.context)
 
+    def _refuse_truncated(self, batch: Rollouts) -> None:
+        """Raise where responses were drawn from a truncated policy, and where they go is asked for.
+
+        Raises:
+            RolloutsError: they were.
+        """
+        if batch.top_p not in (None, 1.0) and self.context.estimate.wanted_parts != ("direct",):
+            raise RolloutsError(
+                f"Rollouts: sampled with top-p {batch.top_p}. Prefixes are then visited as often as the truncated policy does, "
+                "whose entropy is another quantity; the visitation part, and the total with it, would be of neither.",
+                fix="take the direct part alone (EstimateOptions(parts=('direct',)), --parts direct), which is exact at the "
+                "prefixes that were visited; or sample with top-p 1.",
+            )
+
     def _setting(self) -> Setting:
         context = self.context
         return Setting(
@@ -163,6 +212,7 @@ class OfflineEntropyProbe:
             context.step.geometry,
             tuple(context.registry.names),
             frozenset(context.compute_dtypes),
+            self._measure,
             context.step.notes,
         )
 
@@ -175,6 +225,8 @@ class OfflineEntropyProbe:
             warnings.warn(empty_response_message(empty), EntropyFastWarning, stacklevel=3)
         for side in sides:
             self.context.columns.of_side(side).check(batch)
+            if side is Side.FUNCTIONAL:
+                self._refuse_truncated(batch)
         check_rollouts_fit_model(batch, self.context.registry.module)
         return batch, empty
 

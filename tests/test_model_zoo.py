@@ -25,6 +25,7 @@ from probe_models.architectures import (
 from probe_models.batches import make_samples, pack
 from probe_models.cases import Case, case_of
 from probe_models.oracle import Kernel, kernel_by_definition
+from probe_options import options_of
 from torch import nn
 
 from entropy_fast import fast_delta_h1
@@ -77,7 +78,7 @@ def test_two_batches(family: str) -> None:
     case = case_of(add_lora(build_model(family)))
     update = make_samples((2, 4), seed=31)
     expected = kernel_by_definition(case.model, case.optimizer, case.samples, update)
-    result = fast_delta_h1(case.model, case.optimizer, pack(update), entropy_rollouts=case.rollouts)
+    result = fast_delta_h1(case.model, case.optimizer, pack(update), entropy_rollouts=case.rollouts, **options_of())
     scale = float(expected.matrix.abs().max())
     torch.testing.assert_close(result.row_sums, expected.matrix.sum(1), rtol=0, atol=3e-5 * scale)
     torch.testing.assert_close(result.column_sums, expected.matrix.sum(0), rtol=0, atol=3e-5 * scale)

@@ -81,15 +81,17 @@ def check_same_batch(
     jackknife = lr * u_statistics.jackknife(whole, units) if m >= 3 else None
     assert math.isnan(result.std_error) == (jackknife is None)
     if jackknife is not None:
-        check(result.std_error, jackknife, "std_error")
         check(error_of(result, "jackknife"), jackknife, "jackknife")
+        given = lr * u_statistics.jackknife_of_rows(whole, units)
+        check(result.std_error, given, "std_error")
+        check(error_of(result, "x_row_means"), given, "x row means")
     per_unit = kernel / len(units[0]) ** 2  # for equal units: K between unit means
     if equal and m >= 3:
         check(error_of(result, "plug_in"), lr * u_statistics.plug_in(per_unit), "plug-in")
         check(error_of(result, "x_row_means"), lr * u_statistics.x_row_mean_error(per_unit), "x row means")
     else:
         assert math.isnan(error_of(result, "plug_in"))
-        assert math.isnan(error_of(result, "x_row_means"))
+        assert math.isnan(error_of(result, "x_row_means")) == (m < 3)
     if equal and m >= 4 and result.run_options.full_kernel:
         variance = lr**2 * u_statistics.unbiased_variance(per_unit)
         check(result.diagnostics.unbiased_variance, variance, "unbiased variance")
@@ -168,7 +170,7 @@ def test_accumulated_sums_tensor_by_tensor(
     expected = oracle.prompt_gradients(model, optimizer, rollouts, "dr_grpo")
     state = AdamState.from_optimizer(optimizer, model)
     run = RunOptions(prompts_per_microbatch=2, accumulate_on=accumulate_on, y_pass=y_pass)  # type: ignore[arg-type]
-    components = ProbeComponents(model, state, run=run)
+    components = ProbeComponents(model, state, **(options_of() | {"run": run}))
     x_sum, y_sum = components.accumulate_sum_X(rollouts), components.accumulate_sum_Y(rollouts)
     shapes = [p.shape for p in model.parameters()]
     for total, flat in ((x_sum, expected.x.sum(0)), (y_sum, expected.y.sum(0))):
@@ -241,7 +243,7 @@ def test_alpha_projections_per_prompt_of_a_direction_of_ones_own(setups: dict[st
     generator = torch.Generator().manual_seed(0)
     direction = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in model.parameters()]
     components = ProbeComponents(
-        model, AdamState.from_optimizer(optimizer, model), run=RunOptions(prompts_per_microbatch=2)
+        model, AdamState.from_optimizer(optimizer, model), **options_of(prompts_per_microbatch=2)
     )
     found = components.compute_conditional_variance_over_E_alpha(rollouts, direction)
     flat = oracle.flatten(direction)

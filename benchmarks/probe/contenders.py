@@ -15,10 +15,12 @@ from benchmarks.probe.plain_step import plain_step
 from benchmarks.probe.setting import Setting
 from benchmarks.probe.sums import Sums
 from benchmarks.probe.vmap_gradients import vmap_sums
-from entropy_fast import RunOptions, fast_delta_h1
+from entropy_fast import EstimateOptions, RunOptions, fast_delta_h1
 from entropy_fast.estimates.result import DeltaH1Result
 
 ONE_PASS, TWO_PASS, ALPHA, FROZEN, PLAIN = "one_pass", "two_pass", "alpha", "frozen", "plain_step"
+# What every contender can give: two columns, by sequence.
+SCORES = EstimateOptions(entropy_estimator="score_function")
 PROMPTS_AT_A_TIME = 4  # of the two-pass engine; the one-pass engine plans its own
 
 
@@ -48,7 +50,9 @@ class Contender:
 def probe(setting: Setting, engine: str, **options: Any) -> DeltaH1Result:
     """One call of the front door, on one batch or two."""
     run = RunOptions(engine=engine, autocast_dtype=setting.autocast_dtype, **options)
-    return fast_delta_h1(setting.model, setting.optimizer, setting.update, entropy_rollouts=setting.entropy, run=run)
+    return fast_delta_h1(
+        setting.model, setting.optimizer, setting.update, entropy_rollouts=setting.entropy, estimate=SCORES, run=run
+    )
 
 
 def sums_of(result: DeltaH1Result) -> Sums:

@@ -84,6 +84,7 @@ def probe(
     from entropy_fast.api import fast_delta_h1
     from entropy_fast.cli.inputs import resolve
     from entropy_fast.cli.saving import save_and_show
+    from entropy_fast.columns.functional import usual_functionals
     from entropy_fast.report.picture import require_matplotlib
     from entropy_fast.run_folder.placing import check_folder
 
@@ -110,6 +111,7 @@ def probe(
             state,
             update,
             entropy_rollouts=entropy,
+            functionals=usual_functionals(update if entropy is None else entropy),
             estimate=inputs.estimate,
             run=inputs.run,
             on_progress=report,

@@ -136,22 +136,26 @@ class Coefficients:
         columns: those of every column.
         sequence: [M] place of every response token's sequence, ascending; None where no column differs within a sequence.
         ratios: how far the policy has moved since it sampled, [n]; None where the rollouts do not say.
+        entropy_sums: [n] Σ_t H_t over the tokens whose entropy counts, nats, fp64 on the CPU; None without entropies.
     """
 
     by_sequence: Tensor
     columns: tuple[ColumnWeights, ...]
     sequence: Tensor | None = None
     ratios: RatioTable | None = None
+    entropy_sums: Tensor | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Coefficients]) -> Coefficients:
         """Of successive sequences, by sequence alone: without those of tokens."""
         ratios = [vars(part.ratios).values() for part in parts if part.ratios is not None]
+        sums = [part.entropy_sums for part in parts if part.entropy_sums is not None]
         by_sequence = torch.cat([part.by_sequence for part in parts], 1)
         return cls(
             by_sequence,
             tuple(ColumnWeights(own) for own in by_sequence),
             ratios=RatioTable(*map(torch.cat, zip(*ratios, strict=True))) if ratios else None,
+            entropy_sums=torch.cat(sums) if sums else None,
         )
 
     def by_token(self, column: int) -> bool:

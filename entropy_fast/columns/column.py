@@ -25,7 +25,7 @@ from entropy_fast.columns.tokens import TokenPlaces
 from entropy_fast.errors import GraphDetachedError, RolloutsError
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["Column", "Columns", "ScoredTokens", "Side"]
+__all__ = ["Column", "ColumnDefaults", "Columns", "ScoredTokens", "Side"]
 
 
 class Side(enum.Enum):
@@ -65,13 +65,6 @@ class ScoredTokens:
         """Where the tokens stand in a table of sequences."""
         return TokenPlaces.of(self.rollouts, self.rows)
 
-    @property
-    def entropy_sums(self) -> Tensor | None:
-        """[n] Σ_t H_t, fp64 on the CPU; None without entropies."""
-        if self.entropies is None:
-            return None
-        return self.places.table(self.entropies.detach().to(device="cpu", dtype=torch.float64)).sum(1)
-
 
 class Column(Protocol):
     """One column. A new one is a class with these, made where `entropy_fast.columns.columns_of` makes the others."""
@@ -102,8 +95,23 @@ class Column(Protocol):
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """Its coefficients for some prompts."""
 
+    def counted(self, scored: ScoredTokens) -> Tensor | None:
+        """[M] 1 at tokens whose entropy counts and 0 at others (CPU); None for a column of which all count, or none does."""
+
     def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> Tensor | None:
         """[M] bool (CPU): tokens that a clip range leaves out, from log r_t [M]; None for a column that clips nothing."""
+
+
+class ColumnDefaults:
+    """What most columns have to say of tokens: nothing. A base for them."""
+
+    def counted(self, scored: ScoredTokens) -> Tensor | None:
+        """See `Column.counted`: nothing."""
+        return None
+
+    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> Tensor | None:
+        """See `Column.clipped`: nothing."""
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,10 +137,6 @@ class Columns:
     def places_of(self, side: Side) -> list[int]:
         """Indices of those of one side."""
         return [place for place, column in enumerate(self.members) if column.side is side]
-
-    def with_functionals(self, more: tuple[Column, ...]) -> Columns:
-        """The same, and more functional columns after those that there are."""
-        return Columns((*self.of_side(Side.FUNCTIONAL), *more, *self.of_side(Side.UPDATE)))
 
     @property
     def needs_entropies(self) -> bool:
@@ -168,7 +172,18 @@ class Columns:
             tuple(weights),
             scored.places.sequence.to(scored.logprobs.device) if by_token else None,
             self._ratios(scored),
+            self._entropy_sums(scored),
         )
+
+    def _entropy_sums(self, scored: ScoredTokens) -> Tensor | None:
+        if scored.entropies is None:
+            return None
+        values = scored.entropies.detach().to(device="cpu", dtype=torch.float64)
+        for column in self.members:
+            counted = column.counted(scored)
+            if counted is not None:
+                return scored.places.table(values * counted).sum(1)
+        return scored.places.table(values).sum(1)
 
     def _ratios(self, scored: ScoredTokens) -> RatioTable | None:
         log_ratios = log_ratios_of(scored)
@@ -212,7 +227,5 @@ def refuse_not_finite(scored: ScoredTokens) -> None:
 
 def log_ratios_of(scored: ScoredTokens) -> Tensor | None:
     """[M] log r_t = s_t - s_t^old, fp64 on the CPU; None where the rollouts have no ``old_logprobs``."""
-    if scored.rollouts.old_logprobs is None:
-        return None
-    now = scored.logprobs.detach().to(device="cpu", dtype=torch.float64)
-    return now - scored.rollouts.old_response_logprobs(scored.rows)
+    old = scored.rollouts.of_response_tokens("old_logprobs", scored.rows)
+    return None if old is None else scored.logprobs.detach().to(device="cpu", dtype=torch.float64) - old

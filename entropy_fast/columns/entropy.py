@@ -1,18 +1,24 @@
 """The entropy as a functional column: its score-function gradient, and its Rao-Blackwell gradient from token entropies.
 
 Legend: S_i sequence log-prob, s_t log-prob of response token t and H_t the entropy of the distribution it was drawn from
-(nats), w_i length weight, G responses of the prompt. Score function, with a leave-one-out baseline within the prompt:
+(nats), w_i length weight, G responses of the prompt, m_t 1 at tokens whose entropy counts and 0 at others, R an offset. Score
+function, with a leave-one-out baseline within the prompt:
 
     c_i = -(w_i S_i - mean_{j != i} w_j S_j) / G
 
-Rao-Blackwell, for w_i that do not depend on the response (`dr_grpo` with a given budget, `sequence`):
+Rao-Blackwell, for w_i that do not depend on the response (`dr_grpo` with a given budget, `sequence`, `pooled`):
 
-    e_t = w_i / G,      c_t = (w_i Σ_{k > t} H_k - b_t) / G
+    e_t = w_i m_t / G,      c_t = (w_i Σ_{k > t} m_k (H_k - R) - b_t) / G
 
-with b_t the mean of w_j Σ_{k > t} H_k over the prompt's other responses that have a token t (0 where none has). What came
-before token t does not depend on it, which is why the sum starts after it. With w_i = 1/L_i (`per_token`) all of it does,
-through the length: c_t = (w_i Σ_k H_k - mean_{j != i} w_j Σ_k H_k) / G. Then E X_n is the gradient of E[w Σ_k H_k].
-docs/theory.md derives both and says what they estimate when w_i depends on the sample's own length.
+with b_t the mean of the same over the prompt's other responses that have a token t (0 where none has). What came before token
+t does not depend on it, which is why the sum starts after it. With w_i = 1/L_i (`per_token`) all of it does, through the
+length: c_t = (w_i Σ_k m_k H_k - mean_{j != i} w_j Σ_k m_k H_k) / G. Then E X_n is the gradient of E[w Σ_k H_k].
+
+The mean over all tokens that trainers log is a ratio, R = E[Σ_k m_k H_k] / E[Σ_k m_k], and its gradient is that of
+E[Σ_k m_k (H_k - R)] / E[Σ_k m_k] at R held fixed: the offset is how the denominator's gradient comes in. With S_i in the place
+of entropies, the score function weighs w_i (S_i + R L_i). R is 0 for every other weighting.
+
+docs/theory.md derives all of it and says what it estimates when w_i depends on the sample's own length.
 """
 
 from __future__ import annotations
@@ -24,25 +30,62 @@ import torch
 from torch import Tensor
 
 from entropy_fast.columns.coefficients import ColumnWeights
-from entropy_fast.columns.column import ScoredTokens, Side
+from entropy_fast.columns.column import Column, ColumnDefaults, ScoredTokens, Side
 from entropy_fast.columns.functional import leave_one_out
 from entropy_fast.columns.lengths import check_group_sizes, length_weights
+from entropy_fast.columns.scores import TokenScores
 from entropy_fast.columns.tokens import TokenPlaces
 from entropy_fast.config import Weighting
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["DirectEntropy", "RaoBlackwellEntropy", "ScoreFunctionEntropy"]
+__all__ = ["DirectEntropy", "EntropyMeasure", "PooledEntropy", "RaoBlackwellEntropy", "ScoreFunctionEntropy"]
 
 
-@dataclasses.dataclass(frozen=True)
-class ScoreFunctionEntropy:
-    """From sequence log-probs.
+@dataclasses.dataclass(frozen=True, eq=False)
+class EntropyMeasure:
+    """Which entropy is meant.
 
     Args:
         weighting: which w_i.
+        mask: [N, T] m_t, in the columns of the batch; None for every response token.
+        offset: R, nats per token.
     """
 
     weighting: Weighting
+    mask: Tensor | None = None
+    offset: float = 0.0
+
+    def counted(self, rollouts: Rollouts, rows: Tensor) -> Tensor | None:
+        """[M] m_t of the response tokens of some rows, fp64; None where all count."""
+        if self.mask is None:
+            return None
+        return self.mask[rows][rollouts.loss_mask.cpu()[rows] == 1].to(torch.float64)
+
+    def lengths(self, rollouts: Rollouts) -> Tensor:
+        """[N] Σ_k m_k, fp64."""
+        counted = rollouts.response_lengths if self.mask is None else (self.mask * rollouts.loss_mask.cpu()).sum(-1)
+        return counted.to(torch.float64)
+
+    def weights(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
+        """[n] w_i of some rows, fp64."""
+        return length_weights(rollouts, self.weighting, self.lengths(rollouts))[rows]
+
+    def level(self, rollouts: Rollouts, sums: Tensor) -> float:
+        """The entropy now, from [N] Σ_k m_k H_k: the mean over prompts of the means over their responses of w_i Σ_k m_k H_k."""
+        weighted = length_weights(rollouts, self.weighting, self.lengths(rollouts)) * sums
+        means = [weighted[rollouts.rows_of_prompt(n)].mean() for n in range(rollouts.n_prompts)]
+        return float(torch.stack(means).mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreFunctionEntropy(ColumnDefaults):
+    """From sequence log-probs.
+
+    Args:
+        measure: which entropy; of all response tokens.
+    """
+
+    measure: EntropyMeasure
     name: ClassVar[str] = "entropy"
     side: ClassVar[Side] = Side.FUNCTIONAL
     by_token: ClassVar[bool] = False
@@ -54,23 +97,21 @@ class ScoreFunctionEntropy:
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `Column.weigh`."""
-        S = scored.sequence_logprobs.detach()
-        weighted = length_weights(scored.rollouts, self.weighting)[scored.rows].to(S.device) * S.to(torch.float64)
+        S, rollouts, rows = scored.sequence_logprobs.detach(), scored.rollouts, scored.rows
+        less = self.measure.offset * self.measure.lengths(rollouts)[rows]
+        weighted = self.measure.weights(rollouts, rows).to(S.device) * (S.to(torch.float64) + less.to(S.device))
         return ColumnWeights(-leave_one_out(weighted, scored.places))
-
-    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
-        """See `Column.clipped`: nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RaoBlackwellEntropy:
+class RaoBlackwellEntropy(ColumnDefaults):
     """From the entropy of the model's distribution at every response token.
 
     Args:
-        weighting: which w_i.
+        measure: which entropy.
     """
 
-    weighting: Weighting
+    measure: EntropyMeasure
     name: ClassVar[str] = "entropy"
     side: ClassVar[Side] = Side.FUNCTIONAL
     by_token: ClassVar[bool] = True
@@ -79,30 +120,34 @@ class RaoBlackwellEntropy:
     def check(self, rollouts: Rollouts) -> None:
         """See `Column.check`: a single response has no baseline, which it needs for its variance alone."""
 
+    def counted(self, scored: ScoredTokens) -> Tensor | None:
+        """See `Column.counted`."""
+        return self.measure.counted(scored.rollouts, scored.rows)
+
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `Column.weigh`."""
         assert scored.entropies is not None
         device, places = scored.logprobs.device, scored.places
-        entropies = places.table(scored.entropies.detach().to(device="cpu", dtype=torch.float64))
-        weights = length_weights(scored.rollouts, self.weighting)[scored.rows]
-        c, e = _rao_blackwell(entropies, places, weights, to_go=self.weighting != "per_token")
+        counted = self.counted(scored)
+        values = scored.entropies.detach().to(device="cpu", dtype=torch.float64) - self.measure.offset
+        table = places.table(values if counted is None else values * counted)
+        weights = self.measure.weights(scored.rollouts, scored.rows)
+        c = _visitation(table, places, weights, to_go=self.measure.weighting != "per_token")
+        e = _direct(places, weights, counted)
         return ColumnWeights(places.means(c).to(device), c.to(device), e.to(device))
-
-    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
-        """See `Column.clipped`: nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
-class DirectEntropy:
+class DirectEntropy(ColumnDefaults):
     """The part of the Rao-Blackwell gradient that is about how distributions change at the prefixes that were visited.
 
     Without coefficients of ∇s_t, which are about how often prefixes are visited. It has no baseline and needs none.
 
     Args:
-        weighting: which w_i.
+        measure: which entropy.
     """
 
-    weighting: Weighting
+    measure: EntropyMeasure
     name: ClassVar[str] = "direct"
     side: ClassVar[Side] = Side.FUNCTIONAL
     by_token: ClassVar[bool] = True
@@ -111,25 +156,74 @@ class DirectEntropy:
     def check(self, rollouts: Rollouts) -> None:
         """See `Column.check`: it can always be formed."""
 
+    def counted(self, scored: ScoredTokens) -> Tensor | None:
+        """See `Column.counted`."""
+        return self.measure.counted(scored.rollouts, scored.rows)
+
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `Column.weigh`."""
         places, device = scored.places, scored.logprobs.device
-        weights = length_weights(scored.rollouts, self.weighting)[scored.rows] / places.group_size
-        return ColumnWeights(torch.zeros_like(weights).to(device), None, weights[places.sequence].to(device))
-
-    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
-        """See `Column.clipped`: nothing."""
+        weights = self.measure.weights(scored.rollouts, scored.rows)
+        e = _direct(places, weights, self.counted(scored))
+        return ColumnWeights(torch.zeros_like(weights).to(device), None, e.to(device))
 
 
-def _rao_blackwell(entropies: Tensor, places: TokenPlaces, weights: Tensor, *, to_go: bool) -> tuple[Tensor, Tensor]:
-    """[M] c_t and e_t from a table [n, longest] of entropies and weights [n]; with what is to come, or with the whole sum."""
-    exists = places.table(entropies.new_ones(len(places.sequence)))
-    total = entropies.sum(1, keepdim=True)
+@dataclasses.dataclass(frozen=True)
+class PooledEntropy(ColumnDefaults):
+    """The mean over all tokens of a batch: the column of its gradient once R is known, see `ResolvedColumn`.
+
+    Args:
+        column: that column, with an offset of 0.
+    """
+
+    column: ScoreFunctionEntropy | RaoBlackwellEntropy
+    side: ClassVar[Side] = Side.FUNCTIONAL
+    # R is a mean of entropies, whatever the column is made of.
+    needs_entropies: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """See `Column.name`."""
+        return self.column.name
+
+    @property
+    def by_token(self) -> bool:
+        """See `Column.by_token`."""
+        return self.column.by_token
+
+    def check(self, rollouts: Rollouts) -> None:
+        """See `Column.check`."""
+        self.column.check(rollouts)
+
+    def resolved(self, scores: TokenScores, rollouts: Rollouts) -> Column:
+        """See `ResolvedColumn.resolved`."""
+        measure = self.column.measure
+        counted = (
+            scores.entropies.double().cpu() if measure.mask is None else scores.entropies.double().cpu() * measure.mask
+        )
+        offset = float(counted.sum()) / max(float(measure.lengths(rollouts).sum()), 1.0)
+        return type(self.column)(dataclasses.replace(measure, offset=offset))
+
+    def weigh(self, scored: ScoredTokens) -> ColumnWeights:
+        """Not before R is known."""
+        raise AssertionError("a column that waits for scores was not resolved")
+
+
+def _direct(places: TokenPlaces, weights: Tensor, counted: Tensor | None) -> Tensor:
+    """[M] e_t from weights [n] and, where not all tokens count, m_t [M]."""
+    e = (weights / places.group_size)[places.sequence]
+    return e if counted is None else e * counted
+
+
+def _visitation(values: Tensor, places: TokenPlaces, weights: Tensor, *, to_go: bool) -> Tensor:
+    """[M] c_t from a table [n, longest] of what tokens count for and weights [n]; with what is to come, or the whole sum."""
+    exists = places.table(values.new_ones(len(places.sequence)))
+    total = values.sum(1, keepdim=True)
     # What one response is compared with must not depend on it. Where others have ended nothing is to come: they are left out.
     compared = exists if to_go else torch.ones_like(exists)
-    weighted = weights.unsqueeze(1) * (total - entropies.cumsum(1) if to_go else total) * compared
+    weighted = weights.unsqueeze(1) * (total - values.cumsum(1) if to_go else total) * compared
     others = places.member @ places.member.T
     others.fill_diagonal_(0.0)
     baseline = (others @ weighted) / (others @ compared).clamp_min(1.0)
     coefficients = (weighted - baseline) / places.group_size.unsqueeze(1)
-    return coefficients[places.sequence, places.column], (weights / places.group_size)[places.sequence]
+    return coefficients[places.sequence, places.column]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from entropy_fast.columns.coefficients import ColumnWeights
-from entropy_fast.columns.column import ScoredTokens, Side
+from entropy_fast.columns.column import ColumnDefaults, ScoredTokens, Side
 from entropy_fast.columns.lengths import check_group_sizes
 from entropy_fast.columns.tokens import TokenPlaces
 from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["Functionals", "SequenceFunctional", "functionals_of", "leave_one_out"]
+__all__ = ["Functionals", "SequenceFunctional", "functionals_of", "leave_one_out", "usual_functionals"]
 
 Functionals = Mapping[str, Tensor | Sequence[float]]  # [N] numbers by name
 
@@ -36,7 +36,7 @@ def leave_one_out(values: Tensor, places: TokenPlaces) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SequenceFunctional:
+class SequenceFunctional(ColumnDefaults):
     """A number per sequence.
 
     Args:
@@ -59,8 +59,14 @@ class SequenceFunctional:
         own = self.values[scored.rows.cpu()].to(scored.sequence_logprobs.device)
         return ColumnWeights(leave_one_out(own, scored.places))
 
-    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
-        """See `Column.clipped`: nothing."""
+
+def usual_functionals(rollouts: Rollouts) -> dict[str, Tensor]:
+    """Length, and reward where there is one: what is asked for of any batch; nothing where a prompt has one response."""
+    kept = rollouts.without_empty_responses()[0]
+    if int(torch.bincount(kept.prompt_index, minlength=kept.n_prompts).min()) < 2:
+        return {}
+    found = {"length": rollouts.response_lengths.to(torch.float64)}
+    return found if rollouts.rewards is None else {"reward": rollouts.rewards.double().cpu(), **found}
 
 
 def functionals_of(given: Functionals, rollouts: Rollouts) -> tuple[SequenceFunctional, ...]:

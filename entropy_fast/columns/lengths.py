@@ -33,9 +33,23 @@ def check_group_sizes(rollouts: Rollouts, *, instead: str = "use entropy_estimat
         )
 
 
-def length_weights(rollouts: Rollouts, weighting: Weighting) -> Tensor:
-    """w_i of every sequence, [N] fp64: 1/L_max (``dr_grpo``), 1/L_i (``per_token``) or 1 (``sequence``)."""
-    lengths = rollouts.response_lengths.to(torch.float64)
+def length_weights(rollouts: Rollouts, weighting: Weighting, lengths: Tensor | None = None) -> Tensor:
+    """w_i of every sequence, [N] fp64.
+
+    1/L_max (``dr_grpo``), 1/L_i (``per_token``), 1 (``sequence``), or G_n B / Σ_j L_j (``pooled``), with which a mean over
+    prompts of means over their G_n responses is a mean over all tokens of the batch.
+
+    Args:
+        rollouts: the whole batch.
+        weighting: which.
+        lengths: [N] L_i, where they are not those of the responses. Of one that is 0 nothing is weighed.
+    """
+    L = (rollouts.response_lengths if lengths is None else lengths).to(torch.float64)
     if weighting == "dr_grpo":
         return 1.0 / rollouts.length_budgets.to(torch.float64)[rollouts.prompt_index]
-    return 1.0 / lengths if weighting == "per_token" else torch.ones_like(lengths)
+    if weighting == "per_token":
+        return torch.where(L > 0, 1.0 / L.clamp_min(1.0), 0.0)
+    if weighting == "pooled":
+        sizes = torch.bincount(rollouts.prompt_index).to(torch.float64)[rollouts.prompt_index]
+        return sizes * rollouts.n_prompts / L.sum().clamp_min(1.0)
+    return torch.ones_like(L)

@@ -20,7 +20,7 @@ class SequenceTable:
 
     Attributes:
         sequence_logprobs: S_i, nats.
-        entropy_sums: Σ_t H_t over the response, nats; NaN where entropies were not computed.
+        entropy_sums: Σ_t H_t over the response's tokens whose entropy counts, nats; NaN where entropies were not computed.
         coefficients: by name of a column: c_i or a_i; where coefficients differ from token to token, their mean (of those of
             ∇s_t alone).
         ratios: None where the rollouts have no ``old_logprobs``.
@@ -41,13 +41,11 @@ class SequenceTable:
         coefficients = {column.name: unknown() for column in columns}
         return cls(unknown(), unknown(), coefficients, RatioTable.empty(n_sequences) if ratios else None)
 
-    def put(
-        self, rows: Tensor, sequence_logprobs: Tensor, entropy_sums: Tensor | None, coefficients: Coefficients
-    ) -> None:
+    def put(self, rows: Tensor, sequence_logprobs: Tensor, coefficients: Coefficients) -> None:
         """Write the values of some rows."""
         self.sequence_logprobs[rows] = sequence_logprobs.detach().to(device="cpu", dtype=torch.float64)
-        if entropy_sums is not None:
-            self.entropy_sums[rows] = entropy_sums
+        if coefficients.entropy_sums is not None:
+            self.entropy_sums[rows] = coefficients.entropy_sums
         for kept, found in zip(self.coefficients.values(), coefficients.by_sequence, strict=True):
             kept[rows] = found.cpu()
         if self.ratios is not None and coefficients.ratios is not None:

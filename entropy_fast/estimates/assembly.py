@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from entropy_fast.columns import SequenceTable, Side
-from entropy_fast.columns.lengths import length_weights
-from entropy_fast.config import Weighting
 from entropy_fast.errors import ModelStateError
-from entropy_fast.estimates.attribution import SequenceContributions, by_parameter, sequence_contributions
-from entropy_fast.estimates.measured import Measured
+from entropy_fast.estimates.attribution import Role
+from entropy_fast.estimates.forecast import Forecast
+from entropy_fast.estimates.measured import Measured, UpdateSums
 from entropy_fast.estimates.notes import empty_response_message, notes_of
 from entropy_fast.estimates.result import (
-    ENTROPY_FUNCTIONAL,
     UNIT,
     DeltaH1Result,
     Diagnostics,
     PromptContribution,
-    Role,
     StandardError,
+    entropy_functional,
 )
 from entropy_fast.estimates.setting import Setting
-from entropy_fast.estimates.split import other_forecasts, split_of
+from entropy_fast.estimates.split import Scale, forecasts_of
 from entropy_fast.estimates.two_batch import two_batch_estimate
 from entropy_fast.estimates.u_statistic import u_estimate
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
@@ -46,12 +45,12 @@ def same_batch_result(
     estimate = u_estimate(sums.x_dot_y, sums.diagonal, sums.row_sums, sums.column_sums, sums.unit_sizes, sums.kernel)
     population = "the change averaged over the population of prompts and responses"
     errors = (
-        StandardError("jackknife", _scaled(estimate.se_jackknife, lr), population),
-        StandardError("plug_in", _scaled(estimate.se_plug_in, lr), population),
-        StandardError("unbiased", _scaled(estimate.se_unbiased, lr), population),
         StandardError(
             "x_row_means", _scaled(estimate.se_given_update, lr), "the change made by this batch's own update"
         ),
+        StandardError("jackknife", _scaled(estimate.se_jackknife, lr), population),
+        StandardError("plug_in", _scaled(estimate.se_plug_in, lr), population),
+        StandardError("unbiased", _scaled(estimate.se_unbiased, lr), population),
     )
     notes = []
     if estimate.unbiased_variance is not None and estimate.unbiased_variance < 0:
@@ -63,15 +62,13 @@ def same_batch_result(
             prompt_units(batch.n_prompts, setting.estimate.blocks), *(part.tolist() for part in parts), strict=True
         )
     ]
-    variance = _scaled(estimate.unbiased_variance, lr * lr)
-    factor, found = lr / estimate.pairs, sums.by_sequence
-    by_sequence: dict[Role, SequenceContributions] | None = None
-    if found is not None:
-        by_sequence = {"both": sequence_contributions(found.entropy, found.update, factor, empty)}
-    scaled = _Scaled(
-        lr * estimate.value, _scaled(estimate.se_jackknife, lr), errors, shares, factor, by_sequence, variance, notes
+    scale = Scale(
+        lr, batch.n_prompts, batch.n_prompts, setting.parameters, {"both": empty}, setting.estimate.wanted_parts
     )
-    return _result(measured, setting, {"rollouts": batch}, {"rollouts": empty}, scaled)
+    variance = _scaled(estimate.unbiased_variance, lr * lr)
+    return _result(
+        measured, setting, {"rollouts": batch}, {"rollouts": empty}, scale, _Told(errors, shares, variance, notes)
+    )
 
 
 def two_batch_result(
@@ -79,7 +76,7 @@ def two_batch_result(
     setting: Setting,
     entropy: Rollouts,
     update: Rollouts,
-    empty: dict[str, EmptyResponseReport],
+    empty: dict[Role, EmptyResponseReport],
 ) -> DeltaH1Result:
     """The result of the two-batch estimate from kernel sums between two batches."""
     sums, lr = measured.sums, setting.learning_rate
@@ -102,27 +99,17 @@ def two_batch_result(
     for m, t in enumerate(of_updates):
         share = lr * t / update.n_prompts
         shares.append(_contribution(measured.sequences[UPDATE], update, [m], "update", share, None, share))
-    factor, found = lr / estimate.pairs, sums.by_sequence
-    by_sequence: dict[Role, SequenceContributions] | None = None
-    if found is not None:
-        by_sequence = {
-            "entropy": sequence_contributions(found.entropy, None, factor, empty[ENTROPY]),
-            "update": sequence_contributions(None, found.update, factor, empty[UPDATE]),
-        }
-    scaled = _Scaled(lr * estimate.value, _scaled(estimate.se_conditional, lr), errors, shares, factor, by_sequence)
-    return _result(measured, setting, {ENTROPY: entropy, UPDATE: update}, empty, scaled)
+    scale = Scale(lr, entropy.n_prompts, update.n_prompts, setting.parameters, empty, setting.estimate.wanted_parts)
+    batches = {ENTROPY: entropy, UPDATE: update}
+    return _result(measured, setting, batches, dict(empty.items()), scale, _Told(errors, shares))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Scaled:
-    """An estimate times the learning rate, and what comes with it: fields as of `DeltaH1Result` and `Diagnostics`."""
+class _Told:
+    """What an estimate tells beside its value: fields as of `DeltaH1Result` and `Diagnostics`."""
 
-    value: float
-    std_error: float
     standard_errors: tuple[StandardError, ...]
     shares: list[PromptContribution]
-    factor: float  # of sums over the kernel
-    by_sequence: dict[Role, SequenceContributions] | None
     unbiased_variance: float = math.nan
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -131,65 +118,74 @@ def _result(
     measured: Measured,
     setting: Setting,
     batches: dict[str, Rollouts],
-    empty: dict[str, EmptyResponseReport],
-    scaled: _Scaled,
+    empty: Mapping[str, EmptyResponseReport],
+    scale: Scale,
+    told: _Told,
 ) -> DeltaH1Result:
-    sums, weighting = measured.sums, setting.estimate.weighting
-    of_entropy, *more = batches.values()
-    of_update = more[0] if more else of_entropy
-    _refuse_unknown(measured, scaled.value, scaled.standard_errors)
-    functionals = other_forecasts(measured, setting.learning_rate, of_update.n_prompts)
-    for name, forecast in functionals.items():
-        if not math.isfinite(forecast.value) or math.isinf(forecast.std_error):
-            raise ModelStateError(
-                f"the forecast of {name!r} came out as {forecast.value} ± {forecast.std_error}: products overflow.",
-                fix="pass numbers of an ordinary size.",
-            )
-    notes = [*notes_of(measured, setting, batches, empty), *scaled.notes]
-    for role, shares_of in (scaled.by_sequence or {}).items():
-        gap = abs(float(shares_of.delta_h1.sum()) - scaled.value)
-        if gap > ADDS_UP * abs(scaled.value):
+    sums, estimate = measured.sums, setting.estimate
+    found = forecasts_of(UpdateSums(measured.sums, measured.apart), scale)
+    updates = {name: forecasts_of(own, scale) for name, own in measured.candidates.items()}
+    _refuse_unknown(measured, found.forecast.value, told.standard_errors)
+    for name, functional in found.functionals.items():
+        _refuse_overflow(name, functional)
+    for name, own in updates.items():
+        for of, forecast in (("entropy", own.forecast), *own.functionals.items()):
+            _refuse_overflow(f"{of} under {name}", forecast)
+    notes = [*notes_of(measured, setting, batches, empty), *told.notes]
+    for role, shares_of in (found.forecast.by_sequence or {}).items():
+        gap = abs(float(shares_of.delta_h1.sum()) - found.forecast.value)
+        if gap > ADDS_UP * abs(found.forecast.value):
             notes.append(
                 f"the shares of sequences ({role}) add up to δH₁ but for {gap:.2g}, which rounding leaves where large shares "
                 "cancel."
             )
+    # The direct part alone says nothing of the whole.
+    known = 1.0 if estimate.wanted_parts != ("direct",) else math.nan
     return DeltaH1Result(
-        delta_h1=scaled.value,
-        std_error=scaled.std_error,
+        delta_h1=known * found.forecast.value,
+        std_error=known * found.forecast.std_error,
+        forecast=found.forecast,
         learning_rate=setting.learning_rate,
         estimate="same_batch" if sums.diagonal is not None else "two_batch",
         engine=setting.engine,
         geometry=setting.geometry,
-        entropy_functional=ENTROPY_FUNCTIONAL[setting.estimate.entropy_estimator, weighting],
-        entropy_level=_level(measured.sequences[ENTROPY], of_entropy, weighting),
-        unit=UNIT[weighting],
+        entropy_functional=entropy_functional(estimate, masked=setting.measure.mask is not None),
+        entropy_level=_level(measured.sequences[ENTROPY], next(iter(batches.values())), setting),
+        unit=UNIT[estimate.of_entropy],
         x_dot_y=sums.x_dot_y,
         diagonal=sums.diagonal,
         row_sums=sums.row_sums,
         column_sums=sums.column_sums,
         kernel=sums.kernel,
-        per_prompt=tuple(scaled.shares),
+        per_prompt=tuple(told.shares),
         sequences=measured.sequences,
-        estimate_options=setting.estimate,
+        estimate_options=estimate,
         run_options=setting.run,
         diagnostics=Diagnostics(
-            standard_errors=scaled.standard_errors,
+            standard_errors=told.standard_errors,
             coverage=measured.coverage,
             excluded=measured.excluded,
             empty_responses=empty,
             leading_products=measured.leading_products,
             length_budget="; ".join(f"{name}: {_budget(batch)}" for name, batch in batches.items()),
             sampling={name: (batch.temperature, batch.top_p) for name, batch in batches.items()},
-            unbiased_variance=scaled.unbiased_variance,
+            unbiased_variance=told.unbiased_variance,
             warnings=tuple(notes),
             plan=measured.plan,
         ),
         derivatives=sums.derivatives,
-        by_parameter=by_parameter(setting.parameters, sums.by_parameter, scaled.factor),
-        by_sequence=scaled.by_sequence,
-        split=split_of(measured, setting.learning_rate, of_entropy.n_prompts, of_update.n_prompts),
-        functionals=functionals,
+        split=found.split,
+        functionals=found.functionals,
+        updates=updates,
     )
+
+
+def _refuse_overflow(name: str, forecast: Forecast) -> None:
+    if not math.isfinite(forecast.value) or math.isinf(forecast.std_error):
+        raise ModelStateError(
+            f"the forecast of {name!r} came out as {forecast.value} ± {forecast.std_error}: products overflow.",
+            fix="pass numbers of an ordinary size.",
+        )
 
 
 def _refuse_unknown(measured: Measured, value: float, errors: tuple[StandardError, ...]) -> None:
@@ -214,11 +210,10 @@ def _refuse_unknown(measured: Measured, value: float, errors: tuple[StandardErro
         )
 
 
-def _level(table: SequenceTable, batch: Rollouts, weighting: Weighting) -> float:
+def _level(table: SequenceTable, batch: Rollouts, setting: Setting) -> float:
     """The entropy now, in the unit of δH₁: of token entropies where they are known, and of -S_i elsewhere."""
-    sums = -table.sequence_logprobs if bool(table.entropy_sums.isnan().any()) else table.entropy_sums
-    weighted = length_weights(batch, weighting) * sums
-    return float(torch.stack([weighted[batch.rows_of_prompt(n)].mean() for n in range(batch.n_prompts)]).mean())
+    unknown = bool(table.entropy_sums.isnan().any())
+    return setting.measure.level(batch, -table.sequence_logprobs if unknown else table.entropy_sums)
 
 
 def _budget(batch: Rollouts) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from entropy_fast.rollouts import EmptyResponseReport
 
-__all__ = ["SequenceContributions", "by_layer", "by_parameter", "layer_of", "sequence_contributions"]
+__all__ = ["Role", "SequenceContributions", "by_layer", "by_parameter", "layer_of", "sequence_contributions"]
+
+Role = Literal["both", "entropy", "update"]
 
 # Names that decoders give to the list of their layers; the number of a layer follows.
 _LAYER = re.compile(r"^(?:.*?\.)?(?:layers|layer|h|blocks|block)\.\d+(?=\.|$)")

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 from scipy.stats import t as student_t
 from torch import Tensor
 
 from entropy_fast.errors import ConfigError
+from entropy_fast.estimates.attribution import Role, SequenceContributions, by_layer
 
 __all__ = ["LEVEL", "Forecast", "half_width"]
 
@@ -44,6 +46,10 @@ class Forecast:
         n_units: units (prompts, or blocks) that they come from.
         by_unit: [n_units] share of each, adding up to ``value``: with one batch the mean of its part as one whose numbers
             change and its part as one whose update changes them; with two its part as a prompt of the entropy batch.
+        by_parameter: share by parameter name, in model order, adding up to ``value``; None where the engine does not know it.
+        by_sequence: shares of sequences by the role of their batch, likewise; None unless they were asked for.
+        by_token: [N, T] shares of response tokens as ones whose numbers change, in the columns of the entropy batch as it was
+            given, likewise; 0 elsewhere. None unless they were asked for.
     """
 
     value: float
@@ -51,6 +57,19 @@ class Forecast:
     population_std_error: float
     n_units: int
     by_unit: Tensor
+    by_parameter: dict[str, float] | None = None
+    by_sequence: dict[Role, SequenceContributions] | None = None
+    by_token: Tensor | None = None
+
+    @classmethod
+    def unknown(cls, n_units: int) -> Forecast:
+        """Of something that was not asked for."""
+        return cls(math.nan, math.nan, math.nan, n_units, torch.full((n_units,), torch.nan, dtype=torch.float64))
+
+    @property
+    def by_layer(self) -> dict[str, float] | None:
+        """``by_parameter`` added up by decoder layer; what is in no layer (embeddings, the final norm) by its module."""
+        return None if self.by_parameter is None else by_layer(self.by_parameter)
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Confidence interval for the change by this very update, with Student's t; NaN when there is no standard error.

@@ -44,6 +44,8 @@ class KernelSums:
             registry order; None where the engine did not take it apart.
         by_sequence: every sequence's part of the same; None where it was not asked for.
         derivatives: what the engine knows of every sequence and token; None where it knows sums alone.
+        by_token: [N, T] every response token's part in X_sum · Y_sum, less that of Σ K_uu with one batch: (c_t ∇s_t + e_t ∇H_t)
+            along what its prompt meets; in the columns of the entropy batch. None where it was not asked for.
     """
 
     x_dot_y: float
@@ -55,6 +57,7 @@ class KernelSums:
     by_parameter: Tensor | None = None
     by_sequence: SequenceParts | None = None
     derivatives: DirectionalDerivatives | None = None
+    by_token: Tensor | None = None
 
     def less(self, other: KernelSums) -> KernelSums:
         """Sums of the kernel of X - X', whose X' with the same Y has the sums ``other``."""
@@ -62,6 +65,10 @@ class KernelSums:
         def difference(mine: Tensor | None, theirs: Tensor | None) -> Tensor | None:
             return None if mine is None or theirs is None else mine - theirs
 
+        mine, theirs = self.by_sequence, other.by_sequence
+        parts = None
+        if mine is not None and theirs is not None:
+            parts = SequenceParts(mine.entropy - theirs.entropy, mine.update - theirs.update)
         return KernelSums(
             self.x_dot_y - other.x_dot_y,
             self.row_sums - other.row_sums,
@@ -70,4 +77,6 @@ class KernelSums:
             self.unit_sizes,
             difference(self.kernel, other.kernel),
             difference(self.by_parameter, other.by_parameter),
+            parts,
+            by_token=difference(self.by_token, other.by_token),
         )

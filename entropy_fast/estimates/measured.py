@@ -10,7 +10,7 @@ from entropy_fast.columns import SequenceTable
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.step import ExcludedElements
 
-__all__ = ["Measured", "Plan"]
+__all__ = ["Measured", "Plan", "UpdateSums"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,19 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class UpdateSums:
+    """Sums over the influence kernels of one update.
+
+    Attributes:
+        sums: with the functional whose change is forecast.
+        apart: with every other functional, by its name.
+    """
+
+    sums: KernelSums
+    apart: Mapping[str, KernelSums]
+
+
+@dataclasses.dataclass(frozen=True)
 class Measured:
     """What an engine found in one batch or two. Mappings have the keys ``entropy`` and ``update``: a pass for each side.
 
@@ -48,6 +61,7 @@ class Measured:
         leading_products: X_sum · Y_sum of the first few parameters, by name; empty where X_sum was not formed.
         plan: how the batches were gone through.
         apart: likewise sums, with the same update, of every functional column after the first, by its name.
+        candidates: likewise those with every update after the first, by its name.
         notes: what deserves a sentence in the result.
     """
 
@@ -59,3 +73,4 @@ class Measured:
     plan: Plan
     notes: tuple[str, ...] = ()
     apart: Mapping[str, KernelSums] = dataclasses.field(default_factory=dict)
+    candidates: Mapping[str, UpdateSums] = dataclasses.field(default_factory=dict)

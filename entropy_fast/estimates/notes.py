@@ -10,6 +10,7 @@ from torch import Tensor
 
 from entropy_fast.checks.coverage import coverage_difference
 from entropy_fast.columns import Side
+from entropy_fast.config import EstimateOptions
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.setting import Setting
@@ -46,7 +47,7 @@ def empty_response_message(report: EmptyResponseReport) -> str:
 
 def _of_batch(measured: Measured, setting: Setting, name: str, batch: Rollouts) -> list[str]:
     notes = [f"{name}: {note}" for note in batch.notes()]
-    message = _sampling_message(name, batch)
+    message = _sampling_message(name, batch, setting.estimate)
     if message is not None:
         notes.append(message)
         warnings.warn(message, EntropyFastWarning, stacklevel=7)
@@ -56,7 +57,7 @@ def _of_batch(measured: Measured, setting: Setting, name: str, batch: Rollouts) 
         notes.append(
             f"{name}: {flat} of {batch.n_prompts} prompts have advantage 0 throughout: no update comes from them."
         )
-    if setting.estimate.weighting == "dr_grpo" and not batch.max_lengths_given:
+    if "dr_grpo" in (setting.estimate.of_entropy, setting.estimate.of_update) and not batch.max_lengths_given:
         score_function = setting.estimate.entropy_estimator == "score_function"
         known = " (about 20% at 8 responses a prompt, 4% at 32)" if score_function else ""
         notes.append(
@@ -93,15 +94,24 @@ def _prompts_without_spread(batch: Rollouts) -> int:
     return int((size == 0).sum())
 
 
-def _sampling_message(name: str, batch: Rollouts) -> str | None:
+def _sampling_message(name: str, batch: Rollouts, estimate: EstimateOptions) -> str | None:
+    own = (estimate.policy_temperature, 1.0)
+    shown = f"({own[0]:g}, 1)"
     if batch.temperature is None or batch.top_p is None:
-        return f"{name}: sampling temperature or top-p unknown; anything but (1, 1) biases the entropy gradient."
-    if (batch.temperature, batch.top_p) != (1, 1):
-        return (
-            f"{name}: sampled at temperature {batch.temperature}, top-p {batch.top_p}; log-probs are scored at (1, 1), so the "
-            "entropy gradient is biased (about 20% at temperature 0.7)."
+        return f"{name}: sampling temperature or top-p unknown; anything but {shown} biases the entropy gradient."
+    if (batch.temperature, batch.top_p) == own:
+        return None
+    sampled = (
+        f"{name}: sampled at temperature {batch.temperature}, top-p {batch.top_p}; log-probs are scored at {shown}"
+    )
+    if estimate.wanted_parts == ("direct",):
+        return f"{sampled}: the direct part is about the prefixes that were visited so."
+    if batch.temperature != own[0]:
+        sampled += (
+            ", so the entropy gradient is biased (about 20% at temperature 0.7). If the loss is of log-probs at the sampling "
+            "temperature, pass policy_temperature"
         )
-    return None
+    return f"{sampled}."
 
 
 def _old_logprobs_messages(measured: Measured, setting: Setting, name: str) -> list[str]:

@@ -12,31 +12,54 @@ from torch import Tensor
 from entropy_fast.checks.coverage import PassCoverage
 from entropy_fast.columns import SequenceTable
 from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, Weighting
-from entropy_fast.estimates.attribution import SequenceContributions, by_layer
+from entropy_fast.estimates.attribution import Role, SequenceContributions
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
+from entropy_fast.estimates.explain import explanation
 from entropy_fast.estimates.forecast import LEVEL, Forecast, half_width
 from entropy_fast.estimates.measured import Plan
-from entropy_fast.estimates.split import Split
+from entropy_fast.estimates.split import Split, UpdateForecasts
 from entropy_fast.rollouts import EmptyResponseReport
 from entropy_fast.step.preconditioner import ExcludedElements
 
 __all__ = ["DeltaH1Result", "Diagnostics", "PromptContribution", "StandardError"]
 
-Role = Literal["both", "entropy", "update"]
+PROMPT_SHOWN = 40  # characters of a prompt that is named in a sentence
 
-ENTROPY_FUNCTIONAL: dict[tuple[EntropyEstimator, Weighting], str] = {
-    ("score_function", "dr_grpo"): "sequence entropy divided by L_max, leave-one-out score-function estimate",
-    ("score_function", "per_token"): "E[w(1 - S)] with w = 1/L, leave-one-out score-function estimate",
-    ("score_function", "sequence"): "sequence entropy, leave-one-out score-function estimate",
-    ("rao_blackwell", "dr_grpo"): "sequence entropy divided by L_max, Rao-Blackwell estimate from token entropies",
-    ("rao_blackwell", "per_token"): "mean entropy per response token, Rao-Blackwell estimate from token entropies",
-    ("rao_blackwell", "sequence"): "sequence entropy, Rao-Blackwell estimate from token entropies",
+ENTROPY: dict[Weighting, str] = {
+    "dr_grpo": "sequence entropy divided by L_max",
+    "per_token": "mean entropy per response token",
+    "sequence": "sequence entropy",
+    "pooled": "mean entropy over all response tokens",
+}
+ESTIMATE: dict[EntropyEstimator, str] = {
+    "score_function": "leave-one-out score-function estimate",
+    "rao_blackwell": "Rao-Blackwell estimate from token entropies",
 }
 UNIT: dict[Weighting, str] = {
     "dr_grpo": "nats per token of generation budget",
     "per_token": "nats per token",
     "sequence": "nats per sequence",
+    "pooled": "nats per token",
 }
+
+
+def entropy_functional(options: EstimateOptions, *, masked: bool) -> str:
+    """Which entropy is meant, in words.
+
+    Args:
+        options: of the estimate.
+        masked: whether a mask says which tokens count.
+    """
+    what, how = ENTROPY[options.of_entropy], ESTIMATE[options.entropy_estimator]
+    if (options.entropy_estimator, options.of_entropy) == ("score_function", "per_token"):
+        what = "E[w(1 - S)] with w = 1/L"
+    if masked:
+        what += ", of the tokens that entropy_mask marks"
+    if options.policy_temperature != 1:
+        what += f", of the policy softmax(logits/{options.policy_temperature:g})"
+    if options.wanted_parts == ("direct",):
+        what = f"direct part of the {what}"
+    return f"{what}, {how}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +144,12 @@ class DeltaH1Result:
     """Forecast of the entropy change by the next update, exact to first order in the learning rate.
 
     Attributes:
-        delta_h1: δH₁ = lr · U (one batch) or lr · X̄·Ȳ (two batches), in ``unit``.
-        std_error: lr · jackknife (one batch) or the conditional standard error over the entropy batch (two batches);
-            NaN when there are too few units.
+        delta_h1: δH₁ = lr · U (one batch) or lr · X̄·Ȳ (two batches), in ``unit``; NaN where the direct part alone was asked
+            for.
+        std_error: for the change by this very update: from the entropy prompts' products with it, its samples held fixed; NaN
+            when there are too few units. Others are in ``diagnostics.standard_errors``.
+        forecast: the same with both errors and all shares; of the direct part where that alone was asked for. ``x_dot_y``,
+            ``diagonal``, sums, ``kernel`` and ``per_prompt`` are of it too.
         learning_rate: lr.
         estimate: ``same_batch`` or ``two_batch``.
         engine: how X and Y were obtained.
@@ -145,17 +171,14 @@ class DeltaH1Result:
         run_options: how it was asked to be run.
         diagnostics: what to know before believing it.
         derivatives: of every sequence's and token's log-prob along the update; None where the engine has only sums.
-        by_parameter: share of δH₁ by parameter name, in model order, adding up to δH₁; None where the engine did not take its
-            sums apart.
-        by_sequence: shares of sequences by the role of their batch (``both`` in the same-batch estimate; ``entropy`` and
-            ``update`` in the two-batch one); None unless ``RunOptions.by_sequence`` asked for them.
-        split: the direct and the visitation part, each with its standard errors; None unless ``EstimateOptions.split`` asked
-            for them.
+        split: the direct and the visitation part, each with its standard errors and shares; None with the score function.
         functionals: forecasts of the other numbers that were given, by name, each in its own unit per response.
+        updates: what each of the other updates that were given would do, by name.
     """
 
     delta_h1: float
     std_error: float
+    forecast: Forecast
     learning_rate: float
     estimate: Literal["same_batch", "two_batch"]
     engine: str
@@ -174,10 +197,9 @@ class DeltaH1Result:
     run_options: RunOptions
     diagnostics: Diagnostics
     derivatives: DirectionalDerivatives | None = None
-    by_parameter: dict[str, float] | None = None
-    by_sequence: dict[Role, SequenceContributions] | None = None
     split: Split | None = None
     functionals: Mapping[str, Forecast] = dataclasses.field(default_factory=dict)
+    updates: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.
@@ -195,12 +217,33 @@ class DeltaH1Result:
         return self.delta_h1 - half, self.delta_h1 + half
 
     @property
+    def by_parameter(self) -> dict[str, float] | None:
+        """Share of ``forecast`` by parameter name, in model order; None where the engine did not take its sums apart."""
+        return self.forecast.by_parameter
+
+    @property
+    def by_sequence(self) -> dict[Role, SequenceContributions] | None:
+        """Shares of sequences by the role of their batch; None unless ``RunOptions.by_sequence`` asked for them.
+
+        ``both`` in the same-batch estimate; ``entropy`` and ``update`` in the two-batch one.
+        """
+        return self.forecast.by_sequence
+
+    @property
+    def by_token(self) -> Tensor | None:
+        """[N, T] shares of response tokens as ones whose log-prob and entropy change; None where the engine does not know.
+
+        In the columns of the entropy batch.
+        """
+        return self.forecast.by_token
+
+    @property
     def by_layer(self) -> dict[str, float] | None:
         """``by_parameter`` added up by decoder layer; what is in no layer (embeddings, the final norm) by its module.
 
         In model order; None where ``by_parameter`` is.
         """
-        return None if self.by_parameter is None else by_layer(self.by_parameter)
+        return self.forecast.by_layer
 
     @property
     def plan(self) -> Plan:
@@ -215,7 +258,24 @@ class DeltaH1Result:
         lower, upper = self.interval(0.95)
         return abs(self.delta_h1) >= 2 * self.std_error and not lower <= 0 <= upper
 
+    def explain(self) -> str:
+        """How much, how sure and from where, in three sentences."""
+        prompts = [(_called(p), p.delta_h1) for p in self.per_prompt if p.role != "update"]
+        return explanation(self.forecast, self.split, self.entropy_level, self.unit, prompts)
+
     def __str__(self) -> str:
+        if math.isnan(self.delta_h1):
+            found = self.forecast
+            shown = f"direct part of δH₁ = {found.value:.17g} ± {found.std_error:.3g} {self.unit}"
+            return f"{shown} ({self.engine}, {self.geometry})"
         error = "no standard error (too few prompts)" if math.isnan(self.std_error) else f"± {self.std_error:.3g}"
         verdict = {True: "", False: "; the sign is not established", None: ""}[self.sign_established]
         return f"δH₁ = {self.delta_h1:.17g} {error} {self.unit}{verdict} ({self.engine}, {self.geometry})"
+
+
+def _called(prompt: PromptContribution) -> str:
+    """A prompt's text, cut short, or its group ids."""
+    if prompt.prompt is None:
+        return f"group {', '.join(map(str, prompt.group_ids))}"
+    text = " ".join(prompt.prompt.split())
+    return f'"{text}"' if len(text) <= PROMPT_SHOWN else f'"{text[:PROMPT_SHOWN]}..."'

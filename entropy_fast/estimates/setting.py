@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from entropy_fast.columns.entropy import EntropyMeasure
 from entropy_fast.config import EstimateOptions, RunOptions
 
 __all__ = ["Setting"]
@@ -23,6 +24,7 @@ class Setting:
         geometry: of the step.
         parameters: names, in registry order.
         compute_dtypes: of the parameters and of autocast.
+        measure: which entropy is meant.
         notes: what the optimizer's state wants said.
     """
 
@@ -33,4 +35,5 @@ class Setting:
     geometry: str
     parameters: tuple[str, ...]
     compute_dtypes: frozenset[torch.dtype]
+    measure: EntropyMeasure
     notes: tuple[str, ...] = ()

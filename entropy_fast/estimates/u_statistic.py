@@ -26,7 +26,7 @@ __all__ = ["UEstimate", "u_estimate"]
 class UEstimate:
     """U and its standard errors, in the unit of U (before multiplication by the learning rate).
 
-    A standard error is None where it is not defined: the jackknife needs 3 units, the plug-in 3 of one size, the unbiased
+    A standard error is None where it is not defined: the jackknives need 3 units, the plug-in 3 of one size, the unbiased
     one 4 of one size and the whole kernel.
 
     Attributes:
@@ -36,7 +36,8 @@ class UEstimate:
         se_unbiased: root of the unbiased variance of U; None also when that variance came out negative.
         unbiased_variance: the unbiased variance itself, which may be negative for few units.
         zeta_1: ζ₁, the variance of the row means.
-        se_given_update: standard error about the change made by *this* batch's update, from the X row means alone.
+        se_given_update: standard error about the change made by *this* batch's update: delete-one jackknife of the rows, which
+            for units of one size is that of the mean of the X row means.
         row_means: [M] symmetrised row means r_n; their mean is U for equal units.
         contributions: [M] each unit's share of U; they sum to U.
         as_entropy: [M] share of U by whose entropy changes (rows), summing to U.
@@ -98,8 +99,11 @@ def u_estimate(
     if equal and m >= 3:
         zeta = float((row_means - value).square().sum()) / (m - 1)
         se_plug_in = math.sqrt(4 * zeta / m)
-        se_given = math.sqrt(float((m * as_entropy).var(correction=1)) / m)
     if m >= 3:
+        # Delete-one of the rows alone: for equal units the standard error of the mean of the X row means.
+        kept_pairs = pairs - sizes * (sizes.sum() - sizes)
+        kept = (value - as_entropy) * pairs / kept_pairs
+        se_given = math.sqrt((m - 1) / m * float((kept - kept.mean()).square().sum()))
         # Delete-one: for equal units this is (M U - 2 r_n) / (M - 2); written so that unequal blocks work too.
         left_pairs = pairs - 2 * sizes * (sizes.sum() - sizes)
         deleted = (value - 2 * contributions) * pairs / left_pairs

@@ -60,12 +60,17 @@ def _shortened(rollouts: Rollouts) -> Rollouts:
             cut[row, : len(part)] = tensor[row, part.to(tensor.device)]
         return cut
 
+    def optional(table: Tensor | None) -> Tensor | None:
+        return None if table is None else gather(table)
+
     return dataclasses.replace(
         rollouts,
         input_ids=gather(rollouts.input_ids),
         attention_mask=gather(rollouts.attention_mask),
         loss_mask=gather(rollouts.loss_mask),
-        old_logprobs=None if rollouts.old_logprobs is None else gather(rollouts.old_logprobs),
+        old_logprobs=optional(rollouts.old_logprobs),
+        ref_logprobs=optional(rollouts.ref_logprobs),
+        token_weights=optional(rollouts.token_weights),
     )
 
 

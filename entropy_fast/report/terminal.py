@@ -12,17 +12,20 @@ from rich.text import Text
 from entropy_fast.estimates.attribution import SequenceContributions
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.result import DeltaH1Result, PromptContribution
-from entropy_fast.estimates.split import Split
+from entropy_fast.estimates.split import Split, UpdateForecasts
 from entropy_fast.report.text import printable
 
 __all__ = ["print_result", "split_verdict", "verdict"]
 
 PROMPTS_SHOWN = 10
 SEQUENCES_SHOWN = 5
+EXPLANATION = 2000  # characters at most
 
 
 def verdict(result: DeltaH1Result) -> str:
     """What may be concluded about the sign, in words."""
+    if math.isnan(result.delta_h1):
+        return "The direct part alone was asked for: nothing can be said about the whole change."
     if math.isnan(result.std_error):
         return "There are too few prompts for a standard error: nothing can be said about the sign."
     if result.delta_h1 == 0:
@@ -49,12 +52,14 @@ def split_verdict(split: Split) -> str:
 
 def print_result(result: DeltaH1Result, console: Console) -> None:
     """Forecast, standard errors, the prompts that matter most, and warnings."""
+    console.print(Text(printable(result.explain(), EXPLANATION)))
     summary = Table(title="First-order entropy change of the next update", show_header=False, title_justify="left")
     summary.add_column(style="bold")
     summary.add_column()
-    summary.add_row("δH₁", Text(f"{result.delta_h1:.17g}"))
-    known, (lower, upper) = not math.isnan(result.std_error), result.interval(0.95)
-    summary.add_row("standard error", Text(f"{result.std_error:.4g}" if known else "unknown"))
+    whole = not math.isnan(result.delta_h1)
+    summary.add_row("δH₁" if whole else "direct part of δH₁", Text(f"{result.forecast.value:.17g}"))
+    known, (lower, upper) = not math.isnan(result.forecast.std_error), result.forecast.interval(0.95)
+    summary.add_row("standard error", Text(f"{result.forecast.std_error:.4g}" if known else "unknown"))
     summary.add_row("95% interval", Text(f"[{lower:.4g}, {upper:.4g}]" if known else "unknown"))
     summary.add_row("entropy now", Text(f"{result.entropy_level:.4g}"))
     summary.add_row("unit", Text(result.unit))
@@ -69,6 +74,8 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
         console.print(Text(split_verdict(result.split)))
     if result.functionals:
         console.print(_functionals(result.functionals))
+    if result.updates:
+        console.print(_updates(result))
     console.print(_errors(result))
     console.print(_prompts(result))
     for role, shares in (result.by_sequence or {}).items():
@@ -86,8 +93,8 @@ def _parts(split: Split) -> Table:
         ("visitation", split.visitation, "how often prefixes are visited"),
         ("total", split.total, "both"),
     ):
-        errors = ["unknown" if math.isnan(e) else f"{e:.3g}" for e in (part.std_error, part.population_std_error)]
-        table.add_row(Text(name), Text(f"{part.value:+.4g}"), *map(Text, errors), Text(about))
+        errors = [_known(error, ".3g") for error in (part.std_error, part.population_std_error)]
+        table.add_row(Text(name), Text(_known(part.value, "+.4g")), *map(Text, errors), Text(about))
     table.add_row(
         Text("on this batch"),
         Text(f"{split.on_batch:+.4g}"),
@@ -103,9 +110,33 @@ def _functionals(functionals: Mapping[str, Forecast]) -> Table:
     for column in ("of", "forecast", "± this update", "± such updates"):
         table.add_column(column)
     for name, found in functionals.items():
-        errors = ["unknown" if math.isnan(e) else f"{e:.3g}" for e in (found.std_error, found.population_std_error)]
+        errors = [_known(error, ".3g") for error in (found.std_error, found.population_std_error)]
         table.add_row(Text(printable(name, 40)), Text(f"{found.value:+.4g}"), *map(Text, errors))
     return table
+
+
+def _updates(result: DeltaH1Result) -> Table:
+    """What each update would do to each functional, ± its standard error for that very update."""
+    table = Table(title="Updates compared", title_justify="left")
+    planned = UpdateForecasts(result.forecast, result.split, result.functionals)
+    rows = {"planned": planned, **result.updates}
+    whole = not math.isnan(result.delta_h1)
+    table.add_column("update")
+    for name in (*(["entropy"] if whole else []), *(["direct part"] if result.split else []), *result.functionals):
+        table.add_column(printable(name, 24))
+    for name, found in rows.items():
+        cells = [found.forecast] if whole else []
+        cells += [found.split.direct] if found.split else []
+        cells += list(found.functionals.values())
+        table.add_row(
+            Text(printable(name, 32)),
+            *(Text(f"{_known(cell.value, '+.3g')} ± {_known(cell.std_error, '.2g')}") for cell in cells),
+        )
+    return table
+
+
+def _known(value: float, how: str) -> str:
+    return "unknown" if math.isnan(value) else format(value, how)
 
 
 def _errors(result: DeltaH1Result) -> Table:

@@ -49,14 +49,19 @@ class Rollouts:
         group_ids: [N] integers; rows with the same id answer the same prompt: they begin with the same tokens, up to the
             earliest response token of the group. Groups may be ragged and interleaved.
         advantages: [N] advantage of each response, 0 or between 1e-37 and 1e38 in size. Omit it to have it made from
-            ``rewards``.
+            ``rewards``. Given by token, [N, T], it is kept as the largest |advantage| of each response times
+            ``token_weights``.
         rewards: [N] reward of each response. Without ``advantages`` the advantage is the reward minus its group's mean
             (not divided by the standard deviation).
         max_lengths: generation budget L_max in tokens, one number or [B] (prompts in order of first appearance). Omitted,
             the longest sampled response of each prompt stands in and the result says so: that choice makes the estimate
             slightly biased because the length weight then depends on the samples.
         old_logprobs: [N, T] log-probs in nats at temperature 1 under the policy that sampled (or whatever policy importance
-            ratios refer to): in column t that of the token in column t. Read at response tokens alone.
+            ratios refer to): in column t that of the token in column t. Read at response tokens alone. Of the probed
+            temperature, where the policy has another one (`EstimateOptions.policy_temperature`).
+        ref_logprobs: [N, T] likewise those of a reference policy, which a KL term refers to.
+        token_weights: [N, T] what the update's coefficient of every response token is multiplied by: corrections for the engine
+            that sampled, or shares of an advantage by token.
         temperature, top_p: how the responses were sampled; None means unknown. They are recorded, never used for scoring.
         prompts: B prompt texts, for reports only.
         responses: N response texts, for reports only.
@@ -73,6 +78,8 @@ class Rollouts:
     rewards: Tensor | None = None
     max_lengths: Tensor | int | None = None
     old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    token_weights: Tensor | None = None
     temperature: float | None = None
     top_p: float | None = None
     prompts: Sequence[str] | None = None
@@ -88,6 +95,14 @@ class Rollouts:
         put("loss_mask", validation.mask_matrix("loss_mask", self.loss_mask, shape))
         validation.check_masks(self.attention_mask, self.loss_mask)
         put("group_ids", validation.integer_vector("group_ids", self.group_ids, shape[0], "one id per sequence"))
+        if self.token_weights is not None:
+            put("token_weights", validation.token_numbers("token_weights", self.token_weights, self.loss_mask))
+        if self.advantages is not None and getattr(self.advantages, "shape", None) == shape:
+            largest, shares = validation.by_token("advantages", self.advantages, self.loss_mask)
+            put("advantages", largest)
+            put(
+                "token_weights", shares if self.token_weights is None else shares * self.token_weights.to(shares.device)
+            )
         for field in ("advantages", "rewards"):
             if getattr(self, field) is not None:
                 put(field, validation.float_vector(field, getattr(self, field), shape[0], "one number per sequence"))
@@ -109,8 +124,9 @@ class Rollouts:
         )
         if self.max_lengths is not None:
             put("max_lengths", validation.max_lengths(self.max_lengths, self._longest_response(), self.group_order))
-        if self.old_logprobs is not None:
-            put("old_logprobs", validation.token_logprobs("old_logprobs", self.old_logprobs, self.loss_mask))
+        for field in ("old_logprobs", "ref_logprobs"):
+            if getattr(self, field) is not None:
+                put(field, validation.token_logprobs(field, getattr(self, field), self.loss_mask))
         put("temperature", validation.temperature(self.temperature))
         put("top_p", validation.top_p(self.top_p))
         for field, count, unit in (("prompts", self.n_prompts, "prompt"), ("responses", shape[0], "sequence")):
@@ -125,8 +141,9 @@ class Rollouts:
         Args:
             batch: ``sequences`` [B, G, T] token ids, ``attention_masks`` [B, G, T], ``prompt_lens`` [B] (the *column* at
                 which responses start, that is the padded prompt width, not the number of prompt tokens), ``advantages``
-                [B, G] or ``rewards`` [B, G]; optional ``max_lengths`` [B], ``old_logprobs`` [B, G, T], ``temperature``,
-                ``top_p``, ``prompts`` (B texts) and ``responses`` (B·G texts, prompt by prompt).
+                [B, G] (or [B, G, T]) or ``rewards`` [B, G]; optional ``max_lengths`` [B], ``old_logprobs``,
+                ``ref_logprobs`` and ``token_weights`` [B, G, T], ``temperature``, ``top_p``, ``prompts`` (B texts) and
+                ``responses`` (B·G texts, prompt by prompt).
 
         Raises:
             RolloutsError: a key is missing or unknown, or a field does not fit.
@@ -196,15 +213,19 @@ class Rollouts:
             advantages=pick(self.advantages),
             rewards=pick(self.rewards),
             old_logprobs=pick(self.old_logprobs),
+            ref_logprobs=pick(self.ref_logprobs),
+            token_weights=pick(self.token_weights),
             max_lengths=self.length_budgets[kept] if self.max_lengths_given else None,
             prompts=None if self.prompts is None else [self.prompts[k] for k in kept],
             responses=None if self.responses is None else [self.responses[r] for r in rows.tolist()],
         )
 
-    def old_response_logprobs(self, rows: Tensor) -> Tensor:
-        """[M] ``old_logprobs`` of the response tokens of the given rows, row by row; fp64 on the CPU. There must be some."""
-        assert self.old_logprobs is not None
-        values, mask = (t[rows.to(t.device)].cpu() for t in (self.old_logprobs, self.loss_mask))
+    def of_response_tokens(self, field: str, rows: Tensor) -> Tensor | None:
+        """[M] a field [N, T] at the response tokens of the given rows, row by row; fp64 on the CPU. None where it is."""
+        table: Tensor | None = getattr(self, field)
+        if table is None:
+            return None
+        values, mask = (t[rows.to(t.device)].cpu() for t in (table, self.loss_mask))
         return values[mask == 1].to(torch.float64)
 
     def without_empty_responses(self) -> tuple[Rollouts, EmptyResponseReport]:
@@ -269,6 +290,8 @@ class Rollouts:
     def _advantages_of_one_sign(self) -> bool:
         """Whether no group of two or more has advantages of both signs (or 0), and some has any."""
         assert self.advantages is not None
+        if self.token_weights is not None and bool((self.token_weights < 0).any()):
+            return False
         index = self.prompt_index
         above, below = (
             torch.zeros(self.n_prompts, dtype=torch.int64).index_add(0, index, found.cpu().long())

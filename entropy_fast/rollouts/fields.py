@@ -17,15 +17,27 @@ import numpy.typing as npt
 from entropy_fast.errors import RolloutsFileError
 from entropy_fast.scalars import as_number
 
-__all__ = ["FIELDS", "LARGEST_ARRAY_BYTES", "Floats", "Integers", "RowSource", "check_keys", "convert", "open_regular"]
+__all__ = [
+    "FIELDS",
+    "LARGEST_ARRAY_BYTES",
+    "TOKEN_FIELDS",
+    "Floats",
+    "Integers",
+    "RowSource",
+    "check_keys",
+    "convert",
+    "open_regular",
+]
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 FIELDS = (
     "group_id", "input_ids", "loss_mask", "prompt_token_ids", "response_token_ids", "prompt", "response",
-    "advantage", "reward", "max_length", "old_logprobs", "temperature", "top_p",
+    "advantage", "reward", "max_length", "old_logprobs", "ref_logprobs", "token_weights", "temperature", "top_p",
 )  # fmt: skip
+# Lists of a number for every response token.
+TOKEN_FIELDS = ("old_logprobs", "ref_logprobs", "token_weights")
 FORMS = (("input_ids", "loss_mask"), ("prompt_token_ids", "response_token_ids"), ("prompt", "response"))
 FORMS_TEXT = "`input_ids` + `loss_mask`, `prompt_token_ids` + `response_token_ids`, or `prompt` + `response` (texts)"
 INT64 = np.iinfo(np.int64)
@@ -122,7 +134,7 @@ def convert(key: str, value: Any, source: RowSource, position: int) -> Any:
 
     Returns:
         An int or str (group_id), an int (max_length), a float (advantage, reward, temperature, top_p), a str (texts), an
-        int64 array [tokens] (token ids and the loss mask) or a float64 array [response tokens] (old_logprobs).
+        int64 array [tokens] (token ids and the loss mask) or a float64 array [response tokens] (`TOKEN_FIELDS`).
 
     Raises:
         RolloutsFileError: the value has the wrong type or is out of range.
@@ -164,7 +176,7 @@ def _number(value: Any, fail: Fail) -> float:
     return number
 
 
-def _logprobs(value: Any, fail: Fail) -> Floats:
+def _numbers(value: Any, fail: Fail) -> Floats:
     if isinstance(value, np.ndarray):
         numbers = value.astype(np.float64)
     elif type(value) is list and set(map(type, value)) <= {float, int}:
@@ -242,7 +254,7 @@ _CONVERTERS: dict[str, Callable[[Any, Fail], Any]] = {
     "advantage": _number,
     "reward": _number,
     "max_length": _max_length,
-    "old_logprobs": _logprobs,
+    **dict.fromkeys(TOKEN_FIELDS, _numbers),
     "temperature": _number,
     "top_p": _number,
 }
@@ -260,6 +272,8 @@ _FIXES = {
     "reward": "write a finite number, or leave `reward` out of every row and give `advantage`.",
     "max_length": _OPTIONAL_FIX,
     "old_logprobs": "write the log-prob (nats) of every response token, in order, or leave the key out of every row.",
+    "ref_logprobs": "write the log-prob (nats) of every response token, in order, or leave the key out of every row.",
+    "token_weights": "write a number for every response token, in order, or leave the key out of every row.",
     "temperature": _OPTIONAL_FIX,
     "top_p": _OPTIONAL_FIX,
 }

@@ -10,6 +10,8 @@ tokens, in one form of    ``input_ids`` + ``loss_mask``: unpadded lists of one l
 ``advantage``, ``reward`` numbers; one of them or both. Without ``advantage`` it is the reward minus its group's mean
 ``max_length``            optional integer, the generation budget in tokens; one per group
 ``old_logprobs``          optional list, the sampler's log-prob (nats) of every response token
+``ref_logprobs``          optional list, a reference policy's
+``token_weights``         optional list, what the update's coefficient of every response token is multiplied by
 ``temperature``,          optional numbers, how responses were sampled; one per file
 ``top_p``
 ``prompt``, ``response``  beside token ids: optional texts, kept for reports

@@ -70,9 +70,8 @@ def write_jsonl(table: RolloutsTable, path: Path) -> None:
             values: dict[str, Any] = {key: column[row] for key, column in table.scalars.items()}
             values["input_ids"] = table.input_ids[tokens].tolist()
             values["loss_mask"] = table.loss_mask[tokens].tolist()
-            if table.old_logprobs is not None:
-                own = slice(table.response_offsets[row], table.response_offsets[row + 1])
-                values["old_logprobs"] = table.old_logprobs[own].tolist()
+            own = slice(table.response_offsets[row], table.response_offsets[row + 1])
+            values.update({key: numbers[own].tolist() for key, numbers in table.by_token.items()})
             file.write(json.dumps(values, allow_nan=False) + "\n")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.errors import RolloutsError
+from entropy_fast.rollouts.fields import TOKEN_FIELDS
 from entropy_fast.rollouts.validation import PAD_LOGPROBS, as_tensor, integer_vector, mask_matrix
 
 __all__ = ["unpack_padded_batch"]
@@ -17,7 +18,7 @@ PADDED_REQUIRED = ("sequences", "attention_masks", "prompt_lens")
 PADDED_OPTIONAL = (
     "advantages",
     "rewards",
-    "old_logprobs",
+    *TOKEN_FIELDS,
     "max_lengths",
     "temperature",
     "top_p",
@@ -63,21 +64,26 @@ def unpack_padded_batch(batch: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("advantages", "rewards"):
         if batch.get(key) is not None:
             value = as_tensor(key, batch[key], copy=False)
+            if key == "advantages" and value.shape == (b, g, t):
+                fields[key] = value.reshape(b * g, t)
+                continue
             if value.shape != (b, g):
                 raise RolloutsError(
                     f"Rollouts.from_dict: `{key}` has shape {list(value.shape)}; expected [B, G] = [{b}, {g}].",
                     fix="give one number per response.",
                 )
             fields[key] = value.reshape(b * g)
-    if batch.get("old_logprobs") is not None:
-        value = as_tensor("old_logprobs", batch["old_logprobs"], copy=False)
+    for key in TOKEN_FIELDS:
+        if batch.get(key) is None:
+            continue
+        value = as_tensor(key, batch[key], copy=False)
         if value.shape != (b, g, t):
             raise RolloutsError(
-                f"Rollouts.from_dict: `old_logprobs` has shape {list(value.shape)}; expected [B, G, T] = [{b}, {g}, {t}].",
-                fix=f"give one log-prob per token, in the token's own column; {PAD_LOGPROBS} (after flattening [B, G] to N).",
+                f"Rollouts.from_dict: `{key}` has shape {list(value.shape)}; expected [B, G, T] = [{b}, {g}, {t}].",
+                fix=f"give one number per token, in the token's own column; {PAD_LOGPROBS} (after flattening [B, G] to N).",
             )
-        fields["old_logprobs"] = value.reshape(b * g, t)
-    others = [key for key in PADDED_OPTIONAL if key not in ("advantages", "rewards", "old_logprobs")]
+        fields[key] = value.reshape(b * g, t)
+    others = [key for key in PADDED_OPTIONAL if key not in ("advantages", "rewards", *TOKEN_FIELDS)]
     fields.update({key: batch[key] for key in others if batch.get(key) is not None})
     return fields
 

@@ -57,8 +57,8 @@ def write_parquet(table: RolloutsTable, path: Path) -> None:
     # 64-bit offsets: a batch may hold more than 2^31 tokens.
     columns["input_ids"] = arrow.LargeListArray.from_arrays(table.offsets, table.input_ids)
     columns["loss_mask"] = arrow.LargeListArray.from_arrays(table.offsets, table.loss_mask.astype("int8"))
-    if table.old_logprobs is not None:
-        columns["old_logprobs"] = arrow.LargeListArray.from_arrays(table.response_offsets, table.old_logprobs)
+    for key, numbers in table.by_token.items():
+        columns[key] = arrow.LargeListArray.from_arrays(table.response_offsets, numbers)
     parquet.write_table(arrow.table(columns), path, write_page_checksum=True)
 
 

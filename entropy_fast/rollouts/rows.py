@@ -12,7 +12,15 @@ import torch
 
 from entropy_fast.errors import MissingTokenizerError, RolloutsError
 from entropy_fast.rollouts.container import Rollouts
-from entropy_fast.rollouts.fields import LARGEST_ARRAY_BYTES, Floats, Integers, RowSource, check_keys, convert
+from entropy_fast.rollouts.fields import (
+    LARGEST_ARRAY_BYTES,
+    TOKEN_FIELDS,
+    Floats,
+    Integers,
+    RowSource,
+    check_keys,
+    convert,
+)
 from entropy_fast.rollouts.tokenizing import LONE_SURROGATE, prompt_token_ids, token_ids
 
 if TYPE_CHECKING:
@@ -30,7 +38,7 @@ class RolloutsTable:
         input_ids: [total tokens] int64.
         loss_mask: [total tokens] int64, 0 or 1.
         scalars: the other columns by key, N values each, only those the rollouts have.
-        old_logprobs: [total response tokens] float64, row by row; None where the rollouts have none.
+        by_token: by key [total response tokens] float64, row by row, of those that the rollouts have.
         response_offsets: [N + 1] int64; those of row i are ``response_offsets[i]:response_offsets[i + 1]``.
     """
 
@@ -38,7 +46,7 @@ class RolloutsTable:
     input_ids: Integers
     loss_mask: Integers
     scalars: Mapping[str, Sequence[int | float | str]]
-    old_logprobs: Floats | None
+    by_token: Mapping[str, Floats]
     response_offsets: Integers
 
 
@@ -49,9 +57,12 @@ def table_from_rollouts(rollouts: Rollouts) -> RolloutsTable:
     np.cumsum(attended.sum(-1).numpy(), out=offsets[1:])
     response_offsets = np.zeros_like(offsets)
     np.cumsum(rollouts.response_lengths.numpy(), out=response_offsets[1:])
-    old = None
-    if rollouts.old_logprobs is not None:
-        old = rollouts.old_response_logprobs(torch.arange(rollouts.n_sequences)).numpy()
+    everything = torch.arange(rollouts.n_sequences)
+    by_token = {
+        key: values.numpy()
+        for key in TOKEN_FIELDS
+        if (values := rollouts.of_response_tokens(key, everything)) is not None
+    }
     prompt_index = rollouts.prompt_index.tolist()
     assert rollouts.advantages is not None
     scalars: dict[str, Sequence[int | float | str]] = {
@@ -75,7 +86,7 @@ def table_from_rollouts(rollouts: Rollouts) -> RolloutsTable:
         rollouts.input_ids.cpu()[attended].numpy(),
         rollouts.loss_mask.cpu()[attended].numpy(),
         scalars,
-        old,
+        by_token,
         response_offsets,
     )
 
@@ -125,7 +136,7 @@ class _Columns:
             "attention_mask": attention_mask,
             "loss_mask": loss_mask,
             "group_ids": torch.tensor(groups, dtype=torch.int64),
-            "old_logprobs": self._old_logprobs(loss_mask),
+            **{key: self._by_token(key, loss_mask) for key in TOKEN_FIELDS},
             "max_lengths": None if max_lengths is None else torch.tensor(max_lengths, dtype=torch.int64),
             "temperature": self._constant("temperature"),
             "top_p": self._constant("top_p"),
@@ -180,16 +191,16 @@ class _Columns:
                 fix="put the longest rows into a file of their own, or split the file.",
             )  # fmt: skip
 
-    def _old_logprobs(self, loss_mask: torch.Tensor) -> torch.Tensor | None:
+    def _by_token(self, key: str, loss_mask: torch.Tensor) -> torch.Tensor | None:
         """[N, T] in the columns of the response tokens."""
-        if "old_logprobs" not in self.values:
+        if key not in self.values:
             return None
-        given: list[Floats] = self.values["old_logprobs"]
+        given: list[Floats] = self.values[key]
         for row, (values, count) in enumerate(zip(given, loss_mask.sum(1).tolist(), strict=True)):
             if len(values) != count:
                 self._fail(
-                    row, f"`old_logprobs` has {len(values)} entries, and the response has {count} tokens.",
-                    fix="write one log-prob per response token, none for the prompt.",
+                    row, f"`{key}` has {len(values)} entries, and the response has {count} tokens.",
+                    fix="write one number per response token, none for the prompt.",
                 )  # fmt: skip
         table = torch.zeros(loss_mask.shape, dtype=torch.float64)
         table[loss_mask == 1] = torch.from_numpy(np.concatenate(given))

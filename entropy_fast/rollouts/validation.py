@@ -24,7 +24,7 @@ DEEPEST = 3
 
 PAD_LOGPROBS = (
     "where they are of the responses alone: full = torch.zeros(loss_mask.shape, dtype=torch.float64); full[loss_mask.bool()] = "
-    "torch.cat([row[:n] for row, n in zip(old_logprobs, loss_mask.sum(-1))]).double()"
+    "torch.cat([row[:n] for row, n in zip(given, loss_mask.sum(-1))]).double()"
 )
 
 
@@ -186,6 +186,33 @@ def token_logprobs(field: str, value: Any, loss_mask: Tensor) -> Tensor:
             fix="pass log-probs in nats (not probabilities) of the sampled tokens, each in its token's own column.",
         )
     return kept
+
+
+def token_numbers(field: str, value: Any, loss_mask: Tensor) -> Tensor:
+    """[N, T] finite numbers, fp64; 0 outside the loss mask, whatever was there."""
+    tensor = as_tensor(field, value)
+    if tensor.shape != loss_mask.shape or tensor.is_complex():
+        raise RolloutsError(
+            f"Rollouts: `{field}` has shape {list(tensor.shape)} and dtype {tensor.dtype}; expected real numbers in the shape "
+            f"of input_ids, {list(loss_mask.shape)}.",
+            fix=f"give one number per token, in the token's own column; {PAD_LOGPROBS}.",
+        )
+    kept = torch.where(loss_mask.to(tensor.device) == 1, tensor.to(torch.float64), 0.0)
+    bad = ~torch.isfinite(kept) | (kept.abs() >= LARGEST_MAGNITUDE)
+    if bool(bad.any()):
+        row, column = (int(i) for i in bad.nonzero()[0])
+        raise RolloutsError(
+            f"Rollouts: `{field}` is {float(kept[row, column])} at row {row}, column {column}, a response token.",
+            fix=f"pass finite numbers below {LARGEST_MAGNITUDE:g} in size.",
+        )
+    return kept
+
+
+def by_token(field: str, value: Any, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """[N] the largest |number| of every row, and [N, T] the numbers as shares of it; both fp64."""
+    numbers = token_numbers(field, value, loss_mask)
+    largest = numbers.abs().amax(-1)
+    return largest, numbers / torch.where(largest > 0, largest, 1.0).unsqueeze(-1)
 
 
 def max_lengths(value: Any, longest: Tensor, group_order: Sequence[int]) -> Tensor:

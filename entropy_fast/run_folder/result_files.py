@@ -20,6 +20,7 @@ import torch
 
 from entropy_fast._version import __version__
 from entropy_fast.errors import ResultError
+from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.run_folder.placing import put_in_place
 
@@ -32,17 +33,21 @@ DOCUMENT, PROMPTS, SEQUENCES, PICTURE = RESULT_FILES = (
     "per_sequence.parquet",
     "contributions.png",
 )
+OF_ROWS = ("by_sequence", "by_token")
 # Where a number may be not known: of a sequence by a pass that did not need it, and errors that a batch is too small for.
 MAY_BE_UNKNOWN = (
     "sequences",
     "functionals",
+    "updates",
     "std_error",
+    "forecast.std_error",
+    "forecast.population_std_error",
     "diagnostics.standard_errors",
     "diagnostics.unbiased_variance",
     *(
         f"split.{part}.{error}"
         for part in ("total", "direct", "visitation")
-        for error in ("std_error", "population_std_error")
+        for error in ("value", "std_error", "population_std_error", "by_unit")
     ),
 )
 
@@ -147,14 +152,17 @@ def _sequence_table(result: DeltaH1Result) -> pa.Table:
 def result_document(result: DeltaH1Result) -> dict[str, Any]:
     """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, what follows from them.
 
-    Derivatives of single tokens, which would be most of the file, are left out. A number that is not known
-    is null where that may be.
+    What is of single rows and tokens of a forecast, which would be most of the file, is left out (sequences have a table of
+    their own). A number that is not known is null where that may be.
 
     Raises:
         ResultError: a number is not finite where it has to be known.
     """
     names = [f.name for f in dataclasses.fields(result)]
-    fields = {name: None if name == "derivatives" else _plain(getattr(result, name), name) for name in names}
+    left_out = {"derivatives"}
+    if result.estimate_options.wanted_parts == ("direct",):
+        left_out |= {"delta_h1"}  # nobody asked for the whole
+    fields = {name: None if name in left_out else _plain(getattr(result, name), name) for name in names}
     if result.derivatives is not None:
         of_sequences = {
             "sequences": result.derivatives.sequences,
@@ -165,7 +173,10 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
         "schema": RESULT_SCHEMA,
         "version": __version__,
         **fields,
+        "explanation": result.explain(),
+        "by_parameter": _plain(result.by_parameter, "by_parameter"),
         "by_layer": _plain(result.by_layer, "by_layer"),
+        "by_sequence": _plain(result.by_sequence, "by_sequence"),
         "interval_95": None if math.isnan(result.std_error) else list(result.interval(0.95)),
         "sign_established": result.sign_established,
     }
@@ -177,7 +188,9 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, torch.dtype):
         return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name), f"{where}.{f.name}") for f in dataclasses.fields(value)}
+        left_out = OF_ROWS if isinstance(value, Forecast) else ()
+        names = [f.name for f in dataclasses.fields(value) if f.name not in left_out]
+        return {name: _plain(getattr(value, name), f"{where}.{name}") for name in names}
     if isinstance(value, Mapping):
         return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):

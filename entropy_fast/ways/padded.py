@@ -15,7 +15,7 @@ import torch
 
 from entropy_fast.capture import CapturedModules, RowRecorder
 from entropy_fast.checks.grad_context import assert_attached
-from entropy_fast.columns import Coefficients
+from entropy_fast.columns import Coefficients, ScoredTokens
 from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.context import ProbeContext
 from entropy_fast.ways.teacher_forcing.batch import pad_rows
@@ -55,7 +55,7 @@ class LogitsWay:
     def run(self, microbatch: Microbatch, recorder: RowRecorder) -> Passed:
         """See `Way.run`."""
         recorder.pause()
-        forward = self._forward(microbatch)
+        forward = self._forward(microbatch, want_entropies=microbatch.columns.needs_entropies)
         assert_attached("S", forward.sequence_logprobs, type(self).__name__)
         scored = forward.scored_tokens(microbatch.rollouts, microbatch.rows)
         coefficients = microbatch.columns.weigh(scored)
@@ -68,12 +68,24 @@ class LogitsWay:
         recorder.pause()
         return Passed.of(scored, coefficients)
 
-    def _forward(self, microbatch: Microbatch) -> ForwardResult:
+    def score(self, microbatch: Microbatch) -> ScoredTokens:
+        """See `Way.score`."""
+        with torch.no_grad():
+            forward = self._forward(microbatch, want_entropies=True)
+        return forward.scored_tokens(microbatch.rollouts, microbatch.rows)
+
+    def _forward(self, microbatch: Microbatch, *, want_entropies: bool) -> ForwardResult:
         batch = pad_rows(microbatch.rollouts, microbatch.rows, self._context.device)
         with self._autocast():
             logits = model_logits(self._context.registry.module, batch)
-        assert_attached("logits", logits, type(self).__name__)
-        return align_logprobs(logits, batch, want_entropies=microbatch.columns.needs_entropies)
+        if torch.is_grad_enabled():
+            assert_attached("logits", logits, type(self).__name__)
+        return align_logprobs(
+            logits,
+            batch,
+            want_entropies=want_entropies,
+            temperature=self._context.estimate.policy_temperature,
+        )
 
     def _slower_path(
         self, forward: ForwardResult, coefficients: Coefficients, microbatch: Microbatch, recorder: RowRecorder
@@ -112,12 +124,18 @@ class HiddenStatesWay(LogitsWay):
         self._autocast = trial.autocast
         return skipped_modules_do_more(self._context) or trial.other_logits(trial.head)
 
-    def _forward(self, microbatch: Microbatch) -> ForwardResult:
+    def _forward(self, microbatch: Microbatch, *, want_entropies: bool) -> ForwardResult:
         head = find_output_head(self._context.registry.module)
         layer: OutputLayer | None = None if head is None else head.frozen
         assert layer is not None
         batch = pad_rows(microbatch.rollouts, microbatch.rows, self._context.device)
         with self._autocast():
-            forward = hidden_logprobs(layer, batch, want_entropies=microbatch.columns.needs_entropies)
-        assert_attached("hidden states", forward.logits, type(self).__name__)
+            forward = hidden_logprobs(
+                layer,
+                batch,
+                want_entropies=want_entropies,
+                temperature=self._context.estimate.policy_temperature,
+            )
+        if torch.is_grad_enabled():
+            assert_attached("hidden states", forward.logits, type(self).__name__)
         return forward

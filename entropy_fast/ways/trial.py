@@ -124,7 +124,7 @@ class Trial:
             return "the model's forward does not run its decoder once, with hidden states as they are known"
         targets = self._targets()
         with torch.no_grad(), self.autocast():
-            logits = head.logits(self._own.hidden).double()
+            logits = head.logits(self._own.hidden, self.context.estimate.policy_temperature).double()
         found = torch.log_softmax(logits, -1).gather(-1, targets[:, None]).squeeze(-1)
         difference = float((found - self._own.logprobs.double()).abs().max())
         allowed = _LOGITS.get(self.compute_dtype, _LOGITS_IN_16_BITS) * max(1.0, float(logits.abs().max()))
@@ -206,7 +206,7 @@ def _see(context: ProbeContext, rollouts: Rollouts, rows: Tensor, head: OutputHe
     states: list[tuple[Any, tuple[bool, torch.dtype]]] = []
     with _watched(head, context.device.type, states), torch.no_grad(), context.autocast():
         logits = model_logits(context.registry.module, batch)
-        forward = align_logprobs(logits, batch)
+        forward = align_logprobs(logits, batch, temperature=context.estimate.policy_temperature)
     scored = forward.scored_tokens(rollouts, rows)
     hidden = None
     if len(states) == 1:

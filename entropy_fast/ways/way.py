@@ -43,18 +43,16 @@ class Passed:
 
     Attributes:
         sequence_logprobs: [n] S_i, nats; detached.
-        entropy_sums: [n] Σ_t H_t, nats; None where entropies were not computed.
         coefficients: of its sequences.
     """
 
     sequence_logprobs: Tensor
-    entropy_sums: Tensor | None
     coefficients: Coefficients
 
     @classmethod
     def of(cls, scored: ScoredTokens, coefficients: Coefficients) -> Passed:
         """From scored tokens."""
-        return cls(scored.sequence_logprobs, scored.entropy_sums, coefficients)
+        return cls(scored.sequence_logprobs, coefficients)
 
 
 class Way(Protocol):
@@ -84,6 +82,13 @@ class Way(Protocol):
 
         Raises:
             GraphDetachedError: hidden states or log-probs have no graph, or one is NaN.
+        """
+
+    def score(self, microbatch: Microbatch) -> ScoredTokens:
+        """Log-probs and entropies of a microbatch, without a graph.
+
+        Raises:
+            GraphDetachedError, RolloutsError: a log-prob is not finite.
         """
 
     def __str__(self) -> str:

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"capture"}),
     frozenset({"ways"}),
     frozenset({"engines", "truth"}),
-    frozenset({"api", "offline_entropy_probe", "probe_components"}),
+    frozenset({"api", "candidates", "offline_entropy_probe", "probe_components"}),
     frozenset({"sampling", "run_folder"}),
     frozenset({"report", "integrations", "demo"}),
     frozenset({"cli"}),

@@ -11,7 +11,11 @@ _ESTIMATE = {field.name for field in dataclasses.fields(EstimateOptions)}
 
 
 def options_of(**given: Any) -> dict[str, Any]:
-    """``estimate`` and ``run`` as `fast_delta_h1` and `OfflineEntropyProbe` take them."""
+    """``estimate`` and ``run`` as `fast_delta_h1` and `OfflineEntropyProbe` take them.
+
+    From log-probs unless another estimator is named: its columns are two, and its sums those that loops over ∇S_i give.
+    """
+    given = {"entropy_estimator": "score_function", **given}
     return {
         "estimate": EstimateOptions(**{name: value for name, value in given.items() if name in _ESTIMATE}),
         "run": RunOptions(**{name: value for name, value in given.items() if name not in _ESTIMATE}),

@@ -20,6 +20,10 @@ WORDS = {field.name: next(word for word in field.choices if word != field.defaul
 TYPED = {name: (word, word) for name, word in WORDS.items()} | {
     "blocks": ("3", 3),
     "learning_rate": ("1e-5", 1e-5),
+    "parts": ("direct", ("direct",)),
+    "policy_temperature": ("0.6", 0.6),
+    "kl_coefficient": ("0.05", 0.05),
+    "entropy_bonus": ("-0.01", -0.01),
     "engine": ("two_pass", "two_pass"),
     "memory_budget": ("8GiB", "8GiB"),
     "prompts_per_microbatch": ("2", 2),
@@ -62,9 +66,8 @@ def test_what_is_typed_is_what_the_field_gets(name):
 
 def test_every_field_is_tried():
     switches = {field.name for field in FIELDS if field.kind is bool}
-    assert {field.name for field in FIELDS} == {*TYPED, *switches, "clip_range"}
-    assert changed(split=True, entropy_estimator="rao_blackwell")[0].split
-    for name in switches - {"split"}:
+    assert {field.name for field in FIELDS} == {*TYPED, *switches, "clip_range", "dual_clip"}
+    for name in switches:
         assert changed(**{name: True})[1] == dataclasses.replace(RunOptions(), **{name: True})
 
 

@@ -43,7 +43,7 @@ def weighed(rollouts: Rollouts, rows: Tensor, logprobs: Tensor, weighting: Any) 
     """Of sequence log-probs, which tokens share equally."""
     lengths = rollouts.response_lengths[rows]
     by_token = torch.repeat_interleave(logprobs / lengths, lengths)
-    return columns_of(EstimateOptions(weighting=weighting)).weigh(
+    return columns_of(EstimateOptions(weighting=weighting, entropy_estimator="score_function")).weigh(
         ScoredTokens(rollouts, rows, logprobs, by_token, None)
     )
 
@@ -170,12 +170,12 @@ def test_a_group_whose_second_response_is_empty_is_refused_once_that_one_is_left
 
 def test_the_table_of_sequences_knows_what_has_been_put() -> None:
     rollouts = rollouts_of([0, 1, 0, 1], [1, 2, 4, 5], [1.0, 2.0, 3.0, 4.0])
-    table = SequenceTable.of(4, columns_of(EstimateOptions()), ratios=False)
+    table = SequenceTable.of(4, columns_of(EstimateOptions(entropy_estimator="score_function")), ratios=False)
     assert table.ratios is None
     rows = rollouts.rows_of_prompt(1)
     logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64)
     found = weighed(rollouts, rows, logprobs, "sequence")
-    table.put(rows, logprobs, None, found)
+    table.put(rows, logprobs, found)
     assert table.sequence_logprobs.isnan().tolist() == [True, False, True, False]
     assert table.sequence_logprobs[rows].tolist() == [-1.0, -2.0]
     assert table.entropy_sums.isnan().all()

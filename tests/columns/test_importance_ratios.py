@@ -39,7 +39,7 @@ def test_what_was_used_and_what_was_not_is_said() -> None:
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     samples = make_samples((2, 3, 2))
     rollouts = rollouts_of(samples)
-    plain = fast_delta_h1(model, state, rollouts)
+    plain = fast_delta_h1(model, state, rollouts, **options_of())
     notes = " ".join(plain.diagnostics.warnings)
     assert "importance_ratio='token' would put that into the update" in notes
     assert "the entropy gradient takes responses as drawn from the current policy" in notes
@@ -59,7 +59,7 @@ def test_a_policy_that_has_not_moved() -> None:
     model = wide_model("gpt2", True)
     state = AdamState.from_optimizer(stepped_adamw(model), model)
     samples = make_samples((2, 3, 2))
-    plain = fast_delta_h1(model, state, pack(samples))
+    plain = fast_delta_h1(model, state, pack(samples), **options_of())
     table = old_logprobs_of(model, samples, pack(samples))
     config = {"importance_ratio": "token", "clip_range": (0.2, 0.2)}
     on_policy = fast_delta_h1(model, state, pack(samples, old_logprobs=table), **options_of(**config))
@@ -139,7 +139,7 @@ def test_a_placeholder_among_old_log_probs(engine: str) -> None:
     ("options", "fix"),
     [
         ({"entropy_estimator": "exact"}, "use one of score_function, rao_blackwell"),
-        ({"importance_ratio": "sequence"}, "use one of none, token"),
+        ({"importance_ratio": "group"}, "use one of none, token, sequence"),
         ({"clip_range": (0.2, 0.2)}, "pass importance_ratio='token'"),
         *(
             ({"importance_ratio": "token", "clip_range": clip}, "(0.2, 0.2) or 0.2 for both")

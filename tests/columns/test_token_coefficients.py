@@ -77,7 +77,7 @@ def test_against_loops(batch: Any, weighting: Any, clip: tuple[float, float] | N
     )
     scored = ScoredTokens(rollouts, torch.tensor(order), sums, flat(logprobs), flat(entropies))
     found = columns_of(options).weigh(scored)
-    of_entropy, of_update = found.columns
+    of_entropy, _, of_update = found.columns
     c, e, a = [], [], []
     weight = {"dr_grpo": lambda _: 1 / 9, "per_token": lambda n: 1 / n, "sequence": lambda _: 1.0}[weighting]
     for row in order:
@@ -118,13 +118,13 @@ def test_the_largest_coefficient_of_a_sequence_is_that_of_any_of_its_parts() -> 
         rollouts, rows, -torch.rand(4).double(), -torch.rand(count).double(), torch.rand(count).double()
     )
     found = columns_of(EstimateOptions(**OPTIONS["both"])).weigh(scored)
-    entropy, update = found.columns
+    entropy, _, update = found.columns
     for n in range(4):
         own = found.sequence == n
         assert float(found.largest(0)[n]) == max(
             float(v[own].abs().max()) for v in (entropy.of_logprob, entropy.of_entropy)
         )
-        assert float(found.largest(1)[n]) == float(update.of_logprob[own].abs().max())
+        assert float(found.largest(2)[n]) == float(update.of_logprob[own].abs().max())
     by_sequence = torch.tensor([[-2.0, 1.0], [0.5, -3.0]])
     whole = Coefficients(by_sequence, tuple(ColumnWeights(own) for own in by_sequence))
     assert [whole.largest(column).tolist() for column in range(2)] == [[2.0, 1.0], [0.5, 3.0]]
@@ -182,7 +182,7 @@ def test_one_response_a_prompt_needs_no_baseline() -> None:
     assert_definition("gpt2", True, "token entropies", samples=samples)
     model = wide_model("gpt2", True)
     with pytest.raises(RolloutsError, match="1 response"):
-        fast_delta_h1(model, stepped_adamw(model), rollouts_of(samples))
+        fast_delta_h1(model, stepped_adamw(model), rollouts_of(samples), **options_of())
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -207,5 +207,5 @@ def test_exact_in_fp64(family: str, adapter: str, checkpointing: str, batch: str
     assert_same_sums(one, two, 1e-10)
     assert_same_estimate(one, two, 1e-10)
     plan = one.result.diagnostics.plan
-    assert plan.backwards == 2
+    assert plan.backwards == 3
     assert "columns whose coefficients differ from token to token take a backward each" in str(plan)

@@ -9,6 +9,7 @@ import torch
 from engine_sums import relative
 from exactness import batch_of
 from probe_models.architectures import add_lora, build_model, stepped_adamw
+from probe_options import options_of
 
 from entropy_fast import RunOptions, fast_delta_h1
 from entropy_fast.columns import SequenceTable, Side
@@ -54,7 +55,7 @@ class EveryPrompt:
                 forward = align_logprobs(model_logits(context.registry.module, batch), batch)
                 scored = forward.scored_tokens(rollouts, rows)
                 coefficients = columns.weigh(scored)
-                table.put(rows, scored.sequence_logprobs, None, coefficients)
+                table.put(rows, scored.sequence_logprobs, coefficients)
                 units.append(torch.autograd.grad(coefficients.losses(forward, 0).sum(), context.registry.tensors))
                 total.add(units[-1])
         return total, units, table
@@ -77,7 +78,7 @@ def test_its_result_is_that_of_the_others() -> None:
     rollouts, other = batch_of("uneven groups"), batch_of("left-padded", seed=8)
     for batches in ({}, {"entropy_rollouts": other}):
         found, expected = (
-            fast_delta_h1(model, optimizer, rollouts, run=RunOptions(engine=engine), **batches)
+            fast_delta_h1(model, optimizer, rollouts, **options_of(engine=engine), **batches)
             for engine in ("every_prompt", "two_pass")
         )
         assert (found.engine, str(found.plan)) == ("every_prompt", "every prompt by itself.")

@@ -102,7 +102,7 @@ def test_two_batches(setups: dict[str, Setup], engine: str) -> None:
 
 
 def test_beside_a_split_they_take_no_backward_of_their_own(setups: dict[str, Setup]) -> None:
-    options = {"entropy_estimator": "rao_blackwell", "split": True, "engine": "one_pass"}
+    options = {"entropy_estimator": "rao_blackwell", "engine": "one_pass"}
     with_both, alone = (forecast(setups["qwen2"], batch(), **options, **more) for more in ({}, {"functionals": None}))
     assert list(with_both.functionals) == ["reward", "length"]
     assert "and 3 backwards" in str(with_both.plan)

@@ -66,7 +66,11 @@ def expectations(policy: ToyPolicy, group_size: int, weighting: Weighting, **fie
         # Of tokens these columns ask for nothing but that their log-probs are finite.
         tokens = torch.zeros(int(rollouts.response_lengths.sum()), dtype=torch.float64)
         scored = ScoredTokens(rollouts, rows, logprobs, tokens, None)
-        entropy, update = columns_of(EstimateOptions(weighting=weighting)).weigh(scored).by_sequence
+        entropy, update = (
+            columns_of(EstimateOptions(weighting=weighting, entropy_estimator="score_function"))
+            .weigh(scored)
+            .by_sequence
+        )
         per_row = probability.repeat_interleave(group_size) / policy.prompts
         x += (per_row * entropy) @ scores
         g += (per_row * update) @ scores

@@ -67,7 +67,7 @@ def every_x(
     scored = ScoredTokens(rollouts, torch.arange(len(flat)), s.sum(1), s[exists], h[exists])
     coefficients = columns_of(options).of_side(Side.FUNCTIONAL).weigh(scored)
     sequence = torch.arange(len(flat)).repeat_interleave(lengths)
-    (own,) = coefficients.columns
+    own = coefficients.columns[0]
     of_logprob = own.by_sequence[sequence] if own.of_logprob is None else own.of_logprob
     parts = of_logprob[:, None] * values.of_logprobs[prompt][flat][exists]
     if own.of_entropy is not None:

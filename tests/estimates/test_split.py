@@ -32,7 +32,7 @@ def batch(seed: int = 0) -> Rollouts:
 
 
 def forecast(setup: Setup, rollouts: Rollouts, entropy: Rollouts | None = None, **options: Any) -> DeltaH1Result:
-    chosen = options_of(entropy_estimator="rao_blackwell", split=True, learning_rate=1.0, **options)
+    chosen = options_of(entropy_estimator="rao_blackwell", learning_rate=1.0, **options)
     return fast_delta_h1(*setup, rollouts, entropy_rollouts=entropy, **chosen)
 
 
@@ -107,15 +107,16 @@ def test_one_batch(setups: dict[str, Setup], family: str, options: dict[str, Any
     close(split.direct.by_unit, (off.sum(1) + off.sum(0)) / (2 * B * (B - 1)))
     close(split.total.by_unit, [p.delta_h1 for p in result.per_prompt])
     assert split.total.value == result.delta_h1
-    assert split.total.population_std_error == result.std_error
+    assert split.total.std_error == result.std_error
     assert abs(split.direct.value + split.visitation.value - result.delta_h1) <= 1e-12 * abs(split.visitation.value)
-    plain = fast_delta_h1(
-        *setup,
-        rollouts,
-        **options_of(entropy_estimator="rao_blackwell", learning_rate=1.0, weighting=weighting, **options),
-    )
-    assert plain.split is None
-    close(result.delta_h1, plain.delta_h1)
+    alone = forecast(setup, rollouts, weighting=weighting, parts=("direct",), **options)
+    assert alone.split is not None
+    for name in ("value", "std_error", "population_std_error", "by_unit"):
+        close(getattr(alone.split.direct, name), getattr(split.direct, name))
+    close(alone.split.on_batch, split.on_batch)
+    close([p.delta_h1 for p in alone.per_prompt], split.direct.by_unit)
+    unknown = (alone.delta_h1, alone.std_error, alone.split.total.value, alone.split.visitation.value)
+    assert all(map(math.isnan, unknown))
 
 
 @pytest.mark.parametrize("engine", ["two_pass", "one_pass", "jvp"])
@@ -187,8 +188,8 @@ def test_blocks_and_shares_of_sequences_stay_what_they_are(setups: dict[str, Set
 
 
 def test_a_split_of_log_probs_alone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="which has no parts"):
-        EstimateOptions(split=True)
+    with pytest.raises(ConfigError, match="which has none"):
+        EstimateOptions(parts=("direct", "visitation"), entropy_estimator="score_function")
 
 
 def test_what_is_established() -> None:

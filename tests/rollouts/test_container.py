@@ -133,7 +133,7 @@ def test_old_log_probs_are_read_at_response_tokens_alone() -> None:
         [0, 0, 1], [2, 1, 3], old_logprobs=[[nan, nan, -1, -2, nan], [nan, 9, -3, nan, nan], [9, 9, -4, -5, -6]]
     )
     assert rollouts.old_logprobs.dtype == torch.float32
-    assert rollouts.old_response_logprobs(torch.tensor([2, 0])).tolist() == [-4, -5, -6, -1, -2]
+    assert rollouts.of_response_tokens("old_logprobs", torch.tensor([2, 0])).tolist() == [-4, -5, -6, -1, -2]
     assert rollouts.old_logprobs.sum(1).tolist() == [-3, -3, -15]
 
 

@@ -170,10 +170,10 @@ def test_the_hint_how_to_pad_log_probs_of_responses_is_right() -> None:
     with pytest.raises(RolloutsError) as caught:
         Rollouts(**fields)
     code = caught.value.fix.split("of the responses alone: ")[1].rstrip(".")
-    names = {"torch": torch, "loss_mask": fields["loss_mask"], "old_logprobs": fields["old_logprobs"]}
+    names = {"torch": torch, "loss_mask": fields["loss_mask"], "given": fields["old_logprobs"]}
     exec(code, names)
     rollouts = Rollouts(**fields | {"old_logprobs": names["full"]})
-    assert rollouts.old_response_logprobs(torch.arange(3)).tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert rollouts.of_response_tokens("old_logprobs", torch.arange(3)).tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
 
 
 def test_a_row_without_tokens_is_refused() -> None:

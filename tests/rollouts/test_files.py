@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from entropy_fast.errors import RolloutsFileError
 from entropy_fast.rollouts import jsonl, read_rollouts, write_rollouts
 from entropy_fast.rollouts.container import Rollouts
+from entropy_fast.rollouts.fields import TOKEN_FIELDS
 
 Write = Callable[[list[dict[str, Any]]], Path]
 SAME_FOLDER = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -45,11 +46,13 @@ def assert_same(found: Rollouts, expected: Rollouts) -> None:
             assert torch.equal(value.view(torch.int64), other.double().view(torch.int64)), field
     assert found.max_lengths_given == expected.max_lengths_given
     assert found.length_budgets.tolist() == expected.length_budgets.tolist()
-    assert (found.old_logprobs is None) == (expected.old_logprobs is None)
-    if expected.old_logprobs is not None:
-        rows = torch.arange(expected.n_sequences)
-        assert found.old_logprobs.dtype == torch.float64
-        assert torch.equal(found.old_response_logprobs(rows), expected.old_response_logprobs(rows))
+    rows = torch.arange(expected.n_sequences)
+    for field in TOKEN_FIELDS:
+        values, others = found.of_response_tokens(field, rows), expected.of_response_tokens(field, rows)
+        assert (values is None) == (others is None)
+        if values is not None:
+            assert getattr(found, field).dtype == torch.float64
+            assert torch.equal(values, others)
     for field in ("temperature", "top_p", "prompts", "responses"):
         assert getattr(found, field) == getattr(expected, field), field
 

@@ -120,7 +120,7 @@ THIRD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         GOOD | {"old_logprobs": [-1.0]},
         {"old_logprobs": []},
         "has 0 entries, and the response has 1 tokens",
-        "one log-prob",
+        "one number per response token",
     ),
     (GOOD | {"prompt": "a"}, {"prompt": "b"}, "`prompt` differs from the one in {0}, which has the same", "share"),
 ]

@@ -315,7 +315,7 @@ def test_writers_wait_for_one_another(results, tmp_path):
         ("delta_h1", float("nan"), "`delta_h1` is nan"),
         ("std_error", float("inf"), "`std_error` is inf"),
         ("row_sums", torch.tensor([1.0, torch.nan]), "`row_sums` is nan"),
-        ("by_parameter", {"w": float("nan")}, "w` is nan"),
+        ("functionals", {"reward": float("inf")}, "reward` is inf"),
     ],
 )
 def test_numbers_that_are_not_finite_are_not_written(results, tmp_path, field, value, named):

@@ -19,6 +19,7 @@ from entropy_fast import Rollouts
 from entropy_fast.capture import CapturedModules, GradientRecorder
 from entropy_fast.columns import Columns, ScoredTokens, Side, columns_of
 from entropy_fast.columns.coefficients import ColumnWeights
+from entropy_fast.columns.column import ColumnDefaults
 from entropy_fast.config import EstimateOptions
 from entropy_fast.context import ProbeContext
 from entropy_fast.step import AdamState
@@ -30,7 +31,7 @@ from entropy_fast.ways.teacher_forcing import align_logprobs, model_logits, pad_
 
 
 @dataclasses.dataclass(frozen=True)
-class Reward:
+class Reward(ColumnDefaults):
     """A number per sequence, with a leave-one-out baseline in its prompt."""
 
     name: ClassVar[str] = "reward"
@@ -47,12 +48,9 @@ class Reward:
         others = (member @ (member.T @ reward) - reward) / (size - 1)
         return ColumnWeights(((reward - others) / size).to(scored.logprobs.device))
 
-    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
-        pass
-
 
 @dataclasses.dataclass(frozen=True)
-class TokenEntropies:
+class TokenEntropies(ColumnDefaults):
     """The entropies of tokens alone, later ones weighing less; with a ``cross`` their log-probs too."""
 
     cross: float
@@ -71,15 +69,12 @@ class TokenEntropies:
         means = scored.places.means(torch.zeros_like(e) if c is None else c)
         return ColumnWeights(means, c, e)
 
-    def clipped(self, scored: ScoredTokens, log_ratios: Tensor) -> None:
-        pass
-
 
 def setting(family: str) -> tuple[ProbeContext, CapturedModules, Columns]:
     model = add_lora(build_model(family, dtype=torch.float64)).double()
     context = ProbeContext.of(model, AdamState.from_optimizer(stepped_adamw(model), model))
     known = columns_of(EstimateOptions())
-    columns = Columns((TokenEntropies(0.0), known.members[1], Reward(), TokenEntropies(-70.0)))
+    columns = Columns((TokenEntropies(0.0), known.members[-1], Reward(), TokenEntropies(-70.0)))
     names = {id(p.tensor): p.name for p in context.registry.parameters}
     return context, CapturedModules(model, names), columns
 

@@ -90,7 +90,7 @@ def test_a_model_that_accelerate_prepared_in_bf16_packs() -> None:
         state = stepped_adamw(model)
     expected = fast_delta_h1(model, state, rollouts, **options_of(autocast_dtype="bfloat16"))
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
-    found = fast_delta_h1(prepared, state, rollouts)
+    found = fast_delta_h1(prepared, state, rollouts, **options_of())
     assert "packed" in found.plan.way
     assert found.delta_h1 == expected.delta_h1
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -75,7 +75,10 @@ def check_against_reverse_mode(
         expected += own * wanted
     parameters = context.registry.tensors
     direction, scale = scaled_direction(gradient.tensors, parameters)
-    found = ForwardWithTangents(context.registry.module, parameters, autocast, batch).run(batch, direction)
+    forward = ForwardWithTangents(
+        context.registry.module, parameters, autocast, batch, context.estimate.policy_temperature
+    )
+    found = forward.run(batch, direction)
     # The random state has moved on between the two, so randomness that nobody switched off shows.
     check_repeatable(first, found.values.sequence_logprobs.double().cpu(), rows)
     value = float(found.tokens.double().sum()) / scale
@@ -114,7 +117,7 @@ def _by_backward(
     with autocast():
         logits = model_logits(context.registry.module, batch)
     assert_attached("logits", logits, "check_against_reverse_mode")
-    logprobs = align_logprobs(logits, batch).sequence_logprobs
+    logprobs = align_logprobs(logits, batch, temperature=context.estimate.policy_temperature).sequence_logprobs
     total = GradientSum.zeros(context.registry.tensors, None)
     total.add(gradients_by_backward(logprobs.sum(), context.registry))
     return logprobs.detach().double().cpu(), total

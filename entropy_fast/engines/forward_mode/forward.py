@@ -62,10 +62,19 @@ class ForwardWithTangents:
         parameters: its trainable parameters.
         autocast: makes the context of every forward.
         first: a batch of few sequences, on which it is tried once whether the output layer can be told from the model.
+        temperature: T of the policy softmax(logits/T).
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[Tensor], autocast: Autocast, first: PaddedBatch) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[Tensor],
+        autocast: Autocast,
+        first: PaddedBatch,
+        temperature: float = 1.0,
+    ) -> None:
         self._module, self._parameters, self._autocast = module, list(parameters), autocast
+        self._temperature = temperature
         self._quantized = quantized_modules(module)
         self.output_layer: OutputLayer | None = None
         head = find_output_head(module)
@@ -100,18 +109,19 @@ class ForwardWithTangents:
         targets = batch.input_ids[:, batch.first_scored :][scored]
         along = {id(p): t for p, t in zip(self._parameters, direction, strict=True)}
         with self._tangents(direction, along), naming_the_operator(self._module):
-            layer = self.output_layer
+            layer, T = self.output_layer, self._temperature
+            out = model_logits(self._module, batch) if layer is None else hidden_states(layer, batch)
+            chosen = out[scored] if T == 1 else out[scored] / T
             if layer is None:
-                out = model_logits(self._module, batch)
-                found = derivatives_of_logits(out[scored], targets, want_entropies=want_entropies)
+                found = derivatives_of_logits(chosen, targets, want_entropies=want_entropies)
             else:
-                out = hidden_states(layer, batch)
+                of_bias = along.get(id(layer.bias))
                 found = derivatives_of_hidden(
-                    out[scored],
-                    layer,
+                    chosen,
+                    layer.at(T),
                     targets,
                     along.get(id(layer.weight)),
-                    along.get(id(layer.bias)),
+                    of_bias if of_bias is None else of_bias / T,
                     want_entropies=want_entropies,
                 )
         values = result_of_values(found.logprobs, scored, out, batch, found.entropies)

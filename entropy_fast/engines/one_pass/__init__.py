@@ -13,6 +13,7 @@ KIND = EngineKind(
             "accumulate_on",
             "autocast_dtype",
             "by_sequence",
+            "by_token",
             "full_kernel",
             "max_excluded_share",
             "memory_budget",

@@ -16,9 +16,9 @@ from typing import Protocol
 from torch import Tensor
 
 from entropy_fast.capture import Directions
-from entropy_fast.columns import Columns, Side
+from entropy_fast.columns import Column, Columns, Side
 from entropy_fast.context import ProbeContext
-from entropy_fast.engines.sums import FinishedSums
+from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.kernel_sums import SequenceParts
 from entropy_fast.rollouts import Rollouts
@@ -59,52 +59,62 @@ def one_batch_parts(
     project: Project,
     rollouts: Rollouts,
     units: list[list[int]],
-    sums: FinishedSums,
-    stacks: tuple[Sequence[Tensor], Sequence[Tensor]],
-) -> SequenceParts:
-    """Parts of X_sum · Y_sum - Σ_u K_uu.
+    x_totals: Sequence[GradientSum],
+    y_sum: GradientSum,
+    stacks: tuple[Sequence[Sequence[Tensor]], Sequence[Tensor]],
+) -> list[SequenceParts]:
+    """Parts of X_sum · Y_sum - Σ_u K_uu, of every functional column.
 
     Args:
         context: of the probe.
         project: sweeps the batch.
         rollouts: the batch.
         units: prompts of every unit.
-        sums: X_sum and Y_sum.
-        stacks: X_u, which become P X_u here, and Y_u.
+        x_totals: X_sum of every functional column.
+        y_sum: Y_sum of the update.
+        stacks: X_u of every functional column, which become P X_u here, and Y_u.
     """
-    x_stack, y_stack = stacks
-    px_sum = context.step.apply_preconditioner(sums.x.tensors)
-    context.step.precondition_in_place(x_stack)
+    x_stacks, y_stack = stacks
+    px_sums = [context.step.apply_preconditioner(total.tensors) for total in x_totals]
+    for x_stack in x_stacks:
+        context.step.precondition_in_place(x_stack)
     place = {name: index for index, name in enumerate(context.registry.names)}
-    columns = _two_columns(context)
-    x_first = columns.places_of(Side.FUNCTIONAL)[0] == 0
 
     def of_others(name: str, unit: int) -> Sequence[Tensor]:
         index = place[name]
-        meets = sums.y.tensors[index] - y_stack[index][unit], px_sum[index] - x_stack[index][unit]
-        return meets if x_first else meets[::-1]
+        y = y_sum.tensors[index] - y_stack[index][unit]
+        return [y] * len(x_stacks) + [px[index] - x[index][unit] for px, x in zip(px_sums, x_stacks, strict=True)]
 
+    # The update's column once for every functional that it meets; they share a backward where coefficients are by sequence.
+    columns = Columns((*context.columns.of_side(Side.FUNCTIONAL), *[_update(context)] * len(x_stacks)))
     parts = project(rollouts, units, of_others, columns, by_unit=True)
-    (x_place,), (y_place,) = (columns.places_of(side) for side in Side)
-    return SequenceParts(parts[:, x_place].contiguous(), parts[:, y_place].contiguous())
+    return _pairs(parts[:, : len(x_stacks)], parts[:, len(x_stacks) :])
 
 
 def two_batch_parts(
-    context: ProbeContext, project: Project, entropy: Rollouts, update: Rollouts, sums: FinishedSums
-) -> SequenceParts:
+    context: ProbeContext,
+    project: Project,
+    entropy: Rollouts,
+    update: Rollouts,
+    x_totals: Sequence[GradientSum],
+    y_sum: GradientSum,
+) -> list[SequenceParts]:
     """Parts of X_sum · Y_sum; arguments as of `one_batch_parts`."""
+    names, functionals = context.registry.names, context.columns.of_side(Side.FUNCTIONAL)
 
-    def along(rollouts: Rollouts, tensors: Sequence[Tensor], side: Side) -> Tensor:
-        direction = dict(zip(context.registry.names, tensors, strict=True))
+    def along(rollouts: Rollouts, directions: Sequence[Sequence[Tensor]], columns: Columns) -> Tensor:
+        by_name = dict(zip(names, zip(*directions, strict=True), strict=True))
         units = prompt_units(rollouts.n_prompts, None)
-        columns = _two_columns(context).of_side(side)
-        return project(rollouts, units, lambda name, _: (direction[name],), columns, by_unit=False)[:, 0]
+        return project(rollouts, units, lambda name, _: by_name[name], columns, by_unit=False)
 
-    px_sum = context.step.apply_preconditioner(sums.x.tensors)
-    return SequenceParts(along(entropy, sums.y.tensors, Side.FUNCTIONAL), along(update, px_sum, Side.UPDATE))
+    px_sums = [context.step.apply_preconditioner(total.tensors) for total in x_totals]
+    as_entropy = along(entropy, [y_sum.tensors] * len(x_totals), functionals)
+    return _pairs(as_entropy, along(update, px_sums, Columns((_update(context),) * len(x_totals))))
 
 
-def _two_columns(context: ProbeContext) -> Columns:
-    """The functional whose change is forecast, and the update, in the order in which they stand."""
-    apart = list(context.columns.of_side(Side.FUNCTIONAL))[1:]
-    return Columns(tuple(column for column in context.columns if column not in apart))
+def _pairs(as_entropy: Tensor, as_update: Tensor) -> list[SequenceParts]:
+    return [SequenceParts(x.contiguous(), y.contiguous()) for x, y in zip(as_entropy.T, as_update.T, strict=True)]
+
+
+def _update(context: ProbeContext) -> Column:
+    return context.columns.of_side(Side.UPDATE).members[0]

@@ -20,16 +20,18 @@ from torch import Tensor
 
 from entropy_fast.capture import Directions, GradientRecorder, ProjectionRecorder
 from entropy_fast.checks.grad_context import assert_grad_context
-from entropy_fast.columns import Columns, SequenceTable, Side
+from entropy_fast.columns import Columns, SequenceTable, Side, TokenScores
 from entropy_fast.context import ProbeContext
+from entropy_fast.engines.forward_mode.token_parts import parts_by_unit
 from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
 from entropy_fast.engines.one_pass.by_sequence import one_batch_parts, refuse_without_stack, two_batch_parts
 from entropy_fast.engines.one_pass.costs import CostModel
 from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
 from entropy_fast.engines.one_pass.plan import PassLog
 from entropy_fast.engines.one_pass.runner import Runner
-from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepRequest, sweep
-from entropy_fast.engines.sums import FinishedSums, finish_update, finished
+from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepRequest, score_batch, sweep
+from entropy_fast.engines.resolving import resolved_context
+from entropy_fast.engines.sums import FinishedSums, by_column, finish_update, finished
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured
@@ -63,48 +65,63 @@ class OnePassEngine:
             ConfigError: ``by_sequence`` or ``full_kernel`` was asked for, and gradients of all units do not fit the budget.
         """
         assert_grad_context("OnePassEngine.same_batch")
-        context, columns = self._context, self._context.columns
+        self._context = context = resolved_context(self._context, rollouts, rollouts, self._score)
+        columns = context.columns
         units = prompt_units(rollouts.n_prompts, context.estimate.blocks)
-        for wanted in ("by_sequence", "full_kernel"):
+        for wanted in ("by_sequence", "by_token", "full_kernel"):
             if getattr(context.run, wanted):
                 refuse_without_stack(wanted, self._stack_bytes(units, columns), context.run.memory_bytes)
         table = self._table(rollouts, columns)
         totals, stack = self._sums_of(rollouts, units, columns, table)
-        x_places, (y_place,) = (columns.places_of(side) for side in Side)
+        x_places, y_places = (columns.places_of(side) for side in Side)
         x_totals = [totals[place] for place in x_places]
-        sums = finished(context, x_totals[0], totals[y_place], rollouts, rollouts)
-        products = [sums.products, *(parameter_products(x, sums.y) for x in x_totals[1:])]
+        sums = finished(context, x_totals[0], totals[y_places[0]], rollouts, rollouts)
+        y_sums = self._y_sums(sums, [totals[place] for place in y_places], rollouts)
+        products = _products(sums, x_totals, y_sums)
         if stack is None:
-            found = self._second_sweep(rollouts, units, columns, x_totals, sums.y, products)
+            found = self._second_sweep(rollouts, units, columns, x_totals, y_sums, products)
         else:
-            x_stacks, y_stack = [stack.columns[place] for place in x_places], stack.columns[y_place]
-            context.step.precondition_in_place(y_stack)
+            x_stacks, y_stacks = ([stack.columns[place] for place in places] for places in (x_places, y_places))
             sizes = torch.tensor([len(unit) for unit in units])
-            found = [_sums_of_stacks(x, y_stack, sizes, own) for x, own in zip(x_stacks, products, strict=True)]
+            for y_stack in y_stacks:
+                context.step.precondition_in_place(y_stack)
+            found = [
+                [_sums_of_stacks(x, y_stack, sizes, own) for x, own in zip(x_stacks, of_update, strict=True)]
+                for y_stack, of_update in zip(y_stacks, products, strict=True)
+            ]
+            if context.run.by_token:
+                tables = parts_by_unit(context, rollouts, units, lambda u: _less(sums.y, [y[u] for y in y_stacks[0]]))
+                found[0] = [dataclasses.replace(own, by_token=part) for own, part in zip(found[0], tables, strict=True)]
             if context.run.by_sequence:
-                parts = one_batch_parts(context, self._project, rollouts, units, sums, (x_stacks[0], y_stack))
-                found[0] = dataclasses.replace(found[0], by_sequence=parts)
+                parts = one_batch_parts(
+                    context, self._project, rollouts, units, x_totals, sums.y, (x_stacks, y_stacks[0])
+                )
+                found[0] = [
+                    dataclasses.replace(own, by_sequence=part) for own, part in zip(found[0], parts, strict=True)
+                ]
         return self._measured(found, sums, {side.value: table for side in Side})
 
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`: U first, then E with X_n · Y_sum in the same backward."""
         assert_grad_context("OnePassEngine.two_batch")
-        context = self._context
+        self._context = context = resolved_context(self._context, entropy, update, self._score)
         functional, updates = (context.columns.of_side(side) for side in Side)
         tables = {
             Side.FUNCTIONAL.value: self._table(entropy, functional),
             Side.UPDATE.value: self._table(update, updates),
         }
         update_units = prompt_units(update.n_prompts, None)
-        (g_total,), stack = self._sums_of(update, update_units, updates, tables["update"])
-        y_sum = finish_update(context, g_total, update)[0]
+        g_totals, stack = self._sums_of(update, update_units, updates, tables["update"])
+        y_sums = [finish_update(context, total, update)[0] for total in g_totals]
         x_totals = [self._empty_sum() for _ in functional]
-        rows = torch.zeros(len(functional), entropy.n_prompts, dtype=torch.float64)
+        rows = torch.zeros(len(updates), len(functional), entropy.n_prompts, dtype=torch.float64)
 
         def project_entropy(numbers: list[int], gradients: GradientRecorder) -> None:
             for place, (of_units, x_total) in enumerate(zip(gradients.columns, x_totals, strict=True)):
                 for position, number in enumerate(numbers):
-                    rows[place, number] = self._dots(of_units, of_units, position, x_total, y_sum)[:, 1].sum()
+                    for which, y_sum in enumerate(y_sums):
+                        found = self._dots(of_units, of_units, position, x_total, y_sum)
+                        rows[which, place, number] = found[:, 1].sum()
                 self._add(x_total, of_units)
 
         def start_again() -> None:
@@ -114,30 +131,39 @@ class OnePassEngine:
         entropy_units = prompt_units(entropy.n_prompts, None)
         request = SweepRequest(entropy, entropy_units, functional, "entropy", tables["entropy"])
         self._sweep(request, project_entropy, start_again=start_again)
-        sums = finished(context, x_totals[0], g_total, entropy, update)
-        columns = torch.zeros(len(functional), update.n_prompts, dtype=torch.float64)
+        sums = finished(context, x_totals[0], g_totals[0], entropy, update)
+        columns = torch.zeros(len(updates), len(functional), update.n_prompts, dtype=torch.float64)
         if stack is not None:
-            context.step.precondition_in_place(stack.columns[0])
-            for place, x_total in enumerate(x_totals):
-                columns[place] = kernel_of([x.unsqueeze(0) for x in x_total.tensors], stack.columns[0])[0][0]
+            for which, y_stack in enumerate(stack.columns):
+                context.step.precondition_in_place(y_stack)
+                for place, x_total in enumerate(x_totals):
+                    columns[which, place] = kernel_of([x.unsqueeze(0) for x in x_total.tensors], y_stack)[0][0]
         else:
 
             def project_update(numbers: list[int], gradients: GradientRecorder) -> None:
-                (of_units,) = gradients.columns
-                for place, x_total in enumerate(x_totals):
-                    for position, number in enumerate(numbers):
-                        columns[place, number] = self._dots(of_units, of_units, position, x_total, sums.y)[:, 2].sum()
+                for which, (of_units, y_sum) in enumerate(zip(gradients.columns, y_sums, strict=True)):
+                    for place, x_total in enumerate(x_totals):
+                        for position, number in enumerate(numbers):
+                            found = self._dots(of_units, of_units, position, x_total, y_sum)
+                            columns[which, place, number] = found[:, 2].sum()
 
             request = SweepRequest(update, update_units, updates, "projections")
             self._sweep(request, project_update, start_again=lambda: None)
-        products = [sums.products, *(parameter_products(x, sums.y) for x in x_totals[1:])]
         found = [
-            KernelSums(float(own.sum()), by_row, by_column, by_parameter=own)
-            for own, by_row, by_column in zip(products, rows, columns, strict=True)
+            [
+                KernelSums(float(own.sum()), by_row, by_column, by_parameter=own)
+                for own, by_row, by_column in zip(*of_update, strict=True)
+            ]
+            for of_update in zip(_products(sums, x_totals, y_sums), rows, columns, strict=True)
         ]
+        if context.run.by_token:
+            tables_of_tokens = parts_by_unit(context, entropy, entropy_units, lambda _: _less(sums.y, None))
+            found[0] = [
+                dataclasses.replace(own, by_token=part) for own, part in zip(found[0], tables_of_tokens, strict=True)
+            ]
         if context.run.by_sequence:
-            parts = two_batch_parts(context, self._project, entropy, update, sums)
-            found[0] = dataclasses.replace(found[0], by_sequence=parts)
+            parts = two_batch_parts(context, self._project, entropy, update, x_totals, sums.y)
+            found[0] = [dataclasses.replace(own, by_sequence=part) for own, part in zip(found[0], parts, strict=True)]
         return self._measured(found, sums, tables)
 
     def _second_sweep(
@@ -146,45 +172,53 @@ class OnePassEngine:
         units: list[list[int]],
         columns: Columns,
         x_totals: Sequence[GradientSum],
-        y_sum: GradientSum,
-        products: Sequence[Tensor],
-    ) -> list[KernelSums]:
-        """Diagonal, row and column sums of every functional column, from every unit's products with the sums."""
-        x_places, (y_place,) = (columns.places_of(side) for side in Side)
-        dots = torch.zeros(len(x_places), len(units), 3, dtype=torch.float64)
-        diagonals = torch.zeros(len(x_places), len(products[0]), dtype=torch.float64)
+        y_sums: Sequence[GradientSum],
+        products: Sequence[Sequence[Tensor]],
+    ) -> list[list[KernelSums]]:
+        """Diagonal, row and column sums of every pair of columns, from every unit's products with the sums."""
+        x_places, y_places = (columns.places_of(side) for side in Side)
+        dots = torch.zeros(len(y_places), len(x_places), len(units), 3, dtype=torch.float64)
+        diagonals = torch.zeros(len(y_places), len(x_places), len(products[0][0]), dtype=torch.float64)
 
         def project(numbers: list[int], gradients: GradientRecorder) -> None:
-            g_units = gradients.columns[y_place]
-            for index, (place, x_total) in enumerate(zip(x_places, x_totals, strict=True)):
-                for position, number in enumerate(numbers):
-                    own = self._dots(gradients.columns[place], g_units, position, x_total, y_sum)
-                    dots[index, number] = own.sum(0)
-                    diagonals[index].add_(own[:, 0])
+            for which, (y_place, y_sum) in enumerate(zip(y_places, y_sums, strict=True)):
+                for index, (x_place, x_total) in enumerate(zip(x_places, x_totals, strict=True)):
+                    x_units, g_units = gradients.columns[x_place], gradients.columns[y_place]
+                    for position, number in enumerate(numbers):
+                        own = self._dots(x_units, g_units, position, x_total, y_sum)
+                        dots[which, index, number] = own.sum(0)
+                        diagonals[which, index].add_(own[:, 0])
 
         def start_again() -> None:
             dots.zero_()
             diagonals.zero_()
 
         self._sweep(SweepRequest(rollouts, units, columns, "projections"), project, start_again=start_again)
-        sizes, found = torch.tensor([len(unit) for unit in units]), []
-        for own, of_units, product in zip(diagonals, dots, products, strict=True):
-            diagonal, row_sums, column_sums = (part.contiguous() for part in of_units.unbind(1))
-            total = float(product.sum())
-            found.append(KernelSums(total, row_sums, column_sums, diagonal, sizes, None, product - own))
-        return found
+        sizes = torch.tensor([len(unit) for unit in units])
+        return [
+            [_sums_of_dots(*own, sizes) for own in zip(*of_update, strict=True)]
+            for of_update in zip(diagonals, dots, products, strict=True)
+        ]
+
+    def _y_sums(self, sums: FinishedSums, totals: Sequence[GradientSum], rollouts: Rollouts) -> list[GradientSum]:
+        """Y_sum of every update column; the first is there."""
+        return [sums.y, *(finish_update(self._context, total, rollouts)[0] for total in totals[1:])]
+
+    def _score(self, rollouts: Rollouts) -> TokenScores:
+        return score_batch(self._context, self._runner, self._limit, rollouts)
 
     def _measured(
-        self, found: Sequence[KernelSums], sums: FinishedSums, tables: Mapping[str, SequenceTable]
+        self, found: Sequence[Sequence[KernelSums]], sums: FinishedSums, tables: Mapping[str, SequenceTable]
     ) -> Measured:
         note = self._runner.note
         if note is not None:
             warnings.warn(note, EntropyFastWarning, stacklevel=4)
         plan = self._log.plan(self._context, self._runner)
         notes = () if note is None else (note,)
-        others = list(self._context.columns.of_side(Side.FUNCTIONAL))[1:]
-        apart = {column.name: own for column, own in zip(others, found[1:], strict=True)}
-        return Measured(found[0], sums.coverage, tables, sums.excluded, sums.leading_products, plan, notes, apart)
+        first, apart, candidates = by_column(self._context.columns, found)
+        return Measured(
+            first, sums.coverage, tables, sums.excluded, sums.leading_products, plan, notes, apart, candidates
+        )
 
     def _table(self, rollouts: Rollouts, columns: Columns) -> SequenceTable:
         return SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
@@ -307,6 +341,26 @@ class OnePassEngine:
             update=False,
         ).cpu()
         return dots
+
+
+def _less(total: GradientSum, own: Sequence[Tensor] | None) -> list[Tensor]:
+    """A sum less a unit's own gradients, or a copy of it."""
+    if own is None:
+        return [tensor.clone() for tensor in total.tensors]
+    return [tensor - part for tensor, part in zip(total.tensors, own, strict=True)]
+
+
+def _products(sums: FinishedSums, x_totals: Sequence[GradientSum], y_sums: Sequence[GradientSum]) -> list[list[Tensor]]:
+    """By update and functional, [parameters] X_sum · Y_sum; the first are there."""
+    found = [[parameter_products(x, y) for x in x_totals[not which :]] for which, y in enumerate(y_sums)]
+    found[0].insert(0, sums.products)
+    return found
+
+
+def _sums_of_dots(by_parameter: Tensor, dots: Tensor, products: Tensor, sizes: Tensor) -> KernelSums:
+    """From [parameters] Σ_u K_uu, [units, 3] of every unit and [parameters] X_sum · Y_sum."""
+    diagonal, row_sums, column_sums = (part.contiguous() for part in dots.unbind(1))
+    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, None, products - by_parameter)
 
 
 def _sums_of_stacks(

@@ -100,7 +100,7 @@ class Runner:
             recorder.start(microbatch.rows)
             passed = self.way.run(microbatch, recorder)
         if table is not None:
-            table.put(microbatch.rows, passed.sequence_logprobs, passed.entropy_sums, passed.coefficients)
+            table.put(microbatch.rows, passed.sequence_logprobs, passed.coefficients)
         self._look_again(microbatch, passed)
         refused = recorder.refused | uncaptured_uses(registry.tensors, registry.names, self._modules.captured)
         for parameter in registry.tensors:

@@ -10,7 +10,7 @@ import torch
 
 from entropy_fast.capture import RowRecorder
 from entropy_fast.checks.memory import out_of_memory, release_memory
-from entropy_fast.columns import Columns, SequenceTable
+from entropy_fast.columns import Columns, SequenceTable, TokenScores
 from entropy_fast.config import RunOptions
 from entropy_fast.context import ProbeContext
 from entropy_fast.engines.one_pass.costs import CostModel
@@ -20,7 +20,7 @@ from entropy_fast.errors import ProbeMemoryError
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways import Microbatch
 
-__all__ = ["Found", "MicrobatchLimit", "SweepReport", "SweepRequest", "prompt_tokens", "sweep"]
+__all__ = ["Found", "MicrobatchLimit", "SweepReport", "SweepRequest", "prompt_tokens", "score_batch", "sweep"]
 
 Found = TypeVar("Found", bound=RowRecorder)  # the recorder of a sweep
 
@@ -137,6 +137,35 @@ def sweep(
                 del waiting[0]
                 context.report(request.stage, done, rollouts.n_prompts)
     return report
+
+
+def score_batch(context: ProbeContext, runner: Runner, limit: MicrobatchLimit, rollouts: Rollouts) -> TokenScores:
+    """Log-probs and entropies of a batch, by forwards without a graph.
+
+    Arguments and errors as of `sweep`.
+    """
+    units, scores = [[prompt] for prompt in range(rollouts.n_prompts)], TokenScores.empty(rollouts)
+    with context.probe_state(), torch.compiler.set_stance("force_eager"):
+        runner.choose(rollouts)
+        cutter = _Cutter(runner, limit, SweepRequest(rollouts, units, context.columns, "scores"))
+        waiting = cutter.groups(units)
+        while waiting:
+            numbers = waiting[0]
+            rows = torch.cat([rollouts.rows_of_prompt(number) for number in numbers])
+            try:
+                scores.put(
+                    runner.way.score(Microbatch(rollouts, rows, rollouts.prompt_index[rows].tolist(), context.columns))
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                message = (str(error) or type(error).__name__).splitlines()[0]
+                release_memory()
+                waiting = cutter.halved(numbers, numbers, [numbers], message)
+                continue
+            del waiting[0]
+            context.report("scores", numbers[-1] + 1, rollouts.n_prompts)
+    return scores
 
 
 def _run_parts(

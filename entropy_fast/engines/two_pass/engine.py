@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from entropy_fast.checks.grad_context import assert_attached, assert_grad_context
 from entropy_fast.checks.repeatability import check_repeatable
-from entropy_fast.columns import Coefficients, Columns, SequenceTable, Side
+from entropy_fast.columns import Coefficients, Columns, SequenceTable, Side, TokenScores
 from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products
-from entropy_fast.engines.sums import coverage_of, finish_functional, finish_update, finished
+from entropy_fast.engines.resolving import resolved_context
+from entropy_fast.engines.sums import by_column, coverage_of, finish_functional, finish_update, finished
 from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
+from entropy_fast.engines.two_pass.scoring import padded_scores
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured, Plan
 from entropy_fast.ops import precondition_accumulate
@@ -77,7 +79,12 @@ class ProbeComponents:
         with context.autocast():
             logits = model_logits(context.registry.module, batch)
         assert_attached("logits", logits, "ProbeComponents._teacher_force_logprobs")
-        forward = align_logprobs(logits, batch, want_entropies=context.columns.needs_entropies)
+        forward = align_logprobs(
+            logits,
+            batch,
+            want_entropies=context.columns.needs_entropies,
+            temperature=context.estimate.policy_temperature,
+        )
         assert_attached("S", forward.sequence_logprobs, "ProbeComponents._teacher_force_logprobs")
         return forward
 
@@ -133,29 +140,44 @@ class ProbeComponents:
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`."""
         self._assert_grad_context("ProbeComponents.two_batch")
-        context = self.context
+        self.context = context = resolved_context(self.context, entropy, update, self.score)
         x_pass, y_pass = self._both_passes(entropy, update)
         sums = finished(context, x_pass.total, y_pass.total, entropy, update)
-        if context.run.conditional_variance == "alpha":
-            y_mean = [y / update.n_prompts for y in sums.y.tensors]
-            rows = self.compute_conditional_variance_over_E_alpha(entropy, y_mean) * update.n_prompts
-        else:
-            rows = self._projections(Side.FUNCTIONAL, entropy, sums.y.tensors)
-        columns = self._projections(Side.UPDATE, update, sums.x.tensors)
-        found = KernelSums(float(sums.products.sum()), rows, columns, by_parameter=sums.products)
-        apart = {
-            name: KernelSums(
-                float((products := parameter_products(total, sums.y)).sum()),
-                self._projections(Side.FUNCTIONAL, entropy, sums.y.tensors, place),
-                self._projections(Side.UPDATE, update, total.tensors),
-                by_parameter=products,
-            )
-            for place, name, total in self._totals_apart(entropy)
-        }
+        x_totals = [(0, sums.x), *self.totals_after_first(Side.FUNCTIONAL, entropy)]
+        y_sums = [(0, sums.y), *self._y_sums_after_first(update)]
+        found = [[self._between(entropy, update, x, y) for x in x_totals] for y in y_sums]
+        first, apart, candidates = by_column(context.columns, found)
         tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
         how = "the double backward" if context.run.conditional_variance == "alpha" else "a backward a prompt"
         plan = self._plan(f"projections of the entropy batch by {how}")
-        return Measured(found, sums.coverage, tables, sums.excluded, sums.leading_products, plan, apart=apart)
+        return Measured(
+            first,
+            sums.coverage,
+            tables,
+            sums.excluded,
+            sums.leading_products,
+            plan,
+            apart=apart,
+            candidates=candidates,
+        )
+
+    def score(self, rollouts: Rollouts) -> TokenScores:
+        """Log-probs and entropies of every response token, by forwards without a graph."""
+        return padded_scores(self.context, rollouts, self._iter_prompt_microbatches(rollouts))
+
+    def _between(
+        self, entropy: Rollouts, update: Rollouts, x: tuple[int, GradientSum], y: tuple[int, GradientSum]
+    ) -> KernelSums:
+        """Sums between two batches of a functional and an update column: their places and sums."""
+        (x_place, x_sum), (y_place, y_sum) = x, y
+        if self.context.run.conditional_variance == "alpha" and not x_place:
+            y_mean = [own / update.n_prompts for own in y_sum.tensors]
+            rows = self.compute_conditional_variance_over_E_alpha(entropy, y_mean) * update.n_prompts
+        else:
+            rows = self._projections(Side.FUNCTIONAL, entropy, y_sum.tensors, x_place)
+        columns = self._projections(Side.UPDATE, update, x_sum.tensors, y_place)
+        products = parameter_products(x_sum, y_sum)
+        return KernelSums(float(products.sum()), rows, columns, by_parameter=products)
 
     def compute_conditional_variance_over_E_alpha(  # noqa: N802 (E as in the theory)
         self, entropy: Rollouts, y_mean: Sequence[Tensor]
@@ -203,65 +225,78 @@ class ProbeComponents:
 
     def _kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
         """Aggregate passes, then the diagonal phase: X_u by one backward and Y_u by a second on a fresh graph."""
-        context, step = self.context, self.context.step
+        self.context = context = resolved_context(self.context, rollouts, rollouts, self.score)
         x_pass, y_pass = self._both_passes(rollouts, rollouts)
         first, second = (found.table.sequence_logprobs for found in (x_pass, y_pass))
         check_repeatable(first, second, torch.arange(rollouts.n_sequences))
         sums = finished(context, x_pass.total, y_pass.total, rollouts, rollouts)
-        apart = list(self._totals_apart(rollouts))
-        totals = [sums.x, *(total for _, _, total in apart)]
-        moments = step.second_moments(sums.x.tensors)
-        dots: list[list[Tensor]] = [[] for _ in totals]  # per unit X_u · Y_u, X_u · Y_sum and Y_u · X_sum
+        x_totals = [sums.x, *(total for _, total in self.totals_after_first(Side.FUNCTIONAL, rollouts))]
+        y_sums = [sums.y, *(y_sum for _, y_sum in self._y_sums_after_first(rollouts))]
+        dots: list[list[list[Tensor]]] = [[[] for _ in x_totals] for _ in y_sums]
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         for unit in units:
-            x_units = [
-                self._gradient_sum(Side.FUNCTIONAL, rollouts, unit, place=place).tensors for place in range(len(totals))
-            ]
-            g_unit = self._gradient_sum(Side.UPDATE, rollouts, unit).tensors
-            for own, x_unit, total in zip(dots, x_units, totals, strict=True):
-                per_parameter = precondition_accumulate(
-                    x_unit,
-                    g_unit,
-                    moments.tensors,
-                    total.tensors,
-                    sums.y.tensors,
-                    bias_correction=moments.bias_correction,
-                    eps=moments.eps,
-                    ratio=moments.ratio,
-                    update=False,
-                )
-                own.append(per_parameter.cpu())
+            x_units, g_units = (
+                [self._gradient_sum(side, rollouts, unit, place=place).tensors for place in range(len(totals))]
+                for side, totals in ((Side.FUNCTIONAL, x_totals), (Side.UPDATE, y_sums))
+            )
+            for of_update, g_unit, y_sum in zip(dots, g_units, y_sums, strict=True):
+                for own, x_unit, x_sum in zip(of_update, x_units, x_totals, strict=True):
+                    own.append(self._dots(x_unit, g_unit, x_sum, y_sum))
             if context.run.full_kernel:
-                y_unit = step.apply_preconditioner(g_unit)
+                y_unit = context.step.apply_preconditioner(g_units[0])
                 kept.append(([x.cpu() for x in x_units[0]], [y.cpu() for y in y_unit]))
             context.report("diagonal", unit[-1] + 1, rollouts.n_prompts)
         sizes = torch.tensor([len(unit) for unit in units])
+        found = [
+            [
+                _sums_of_dots(own, parameter_products(x_sum, y_sum), sizes)
+                for own, x_sum in zip(of_update, x_totals, strict=True)
+            ]
+            for of_update, y_sum in zip(dots, y_sums, strict=True)
+        ]
         kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
-        products = [sums.products, *(parameter_products(total, sums.y) for total in totals[1:])]
-        found = [_sums_of_dots(own, product, sizes) for own, product in zip(dots, products, strict=True)]
         if kernel:
-            found[0] = dataclasses.replace(found[0], kernel=torch.tensor(kernel, dtype=torch.float64))
+            found[0][0] = dataclasses.replace(found[0][0], kernel=torch.tensor(kernel, dtype=torch.float64))
+        whole, apart, candidates = by_column(context.columns, found)
         tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
         plan = self._plan("then both again for every unit")
         return Measured(
-            found[0],
+            whole,
             sums.coverage,
             tables,
             sums.excluded,
             sums.leading_products,
             plan,
-            apart={name: own for (_, name, _), own in zip(apart, found[1:], strict=True)},
+            apart=apart,
+            candidates=candidates,
         )
 
-    def _totals_apart(self, rollouts: Rollouts) -> Iterator[tuple[int, str, GradientSum]]:
-        """Place, name and X_sum of every functional column after the first."""
-        for place, column in enumerate(self.context.columns.of_side(Side.FUNCTIONAL)):
-            if place:
-                yield (
-                    place,
-                    column.name,
-                    self._gradient_sum(Side.FUNCTIONAL, rollouts, range(rollouts.n_prompts), place=place),
-                )
+    def _dots(
+        self, x_unit: Sequence[Tensor], g_unit: Sequence[Tensor], x_sum: GradientSum, y_sum: GradientSum
+    ) -> Tensor:
+        """[parameters, 3] X_u · Y_u, X_u · Y_sum and Y_u · X_sum, fp64 on the CPU."""
+        moments = self.context.step.second_moments(x_sum.tensors)
+        return precondition_accumulate(
+            x_unit,
+            g_unit,
+            moments.tensors,
+            x_sum.tensors,
+            y_sum.tensors,
+            bias_correction=moments.bias_correction,
+            eps=moments.eps,
+            ratio=moments.ratio,
+            update=False,
+        ).cpu()
+
+    def totals_after_first(self, side: Side, rollouts: Rollouts) -> Iterator[tuple[int, GradientSum]]:
+        """Place and raw sum of every column of a side after the first."""
+        for place in range(1, len(self.context.columns.of_side(side))):
+            yield place, self._gradient_sum(side, rollouts, range(rollouts.n_prompts), place=place)
+
+    def _y_sums_after_first(self, rollouts: Rollouts) -> Iterator[tuple[int, GradientSum]]:
+        """Place and Y_sum of every update column after the first."""
+        for place, total in self.totals_after_first(Side.UPDATE, rollouts):
+            yield place, finish_update(self.context, total, rollouts)[0]
 
     def _plan(self, then: str) -> Plan:
         per_forward = self.context.run.prompts_per_microbatch or 1
@@ -327,7 +362,7 @@ class ProbeComponents:
                 loss = self._build_probe_loss(forward, coefficients) * scale
                 total.add(self._gradients(side, loss, forward, x_touched), scale)
                 if table is not None:
-                    table.put(rows, scored.sequence_logprobs, scored.entropy_sums, coefficients)
+                    table.put(rows, scored.sequence_logprobs, coefficients)
                     done += len(torch.unique(rollouts.prompt_index[rows]))
                     context.report(side.value, done, rollouts.n_prompts)
         return total

@@ -14,12 +14,12 @@ from torch import Tensor
 from entropy_fast.capture import RowRecorder
 from entropy_fast.columns import Backward, Coefficients, ScoredTokens
 from entropy_fast.context import ProbeContext
-from entropy_fast.ops import linear_token_logprobs_with_units, token_logprobs
+from entropy_fast.ops import linear_token_logprobs, linear_token_logprobs_with_units, token_logprobs
 from entropy_fast.ways.packed.layout import PackedLayout
 from entropy_fast.ways.teacher_forcing import OutputHead
 from entropy_fast.ways.way import Microbatch, Passed
 
-__all__ = ["Cotangent", "OutputSignals", "output_signals"]
+__all__ = ["Cotangent", "OutputSignals", "output_signals", "scores_of"]
 
 # Scored tokens whose logits an output layer that has to be run by itself makes at a time: enough for a matrix product.
 _ROWS = 512
@@ -74,11 +74,12 @@ def output_signals(
     Raises:
         GraphDetachedError, RolloutsError: a log-prob is not finite.
     """
-    layer, columns = head.frozen, microbatch.columns
+    layer, columns, temperature = head.frozen, microbatch.columns, context.estimate.policy_temperature
     if layer is None:
-        return _through_own_head(head, hidden, layout, microbatch, recorder)
+        return _through_own_head(head, hidden, layout, microbatch, recorder, temperature)
+    layer = layer.at(temperature)
     found = linear_token_logprobs_with_units(
-        hidden,
+        hidden if temperature == 1 else hidden / temperature,
         layer.weight,
         layout.targets,
         bias=layer.bias,
@@ -91,14 +92,44 @@ def output_signals(
     )
     coefficients = columns.weigh(scored)
     unit_logprob, unit_entropy = found.unit_logprob, found.unit_entropy
+    if temperature != 1:
+        # They are by h/T.
+        unit_logprob = unit_logprob / temperature
+        unit_entropy = None if unit_entropy is None else unit_entropy / temperature
     backwards = coefficients.backwards()
     # One at a time, so that none is held for later.
     cotangents = (Cotangent(backward, backward.signal(unit_logprob, unit_entropy)) for backward in backwards)
     return OutputSignals(Passed.of(scored, coefficients), cotangents, len(backwards))
 
 
+def scores_of(
+    context: ProbeContext, head: OutputHead, hidden: Tensor, layout: PackedLayout, microbatch: Microbatch
+) -> ScoredTokens:
+    """Log-probs and entropies alone, without a graph; arguments and errors as of `output_signals`."""
+    layer, temperature = head.frozen, context.estimate.policy_temperature
+    if layer is not None:
+        scaled, layer = hidden if temperature == 1 else hidden / temperature, layer.at(temperature)
+        found = linear_token_logprobs(
+            scaled, layer.weight, layout.targets, bias=layer.bias, softcap=layer.softcap, want_entropy=True
+        )
+        logprobs, entropies = found.logprob, found.entropy
+    else:
+        parts = [
+            token_logprobs(head.logits(hidden[own], temperature), layout.targets[own], want_entropy=True)
+            for own, _ in _chunks(layout)
+        ]
+        logprobs = torch.cat([part.logprob for part in parts])
+        entropies = torch.cat([part.entropy for part in parts if part.entropy is not None])
+    return ScoredTokens(microbatch.rollouts, layout.rows, layout.by_sequence(logprobs), logprobs, entropies)
+
+
 def _through_own_head(
-    head: OutputHead, hidden: Tensor, layout: PackedLayout, microbatch: Microbatch, recorder: RowRecorder
+    head: OutputHead,
+    hidden: Tensor,
+    layout: PackedLayout,
+    microbatch: Microbatch,
+    recorder: RowRecorder,
+    temperature: float,
 ) -> OutputSignals:
     """As `output_signals`, by way of logits and their graph, some prompts at a time."""
     columns = microbatch.columns
@@ -108,7 +139,9 @@ def _through_own_head(
         leaf = hidden[own].requires_grad_()
         recorder.pause(leaf.shape[0])
         with torch.enable_grad():
-            found = token_logprobs(head.logits(leaf), layout.targets[own], want_entropy=columns.needs_entropies)
+            found = token_logprobs(
+                head.logits(leaf, temperature), layout.targets[own], want_entropy=columns.needs_entropies
+            )
         rows = slice(layout.groups[groups.start].rows[0], layout.groups[groups.stop - 1].rows[1])
         sequence = layout.scored_row[own]
         logprobs, entropies = found.logprob.detach(), None if found.entropy is None else found.entropy.detach()
@@ -136,10 +169,8 @@ def _joined(parts: Sequence[Cotangent]) -> Cotangent:
 
 
 def _joined_passed(parts: Sequence[Passed]) -> Passed:
-    entropies = [part.entropy_sums for part in parts if part.entropy_sums is not None]
     return Passed(
         torch.cat([part.sequence_logprobs for part in parts]),
-        torch.cat(entropies) if entropies else None,
         Coefficients.joined([part.coefficients for part in parts]),
     )
 

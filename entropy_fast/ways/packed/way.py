@@ -29,6 +29,7 @@ from entropy_fast.capture import CapturedModules, RowRecorder
 from entropy_fast.checks.grad_context import assert_attached
 from entropy_fast.checks.memory import out_of_memory
 from entropy_fast.checks.model_state import reentrant_checkpointing
+from entropy_fast.columns import ScoredTokens
 from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.context import ProbeContext
 from entropy_fast.errors import EntropyFastError
@@ -37,7 +38,7 @@ from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways.packed.exchange import PackedRun
 from entropy_fast.ways.packed.frozen_layers import FrozenLayers
 from entropy_fast.ways.packed.layout import PackedGroup, PackedLayout, pack_microbatch
-from entropy_fast.ways.packed.output import Cotangent, output_signals
+from entropy_fast.ways.packed.output import Cotangent, output_signals, scores_of
 from entropy_fast.ways.teacher_forcing import OutputHead, find_output_head
 from entropy_fast.ways.trial import Trial, skipped_modules_do_more
 from entropy_fast.ways.way import Microbatch, Passed
@@ -128,7 +129,17 @@ class PackedWay:
             rows: [n] row indices, those of one prompt next to one another.
             called: takes the ids of the layers that asked for the exchanged attention.
         """
-        layout = self._layout(Microbatch(rollouts, rows, [0] * len(rows), self._context.columns))
+        return self._hidden(self._layout(Microbatch(rollouts, rows, [0] * len(rows), self._context.columns)), called)
+
+    def score(self, microbatch: Microbatch) -> ScoredTokens:
+        """See `Way.score`."""
+        layout = self._layout(microbatch)
+        hidden = self._hidden(layout)
+        with torch.no_grad(), self._autocast():
+            return scores_of(self._context, self._head, hidden, layout, microbatch)
+
+    def _hidden(self, layout: PackedLayout, called: set[int] | None = None) -> Tensor:
+        """See `hidden`."""
         run = PackedRun(layout, self._context.device, copies=self._copies(layout, 1))
 
         def noted(module: nn.Module, *arguments: Any, **options: Any) -> Any:

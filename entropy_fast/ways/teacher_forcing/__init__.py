@@ -1,4 +1,4 @@
-"""Whole sequences, padded on the right: the model's own forward over given sequences, always at temperature 1."""
+"""Whole sequences, padded on the right: the model's own forward over given sequences."""
 
 from entropy_fast.ways.teacher_forcing.batch import PaddedBatch, pad_rows
 from entropy_fast.ways.teacher_forcing.forward import ForwardResult, align_logprobs, model_logits, result_of_values

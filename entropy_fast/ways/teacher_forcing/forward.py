@@ -1,4 +1,8 @@
-"""Logits and aligned log-probs of given tokens. There is no temperature here: it belongs to sampling, not to likelihood."""
+"""Logits and aligned log-probs of given tokens.
+
+A sampler's temperature has no place here. A temperature that belongs to the policy itself, because its loss is of log-probs of
+logits/T, has: it is 1 unless it was asked for.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +109,9 @@ def model_logits(module: nn.Module, batch: PaddedBatch) -> Tensor:
     return logits[:, -(n_columns + 1) : -1]
 
 
-def align_logprobs(logits: Tensor, batch: PaddedBatch, *, want_entropies: bool = False) -> ForwardResult:
+def align_logprobs(
+    logits: Tensor, batch: PaddedBatch, *, want_entropies: bool = False, temperature: float = 1.0
+) -> ForwardResult:
     """Log-probs of the response tokens and their sums per sequence.
 
     Accumulates in fp32, or in the dtype of the logits where that is wider.
@@ -114,10 +120,12 @@ def align_logprobs(logits: Tensor, batch: PaddedBatch, *, want_entropies: bool =
         logits: [n, T - first_scored, V] from `model_logits`.
         batch: the sequences those logits belong to.
         want_entropies: whether the entropy at every response token is computed too.
+        temperature: T of the policy softmax(logits/T).
     """
     start = batch.first_scored
     scored = batch.loss_mask[:, start:] == 1
-    found = token_logprobs(logits[scored], batch.input_ids[:, start:][scored], want_entropy=want_entropies)
+    chosen = logits[scored] if temperature == 1 else logits[scored] / temperature
+    found = token_logprobs(chosen, batch.input_ids[:, start:][scored], want_entropy=want_entropies)
     return result_of_values(found.logprob, scored, logits, batch, found.entropy)
 
 

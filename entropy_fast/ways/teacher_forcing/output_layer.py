@@ -41,6 +41,18 @@ class OutputLayer:
         """Whether weight or bias is."""
         return self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
+    def at(self, temperature: float) -> OutputLayer:
+        """The layer that makes logits/T of hidden states h/T.
+
+        With a softcap c that is exact too: c·tanh(z/c)/T = (c/T)·tanh((z/T)/(c/T)), z = W h + b.
+        """
+        if temperature == 1:
+            return self
+        bias = None if self.bias is None else self.bias / temperature
+        return OutputLayer(
+            self.decoder, self.weight, bias, None if self.softcap is None else self.softcap / temperature
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputHead:
@@ -63,10 +75,11 @@ class OutputHead:
         """The output layer as a linear map that is not trained."""
         return None if self.linear is None or self.linear.trained else self.linear
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[M, V] of hidden states [M, H], with their graph."""
+    def logits(self, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+        """[M, V] of hidden states [M, H], divided by a temperature, with their graph."""
         logits: Tensor = self.module(hidden[None])[0]
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        logits = logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+        return logits if temperature == 1 else logits / temperature
 
 
 def find_output_head(module: nn.Module) -> OutputHead | None:
@@ -92,13 +105,15 @@ def _decoder(base_model: Any) -> nn.Module:
     return inner if held == all_of_it else base_model
 
 
-def hidden_logprobs(layer: OutputLayer, batch: PaddedBatch, *, want_entropies: bool = False) -> ForwardResult:
+def hidden_logprobs(
+    layer: OutputLayer, batch: PaddedBatch, *, want_entropies: bool = False, temperature: float = 1.0
+) -> ForwardResult:
     """As `align_logprobs` of `model_logits`, with logits of response tokens alone, a block at a time."""
     start = batch.first_scored
     hidden = hidden_states(layer, batch)
-    scored = batch.loss_mask[:, start:] == 1
+    scored, layer = batch.loss_mask[:, start:] == 1, layer.at(temperature)
     found = linear_token_logprobs(
-        hidden[scored],
+        hidden[scored] if temperature == 1 else hidden[scored] / temperature,
         layer.weight,
         batch.input_ids[:, start:][scored],
         bias=layer.bias,

@@ -31,6 +31,21 @@ def jackknife(kernel: Tensor, units: list[list[int]]) -> float:
     return math.sqrt((len(units) - 1) / len(units) * math.fsum((d - mean) ** 2 for d in deleted))
 
 
+def jackknife_of_rows(kernel: Tensor, units: list[list[int]]) -> float:
+    """Delete-one standard error of U with the update held fixed: a unit is left out in the rows alone."""
+    prompts = range(kernel.shape[0])
+
+    def without(left_out: int) -> float:
+        pairs = [
+            (n, m) for u, unit in enumerate(units) if u != left_out for n in unit for m in prompts if m not in unit
+        ]
+        return math.fsum(float(kernel[n, m]) for n, m in pairs) / len(pairs)
+
+    deleted = [without(u) for u in range(len(units))]
+    mean = math.fsum(deleted) / len(deleted)
+    return math.sqrt((len(units) - 1) / len(units) * math.fsum((d - mean) ** 2 for d in deleted))
+
+
 def block_kernel(kernel: Tensor, units: list[list[int]]) -> Tensor:
     """K between units, in sums."""
     rows = [[math.fsum(float(kernel[n, m]) for n in u for m in v) for v in units] for u in units]

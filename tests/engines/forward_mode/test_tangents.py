@@ -350,7 +350,7 @@ def test_detached_parts_are_detached_in_both_modes() -> None:
     case = case_of(add_lora(build_model("gpt2", dtype=torch.float64)).double())
     case.model.get_base_model().transformer.h[1].mlp.act.register_forward_hook(lambda _m, _i, out: out.detach())
     entropy = make_rollouts((2, 3, 2), seed=11)
-    expected = OfflineEntropyProbe(case.model, case.optimizer).run_mixed_probe(
+    expected = OfflineEntropyProbe(case.model, case.optimizer, **options_of()).run_mixed_probe(
         entropy_rollouts=entropy, update_rollouts=case.rollouts
     )
     assert probe(case).delta_h1 == pytest.approx(expected.delta_h1, rel=1e-10)

@@ -1,0 +1,38 @@
+"""Log-probs and entropies of a batch by the model's own padded forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from entropy_fast.columns import TokenScores
+from entropy_fast.context import ProbeContext
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.ways.teacher_forcing import align_logprobs, model_logits, pad_rows
+
+__all__ = ["padded_scores"]
+
+
+def padded_scores(context: ProbeContext, rollouts: Rollouts, microbatches: Iterable[Tensor]) -> TokenScores:
+    """Of every response token, by forwards without a graph.
+
+    Args:
+        context: of the probe.
+        rollouts: the batch.
+        microbatches: rows of successive forwards.
+
+    Raises:
+        GraphDetachedError, RolloutsError: a log-prob is not finite.
+    """
+    scores, temperature = TokenScores.empty(rollouts), context.estimate.policy_temperature
+    with context.probe_state():
+        for rows in microbatches:
+            batch = pad_rows(rollouts, rows, context.device)
+            with torch.no_grad(), context.autocast():
+                logits = model_logits(context.registry.module, batch)
+            forward = align_logprobs(logits, batch, want_entropies=True, temperature=temperature)
+            scores.put(forward.scored_tokens(rollouts, rows))
+            context.report("scores", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
+    return scores
