@@ -26,7 +26,7 @@ from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
-from entropy_fast.step import AdamState, adam_state_from_file
+from entropy_fast.step import AdamState, adam_state_of
 
 __all__ = ["OfflineEntropyProbe"]
 
@@ -62,7 +62,7 @@ class OfflineEntropyProbe:
         on_progress: ProgressCallback | None = None,
     ) -> None:
         self._kind: EngineKind = engine_kind(run or RunOptions())
-        state = _adam_state(optimizer, model)
+        state = adam_state_of(optimizer, model)
         self.context = ProbeContext.of(model, state, estimate, run, on_progress)
         self._measure = entropy_measure(self.context.estimate, Wanted(), None)
 
@@ -229,11 +229,3 @@ class OfflineEntropyProbe:
                 self._refuse_truncated(batch)
         check_rollouts_fit_model(batch, self.context.registry.module)
         return batch, empty
-
-
-def _adam_state(optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str], model: nn.Module) -> AdamState:
-    if isinstance(optimizer, AdamState):
-        return optimizer
-    if isinstance(optimizer, (str, os.PathLike)):
-        return adam_state_from_file(optimizer, model)
-    return AdamState.from_optimizer(optimizer, model)

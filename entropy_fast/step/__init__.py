@@ -1,7 +1,7 @@
 """The optimizer's step as geometry: what turns a gradient into a parameter change."""
 
 from entropy_fast.step.adam_state import AdamGroup, AdamState, ParameterMoments
-from entropy_fast.step.optimizer_file import adam_state_from_file
+from entropy_fast.step.optimizer_file import adam_state_from_file, adam_state_of
 from entropy_fast.step.preconditioner import AdamPreconditioner, ExcludedElements
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "ExcludedElements",
     "ParameterMoments",
     "adam_state_from_file",
+    "adam_state_of",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import nn
 
 from entropy_fast.checks.parameter_registry import unwrap_model
@@ -24,7 +25,7 @@ from entropy_fast.step.adam_values import (
 from entropy_fast.step.optimizer_archive import SavedOptimizer, load_optimizer_file
 from entropy_fast.step.parameter_matching import match_parameters
 
-__all__ = ["adam_state_from_file"]
+__all__ = ["adam_state_from_file", "adam_state_of"]
 
 
 def adam_state_from_file(path: str | os.PathLike[str], model: nn.Module) -> AdamState:
@@ -78,3 +79,20 @@ def _read(saved: SavedOptimizer, module: nn.Module) -> AdamState:
             "taken, and LAMB's scale per layer is not applied.",
         )
     return AdamState(groups, group_of, moments, notes)
+
+
+def adam_state_of(optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str], model: nn.Module) -> AdamState:
+    """The Adam state of a model in whatever form it is given.
+
+    Args:
+        optimizer: a live Adam or AdamW, the path of an ``optimizer.pt``, or the state itself.
+        model: the model.
+
+    Raises:
+        OptimizerStateError: it is none of these, or not this model's.
+    """
+    if isinstance(optimizer, AdamState):
+        return optimizer
+    if isinstance(optimizer, (str, os.PathLike)):
+        return adam_state_from_file(optimizer, model)
+    return AdamState.from_optimizer(optimizer, model)

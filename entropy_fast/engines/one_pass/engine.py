@@ -65,7 +65,7 @@ class OnePassEngine:
             ConfigError: ``by_sequence`` or ``full_kernel`` was asked for, and gradients of all units do not fit the budget.
         """
         assert_grad_context("OnePassEngine.same_batch")
-        self._context = context = resolved_context(self._context, rollouts, rollouts, self._score)
+        self._context = context = resolved_context(self._context, rollouts, rollouts, self.score)
         columns = context.columns
         units = prompt_units(rollouts.n_prompts, context.estimate.blocks)
         for wanted in ("by_sequence", "by_token", "full_kernel"):
@@ -104,7 +104,7 @@ class OnePassEngine:
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`: U first, then E with X_n · Y_sum in the same backward."""
         assert_grad_context("OnePassEngine.two_batch")
-        self._context = context = resolved_context(self._context, entropy, update, self._score)
+        self._context = context = resolved_context(self._context, entropy, update, self.score)
         functional, updates = (context.columns.of_side(side) for side in Side)
         tables = {
             Side.FUNCTIONAL.value: self._table(entropy, functional),
@@ -204,7 +204,21 @@ class OnePassEngine:
         """Y_sum of every update column; the first is there."""
         return [sums.y, *(finish_update(self._context, total, rollouts)[0] for total in totals[1:])]
 
-    def _score(self, rollouts: Rollouts) -> TokenScores:
+    def update_sum(self, rollouts: Rollouts) -> GradientSum:
+        """Y_sum of the update over a batch.
+
+        Raises:
+            GradientCoverageError: see `Engine.same_batch`.
+        """
+        assert_grad_context("OnePassEngine.update_sum")
+        self._context = resolved_context(self._context, rollouts, rollouts, self.score)
+        updates = Columns(self._context.columns.of_side(Side.UPDATE).members[:1])
+        units = prompt_units(rollouts.n_prompts, None)
+        totals, _ = self._sums_of(rollouts, units, updates, self._table(rollouts, updates))
+        return finish_update(self._context, totals[0], rollouts)[0]
+
+    def score(self, rollouts: Rollouts) -> TokenScores:
+        """Log-probs and entropies of every response token of a batch, by forwards without a graph."""
         return score_batch(self._context, self._runner, self._limit, rollouts)
 
     def _measured(
