@@ -20,7 +20,7 @@ from entropy_fast.columns.coefficients import ColumnWeights
 from entropy_fast.columns.column import Column, ColumnDefaults, ScoredTokens, Side, log_ratios_of
 from entropy_fast.columns.given import GivenUpdate, LossFunction, given_update
 from entropy_fast.columns.lengths import length_weights
-from entropy_fast.columns.scores import ResolvedColumn, TokenScores
+from entropy_fast.columns.scores import ResolvedColumn, TokenScores, weigh_whole
 from entropy_fast.columns.update import PolicyGradient
 from entropy_fast.config import EstimateOptions
 from entropy_fast.errors import ConfigError, RolloutsError
@@ -181,8 +181,8 @@ class ChangedUpdate(ColumnDefaults):
         return GivenUpdate(tables[0], tables[1] if bool((found.of_entropy != 0).any()) else None, self.name)
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
-        """Not before scores are known."""
-        raise AssertionError("a column that waits for scores was not resolved")
+        """See `ResolvedColumn`."""
+        return weigh_whole(self, scored)
 
 
 def candidate_column(

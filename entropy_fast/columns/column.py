@@ -152,7 +152,8 @@ class Columns:
     @property
     def most_at_once(self) -> int:
         """The most columns that one backward serves."""
-        return max(1, sum(not column.by_token for column in self.members))
+        # One that waits for scores may turn out to be by sequence.
+        return max(1, sum(not column.by_token or hasattr(column, "resolved") for column in self.members))
 
     def check(self, rollouts: Rollouts) -> None:
         """Raise unless all of them can be formed for a batch.

@@ -33,7 +33,7 @@ from entropy_fast.columns.coefficients import ColumnWeights
 from entropy_fast.columns.column import Column, ColumnDefaults, ScoredTokens, Side
 from entropy_fast.columns.functional import leave_one_out
 from entropy_fast.columns.lengths import check_group_sizes, length_weights
-from entropy_fast.columns.scores import TokenScores
+from entropy_fast.columns.scores import TokenScores, weigh_whole
 from entropy_fast.columns.tokens import TokenPlaces
 from entropy_fast.config import Weighting
 from entropy_fast.rollouts import Rollouts
@@ -205,8 +205,8 @@ class PooledEntropy(ColumnDefaults):
         return type(self.column)(dataclasses.replace(measure, offset=offset))
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
-        """Not before R is known."""
-        raise AssertionError("a column that waits for scores was not resolved")
+        """See `ResolvedColumn`."""
+        return weigh_whole(self, scored)
 
 
 def _direct(places: TokenPlaces, weights: Tensor, counted: Tensor | None) -> Tensor:

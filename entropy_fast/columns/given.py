@@ -19,7 +19,7 @@ from torch import Tensor
 
 from entropy_fast.columns.coefficients import ColumnWeights
 from entropy_fast.columns.column import Column, ColumnDefaults, ScoredTokens, Side
-from entropy_fast.columns.scores import TokenScores
+from entropy_fast.columns.scores import TokenScores, weigh_whole
 from entropy_fast.errors import ConfigError
 from entropy_fast.rollouts import Rollouts
 
@@ -97,11 +97,16 @@ class LossUpdate(ColumnDefaults):
             ConfigError: see `coefficients_of_loss`.
         """
         a, e = coefficients_of_loss(self.loss, scores, self.kept, self.shape, rollouts)
-        return GivenUpdate(a, e if bool((e != 0).any()) else None, self.name)
+        if bool((e != 0).any()):
+            return GivenUpdate(a, e, self.name)
+        # Where all tokens of a response weigh alike, as they do before the policy has moved, no backward of its own is taken.
+        mask = rollouts.loss_mask.cpu() == 1
+        most, least = (torch.where(mask, a, filler).amax(1) for a, filler in ((a, -torch.inf), (-a, -torch.inf)))
+        return GivenUpdate(most if torch.equal(most, -least) else a, None, self.name)
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
-        """Not before the loss was run."""
-        raise AssertionError("a column that waits for scores was not resolved")
+        """See `ResolvedColumn`."""
+        return weigh_whole(self, scored)
 
 
 def coefficients_of_loss(

@@ -14,11 +14,12 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from entropy_fast.columns.coefficients import ColumnWeights
 from entropy_fast.columns.column import Column, ScoredTokens
 from entropy_fast.errors import ConfigError
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["ResolvedColumn", "TokenScores"]
+__all__ = ["ResolvedColumn", "ScoresNeededError", "TokenScores", "weigh_whole"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,16 @@ class TokenScores:
         """The same elsewhere."""
         return TokenScores(self.logprobs.to(device, dtype), self.entropies.to(device, dtype))
 
+    @classmethod
+    def of_whole(cls, scored: ScoredTokens) -> TokenScores | None:
+        """From a forward of a whole batch; None where it was of some prompts alone, or without entropies."""
+        if len(scored.rows) != scored.rollouts.n_sequences or scored.entropies is None:
+            return None
+        scores = cls.empty(scored.rollouts)
+        scores.put(scored)
+        wide = torch.promote_types(scored.logprobs.dtype, torch.float32)
+        return scores.to(device=scored.logprobs.device, dtype=wide)
+
     def of_rows(self, rollouts: Rollouts) -> TokenScores:
         """Those of rows that have response tokens, from scores of all rows of a batch; 0 where no response token stands.
 
@@ -78,7 +89,10 @@ class TokenScores:
 
 @runtime_checkable
 class ResolvedColumn(Column, Protocol):
-    """A column that stands for another one until scores of the whole batch are known."""
+    """A column that stands for another one until scores of the whole batch are known.
+
+    Where a forward is of the whole batch it weighs as the one that it stands for; elsewhere it raises `ScoresNeededError`.
+    """
 
     def resolved(self, scores: TokenScores, rollouts: Rollouts) -> Column:
         """The column that it stands for.
@@ -87,3 +101,19 @@ class ResolvedColumn(Column, Protocol):
             scores: of the batch.
             rollouts: the batch, without empty responses.
         """
+
+
+class ScoresNeededError(Exception):
+    """A column that waits for scores of a batch was asked about a part of it; never leaves an engine."""
+
+
+def weigh_whole(column: ResolvedColumn, scored: ScoredTokens) -> ColumnWeights:
+    """What the column that this one stands for says of a whole batch.
+
+    Raises:
+        ScoresNeededError: the forward was of a part of it.
+    """
+    scores = TokenScores.of_whole(scored)
+    if scores is None:
+        raise ScoresNeededError(column.name)
+    return column.resolved(scores, scored.rollouts).weigh(scored)

@@ -38,6 +38,7 @@ class LogitsWay:
     name: ClassVar[str] = "logits"
     packs: ClassVar[bool] = False
     shares: ClassVar[bool] = False
+    weighs_whole: ClassVar[bool] = True
     prompt_forwards: ClassVar[int] = 1
 
     def __init__(self, context: ProbeContext, modules: CapturedModules) -> None:

@@ -67,6 +67,10 @@ class Way(Protocol):
         """Whether a prompt's tokens run once for all of its responses."""
 
     @property
+    def weighs_whole(self) -> bool:
+        """Whether coefficients of a microbatch are formed all at once, and not some prompts at a time."""
+
+    @property
     def prompt_forwards(self) -> int:
         """How often shared prompts' tokens ran forward in the microbatches so far: the most that any of them took."""
 

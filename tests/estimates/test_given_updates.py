@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from entropy_fast import DeltaH1Result, Rollouts, candidates, fast_delta_h1
 from entropy_fast.columns import TokenScores
 from entropy_fast.errors import ConfigError, RolloutsError
+from entropy_fast.ways.packed.way import PackedWay
 
 Setup = tuple[nn.Module, torch.optim.Optimizer]
 SHAPE = Shape(budget=2, empty=1)
@@ -28,6 +29,7 @@ ENGINES = {
     "two_pass": ("tiny", {"engine": "two_pass"}),
     "own logits": ("tiny", {"engine": "one_pass"}),
     "packed": ("qwen2", {"engine": "one_pass"}),
+    "in parts": ("qwen2", {"engine": "one_pass", "prompts_per_microbatch": 2}),
     "second sweep": ("qwen2", {"engine": "one_pass", "memory_budget": 1}),
 }
 
@@ -116,6 +118,28 @@ def test_a_loss(setups: dict[str, Setup], engine: str) -> None:
     assert_update(result, setup, rollouts, a, e)
     known = TokenScores(*(t.detach() for t in leaves))
     close(forecast(setup, rollouts, update=loss, scores=known, **options).delta_h1, result.delta_h1)
+
+
+def test_memory_that_runs_out_in_the_one_forward_that_was_to_say_everything(
+    setups: dict[str, Setup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch goes through in parts then, and scores have to be found first."""
+    setup, rollouts = setups["qwen2"], batch()
+    expected = forecast(setup, rollouts, update=a_loss(rollouts), engine="one_pass")
+    whole, calls = PackedWay._backward_through_row, []
+
+    def limited(self: PackedWay, layout: Any, *arguments: Any, **named: Any) -> None:
+        calls.append(len(layout.groups))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        whole(self, layout, *arguments, **named)
+
+    monkeypatch.setattr(PackedWay, "_backward_through_row", limited)
+    found = forecast(setup, rollouts, update=a_loss(rollouts), engine="one_pass")
+    assert calls[:2] == [5, 5]
+    assert max(calls[2:]) < 5
+    close(found.delta_h1, expected.delta_h1)
+    close(found.row_sums, expected.row_sums)
 
 
 @pytest.mark.parametrize("engine", ["two_pass", "one_pass", "jvp"])

@@ -27,6 +27,7 @@ ENGINES = {
     "two_pass": ("tiny", {"engine": "two_pass"}),
     "own logits": ("tiny", {"engine": "one_pass"}),
     "packed": ("qwen2", {"engine": "one_pass"}),
+    "in parts": ("qwen2", {"engine": "one_pass", "prompts_per_microbatch": 2}),
     "second sweep": ("qwen2", {"engine": "one_pass", "memory_budget": 1}),
 }
 

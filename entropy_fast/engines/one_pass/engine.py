@@ -20,16 +20,18 @@ from torch import Tensor
 
 from entropy_fast.capture import Directions, GradientRecorder, ProjectionRecorder
 from entropy_fast.checks.grad_context import assert_grad_context
-from entropy_fast.columns import Columns, SequenceTable, Side, TokenScores
+from entropy_fast.columns import Columns, ResolvedColumn, SequenceTable, Side, TokenScores
+from entropy_fast.columns.scores import ScoresNeededError
 from entropy_fast.context import ProbeContext
 from entropy_fast.engines.forward_mode.token_parts import parts_by_unit
-from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
+from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.one_pass.by_sequence import one_batch_parts, refuse_without_stack, two_batch_parts
 from entropy_fast.engines.one_pass.costs import CostModel
 from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
+from entropy_fast.engines.one_pass.kernels import less, products_of, sums_of_dots, sums_of_stacks
 from entropy_fast.engines.one_pass.plan import PassLog
 from entropy_fast.engines.one_pass.runner import Runner
-from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepRequest, score_batch, sweep
+from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepRequest, runs_whole, score_batch, sweep
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import FinishedSums, by_column, finish_update, finished
 from entropy_fast.errors import EntropyFastWarning
@@ -65,9 +67,18 @@ class OnePassEngine:
             ConfigError: ``by_sequence`` or ``full_kernel`` was asked for, and gradients of all units do not fit the budget.
         """
         assert_grad_context("OnePassEngine.same_batch")
-        self._context = context = resolved_context(self._context, rollouts, rollouts, self.score)
-        columns = context.columns
-        units = prompt_units(rollouts.n_prompts, context.estimate.blocks)
+        units = prompt_units(rollouts.n_prompts, self._context.estimate.blocks)
+        if not self._resolves_itself(rollouts, units):
+            self._resolve(rollouts, rollouts)
+        try:
+            return self._same_batch(rollouts, units)
+        except ScoresNeededError:
+            # Memory ran out, and the batch goes through in parts after all.
+            self._resolve(rollouts, rollouts)
+            return self._same_batch(rollouts, units)
+
+    def _same_batch(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
+        context, columns = self._context, self._context.columns
         for wanted in ("by_sequence", "by_token", "full_kernel"):
             if getattr(context.run, wanted):
                 refuse_without_stack(wanted, self._stack_bytes(units, columns), context.run.memory_bytes)
@@ -77,7 +88,7 @@ class OnePassEngine:
         x_totals = [totals[place] for place in x_places]
         sums = finished(context, x_totals[0], totals[y_places[0]], rollouts, rollouts)
         y_sums = self._y_sums(sums, [totals[place] for place in y_places], rollouts)
-        products = _products(sums, x_totals, y_sums)
+        products = products_of(sums, x_totals, y_sums)
         if stack is None:
             found = self._second_sweep(rollouts, units, columns, x_totals, y_sums, products)
         else:
@@ -86,11 +97,11 @@ class OnePassEngine:
             for y_stack in y_stacks:
                 context.step.precondition_in_place(y_stack)
             found = [
-                [_sums_of_stacks(x, y_stack, sizes, own) for x, own in zip(x_stacks, of_update, strict=True)]
+                [sums_of_stacks(x, y_stack, sizes, own) for x, own in zip(x_stacks, of_update, strict=True)]
                 for y_stack, of_update in zip(y_stacks, products, strict=True)
             ]
             if context.run.by_token:
-                tables = parts_by_unit(context, rollouts, units, lambda u: _less(sums.y, [y[u] for y in y_stacks[0]]))
+                tables = parts_by_unit(context, rollouts, units, lambda u: less(sums.y, [y[u] for y in y_stacks[0]]))
                 found[0] = [dataclasses.replace(own, by_token=part) for own, part in zip(found[0], tables, strict=True)]
             if context.run.by_sequence:
                 parts = one_batch_parts(
@@ -104,7 +115,8 @@ class OnePassEngine:
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`: U first, then E with X_n · Y_sum in the same backward."""
         assert_grad_context("OnePassEngine.two_batch")
-        self._context = context = resolved_context(self._context, entropy, update, self.score)
+        self._resolve(entropy, update)
+        context = self._context
         functional, updates = (context.columns.of_side(side) for side in Side)
         tables = {
             Side.FUNCTIONAL.value: self._table(entropy, functional),
@@ -154,10 +166,10 @@ class OnePassEngine:
                 KernelSums(float(own.sum()), by_row, by_column, by_parameter=own)
                 for own, by_row, by_column in zip(*of_update, strict=True)
             ]
-            for of_update in zip(_products(sums, x_totals, y_sums), rows, columns, strict=True)
+            for of_update in zip(products_of(sums, x_totals, y_sums), rows, columns, strict=True)
         ]
         if context.run.by_token:
-            tables_of_tokens = parts_by_unit(context, entropy, entropy_units, lambda _: _less(sums.y, None))
+            tables_of_tokens = parts_by_unit(context, entropy, entropy_units, lambda _: less(sums.y, None))
             found[0] = [
                 dataclasses.replace(own, by_token=part) for own, part in zip(found[0], tables_of_tokens, strict=True)
             ]
@@ -196,13 +208,28 @@ class OnePassEngine:
         self._sweep(SweepRequest(rollouts, units, columns, "projections"), project, start_again=start_again)
         sizes = torch.tensor([len(unit) for unit in units])
         return [
-            [_sums_of_dots(*own, sizes) for own in zip(*of_update, strict=True)]
+            [sums_of_dots(*own, sizes) for own in zip(*of_update, strict=True)]
             for of_update in zip(diagonals, dots, products, strict=True)
         ]
 
     def _y_sums(self, sums: FinishedSums, totals: Sequence[GradientSum], rollouts: Rollouts) -> list[GradientSum]:
         """Y_sum of every update column; the first is there."""
         return [sums.y, *(finish_update(self._context, total, rollouts)[0] for total in totals[1:])]
+
+    def _resolve(self, entropy: Rollouts, update: Rollouts) -> None:
+        """Find what columns wait for."""
+        self._context = resolved_context(self._context, entropy, update, self.score)
+
+    def _resolves_itself(self, rollouts: Rollouts, units: list[list[int]]) -> bool:
+        """Whether one forward of the whole batch says what columns wait for, so that none has to come before it."""
+        context = self._context
+        return (
+            context.scores is None
+            and any(isinstance(column, ResolvedColumn) for column in context.columns)
+            and self._stack_bytes(units, context.columns) <= context.run.memory_bytes
+            and not (context.run.by_sequence or context.run.by_token)
+            and runs_whole(context, self._runner, self._limit, rollouts, units)
+        )
 
     def update_sum(self, rollouts: Rollouts) -> GradientSum:
         """Y_sum of the update over a batch.
@@ -211,7 +238,7 @@ class OnePassEngine:
             GradientCoverageError: see `Engine.same_batch`.
         """
         assert_grad_context("OnePassEngine.update_sum")
-        self._context = resolved_context(self._context, rollouts, rollouts, self.score)
+        self._resolve(rollouts, rollouts)
         updates = Columns(self._context.columns.of_side(Side.UPDATE).members[:1])
         units = prompt_units(rollouts.n_prompts, None)
         totals, _ = self._sums_of(rollouts, units, updates, self._table(rollouts, updates))
@@ -355,32 +382,3 @@ class OnePassEngine:
             update=False,
         ).cpu()
         return dots
-
-
-def _less(total: GradientSum, own: Sequence[Tensor] | None) -> list[Tensor]:
-    """A sum less a unit's own gradients, or a copy of it."""
-    if own is None:
-        return [tensor.clone() for tensor in total.tensors]
-    return [tensor - part for tensor, part in zip(total.tensors, own, strict=True)]
-
-
-def _products(sums: FinishedSums, x_totals: Sequence[GradientSum], y_sums: Sequence[GradientSum]) -> list[list[Tensor]]:
-    """By update and functional, [parameters] X_sum · Y_sum; the first are there."""
-    found = [[parameter_products(x, y) for x in x_totals[not which :]] for which, y in enumerate(y_sums)]
-    found[0].insert(0, sums.products)
-    return found
-
-
-def _sums_of_dots(by_parameter: Tensor, dots: Tensor, products: Tensor, sizes: Tensor) -> KernelSums:
-    """From [parameters] Σ_u K_uu, [units, 3] of every unit and [parameters] X_sum · Y_sum."""
-    diagonal, row_sums, column_sums = (part.contiguous() for part in dots.unbind(1))
-    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, None, products - by_parameter)
-
-
-def _sums_of_stacks(
-    x_stack: Sequence[Tensor], y_stack: Sequence[Tensor], sizes: Tensor, products: Tensor
-) -> KernelSums:
-    """From the gradients of all units in a functional column and in the update's; ``products`` of their sums by parameter."""
-    kernel, diagonals = kernel_of(x_stack, y_stack)
-    row_sums, column_sums, diagonal = kernel.sum(1), kernel.sum(0), kernel.diagonal().clone()
-    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, kernel, products - diagonals)

@@ -20,7 +20,16 @@ from entropy_fast.errors import ProbeMemoryError
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways import Microbatch
 
-__all__ = ["Found", "MicrobatchLimit", "SweepReport", "SweepRequest", "prompt_tokens", "score_batch", "sweep"]
+__all__ = [
+    "Found",
+    "MicrobatchLimit",
+    "SweepReport",
+    "SweepRequest",
+    "prompt_tokens",
+    "runs_whole",
+    "score_batch",
+    "sweep",
+]
 
 Found = TypeVar("Found", bound=RowRecorder)  # the recorder of a sweep
 
@@ -137,6 +146,18 @@ def sweep(
                 del waiting[0]
                 context.report(request.stage, done, rollouts.n_prompts)
     return report
+
+
+def runs_whole(
+    context: ProbeContext, runner: Runner, limit: MicrobatchLimit, rollouts: Rollouts, units: list[list[int]]
+) -> bool:
+    """Whether a batch goes through in one forward whose coefficients are formed all at once; arguments as of `sweep`."""
+    with context.probe_state():
+        runner.choose(rollouts)
+        cutter = _Cutter(runner, limit, SweepRequest(rollouts, units, context.columns, "plan"))
+        groups = cutter.groups(units)
+        prompts = [prompt for unit in units for prompt in unit]
+        return runner.way.weighs_whole and len(groups) == 1 and len(cutter.parts(prompts)) == 1
 
 
 def score_batch(context: ProbeContext, runner: Runner, limit: MicrobatchLimit, rollouts: Rollouts) -> TokenScores:

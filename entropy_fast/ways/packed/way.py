@@ -78,6 +78,11 @@ class PackedWay:
         assert self._found is not None
         return self._found
 
+    @property
+    def weighs_whole(self) -> bool:
+        """See `Way.weighs_whole`: an output layer that runs by itself does so some prompts at a time."""
+        return self._head.frozen is not None
+
     @cached_property
     def _configurations(self) -> list[Any]:
         return attention_configurations(self._head.decoder)

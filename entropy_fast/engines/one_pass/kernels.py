@@ -1,0 +1,46 @@
+"""From gradients of units, or their products, to sums over influence kernels.
+
+Legend: X_u gradient of unit u in a functional column, Y_u its preconditioned gradient in an update column, K_uw = X_u · Y_w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
+from entropy_fast.engines.one_pass.gradient_stack import kernel_of
+from entropy_fast.engines.sums import FinishedSums
+from entropy_fast.estimates.kernel_sums import KernelSums
+
+__all__ = ["less", "products_of", "sums_of_dots", "sums_of_stacks"]
+
+
+def less(total: GradientSum, own: Sequence[Tensor] | None) -> list[Tensor]:
+    """A sum less a unit's own gradients, or a copy of it."""
+    if own is None:
+        return [tensor.clone() for tensor in total.tensors]
+    return [tensor - part for tensor, part in zip(total.tensors, own, strict=True)]
+
+
+def products_of(
+    sums: FinishedSums, x_totals: Sequence[GradientSum], y_sums: Sequence[GradientSum]
+) -> list[list[Tensor]]:
+    """By update and functional, [parameters] X_sum · Y_sum; the first are there."""
+    found = [[parameter_products(x, y) for x in x_totals[not which :]] for which, y in enumerate(y_sums)]
+    found[0].insert(0, sums.products)
+    return found
+
+
+def sums_of_dots(by_parameter: Tensor, dots: Tensor, products: Tensor, sizes: Tensor) -> KernelSums:
+    """From [parameters] Σ_u K_uu, [units, 3] of every unit and [parameters] X_sum · Y_sum."""
+    diagonal, row_sums, column_sums = (part.contiguous() for part in dots.unbind(1))
+    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, None, products - by_parameter)
+
+
+def sums_of_stacks(x_stack: Sequence[Tensor], y_stack: Sequence[Tensor], sizes: Tensor, products: Tensor) -> KernelSums:
+    """From the gradients of all units in a functional column and in the update's; ``products`` of their sums by parameter."""
+    kernel, diagonals = kernel_of(x_stack, y_stack)
+    row_sums, column_sums, diagonal = kernel.sum(1), kernel.sum(0), kernel.diagonal().clone()
+    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, kernel, products - diagonals)
