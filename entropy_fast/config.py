@@ -29,6 +29,7 @@ Weighting = Literal["dr_grpo", "per_token", "sequence", "pooled"]
 Part = Literal["direct", "visitation"]
 EntropyEstimator = Literal["score_function", "rao_blackwell"]
 ImportanceRatio = Literal["none", "token", "sequence"]
+Baseline = Literal["prompts", "responses"]
 KlEstimator = Literal["k1", "k2", "k3"]
 AccumulateOn = Literal["device", "cpu"]
 YPass = Literal["backward", "autograd_grad"]
@@ -100,6 +101,9 @@ class EstimateOptions(_Options):
             change at the prefixes that were visited, and ``visitation``, how often prefixes are visited, which holds most of
             the noise. ``("direct",)`` takes that one alone, which saves a backward, and then the total is not known. None is
             both; with ``entropy_estimator="score_function"`` there are none.
+        baseline: what the visitation part compares the entropy to come with: ``prompts``, a ridge regression on the token's
+            entropy and position over the batch's other prompts, which takes a sweep without gradients where the batch does not
+            go through in one forward; ``responses``, the mean over the prompt's other responses at the same position.
         policy_temperature: T where the policy itself is softmax(logits/T), because its loss and its metrics are of log-probs of
             logits/T. Log-probs, entropies and gradients are those of that policy. Never taken from how rollouts were sampled.
         importance_ratio: ``token`` multiplies the update's gradient at every token by r_t = πθ/π_old, from the rollouts'
@@ -130,6 +134,7 @@ class EstimateOptions(_Options):
     parts: tuple[Part, ...] | None = option(
         None, "direct, or direct,visitation: which parts are wanted (rao_blackwell)"
     )
+    baseline: Baseline = option("prompts", "of the visitation part: from other prompts, or from other responses")
     policy_temperature: float = option(1.0, "T of a policy that is softmax(logits/T)")
     importance_ratio: ImportanceRatio = option(
         "none", "ratios in the update, from old_logprobs: none, by token, by sequence"

@@ -10,9 +10,10 @@ Rao-Blackwell, for w_i that do not depend on the response (`dr_grpo` with a give
 
     e_t = w_i m_t / G,      c_t = (w_i Σ_{k > t} m_k (H_k - R) - b_t) / G
 
-with b_t the mean of the same over the prompt's other responses that have a token t (0 where none has). What came before token
-t does not depend on it, which is why the sum starts after it. With w_i = 1/L_i (`per_token`) all of it does, through the
-length: c_t = (w_i Σ_k m_k H_k - mean_{j != i} w_j Σ_k m_k H_k) / G. Then E X_n is the gradient of E[w Σ_k H_k].
+with b_t a baseline that does not depend on token t and what follows (`columns.baselines`): the mean of the same over the
+prompt's other responses that have a token t, or what is to come after tokens of like entropy and position of other prompts.
+What came before token t does not depend on it, which is why the sum starts after it. With w_i = 1/L_i (`per_token`) all of it
+does, through the length: c_t = (w_i Σ_k m_k H_k - b_t) / G. Then E X_n is the gradient of E[w Σ_k H_k].
 
 The mean over all tokens that trainers log is a ratio, R = E[Σ_k m_k H_k] / E[Σ_k m_k], and its gradient is that of
 E[Σ_k m_k (H_k - R)] / E[Σ_k m_k] at R held fixed: the offset is how the denominator's gradient comes in. With S_i in the place
@@ -29,6 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from entropy_fast.columns.baselines import of_other_prompts, of_other_responses
 from entropy_fast.columns.coefficients import ColumnWeights
 from entropy_fast.columns.column import Column, ColumnDefaults, ScoredTokens, Side
 from entropy_fast.columns.functional import leave_one_out
@@ -38,7 +40,7 @@ from entropy_fast.columns.tokens import TokenPlaces
 from entropy_fast.config import Weighting
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["DirectEntropy", "EntropyMeasure", "PooledEntropy", "RaoBlackwellEntropy", "ScoreFunctionEntropy"]
+__all__ = ["BatchEntropy", "DirectEntropy", "EntropyMeasure", "RaoBlackwellEntropy", "ScoreFunctionEntropy"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,6 +71,18 @@ class EntropyMeasure:
     def weights(self, rollouts: Rollouts, rows: Tensor) -> Tensor:
         """[n] w_i of some rows, fp64."""
         return length_weights(rollouts, self.weighting, self.lengths(rollouts))[rows]
+
+    def to_come(self, scored: ScoredTokens) -> Tensor:
+        """[M] what a token's choice may change: w_i Σ_{k > t} m_k (H_k - R), or the whole sum where w_i is 1/L_i; fp64, CPU."""
+        assert scored.entropies is not None
+        places, counted = scored.places, self.counted(scored.rollouts, scored.rows)
+        values = scored.entropies.detach().to(device="cpu", dtype=torch.float64) - self.offset
+        table = places.table(values if counted is None else values * counted)
+        total = table.sum(1, keepdim=True)
+        # With 1/L_i all of it depends on what is drawn, through the length.
+        found = total.expand_as(table) if self.weighting == "per_token" else total - table.cumsum(1)
+        weighted = self.weights(scored.rollouts, scored.rows).unsqueeze(1) * found
+        return weighted[places.sequence, places.column]
 
     def level(self, rollouts: Rollouts, sums: Tensor) -> float:
         """The entropy now, from [N] Σ_k m_k H_k: the mean over prompts of the means over their responses of w_i Σ_k m_k H_k."""
@@ -103,15 +117,18 @@ class ScoreFunctionEntropy(ColumnDefaults):
         return ColumnWeights(-leave_one_out(weighted, scored.places))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class RaoBlackwellEntropy(ColumnDefaults):
     """From the entropy of the model's distribution at every response token.
 
     Args:
         measure: which entropy.
+        baseline: [N, T] b_t of every response token, in the columns of the batch; None for the mean over the prompt's other
+            responses.
     """
 
     measure: EntropyMeasure
+    baseline: Tensor | None = None
     name: ClassVar[str] = "entropy"
     side: ClassVar[Side] = Side.FUNCTIONAL
     by_token: ClassVar[bool] = True
@@ -126,13 +143,15 @@ class RaoBlackwellEntropy(ColumnDefaults):
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `Column.weigh`."""
-        assert scored.entropies is not None
-        device, places = scored.logprobs.device, scored.places
-        counted = self.counted(scored)
-        values = scored.entropies.detach().to(device="cpu", dtype=torch.float64) - self.measure.offset
-        table = places.table(values if counted is None else values * counted)
+        device, places, counted = scored.logprobs.device, scored.places, self.counted(scored)
         weights = self.measure.weights(scored.rollouts, scored.rows)
-        c = _visitation(table, places, weights, to_go=self.measure.weighting != "per_token")
+        to_come = self.measure.to_come(scored)
+        if self.baseline is None:
+            b = of_other_responses(to_come, places, of_whole=self.measure.weighting == "per_token")
+        else:
+            table = self.baseline[scored.rows]
+            b = table[scored.rollouts.loss_mask.cpu()[scored.rows] == 1]
+        c = (to_come - b) / places.group_size[places.sequence]
         e = _direct(places, weights, counted)
         return ColumnWeights(places.means(c).to(device), c.to(device), e.to(device))
 
@@ -169,16 +188,18 @@ class DirectEntropy(ColumnDefaults):
 
 
 @dataclasses.dataclass(frozen=True)
-class PooledEntropy(ColumnDefaults):
-    """The mean over all tokens of a batch: the column of its gradient once R is known, see `ResolvedColumn`.
+class BatchEntropy(ColumnDefaults):
+    """An entropy that is known when the whole batch is: the column of its gradient once R and b_t are, see `ResolvedColumn`.
 
     Args:
-        column: that column, with an offset of 0.
+        column: that column, without them.
+        fitted: whether b_t comes from the other prompts.
     """
 
     column: ScoreFunctionEntropy | RaoBlackwellEntropy
+    fitted: bool
     side: ClassVar[Side] = Side.FUNCTIONAL
-    # R is a mean of entropies, whatever the column is made of.
+    # Both are made of entropies, whatever the column is made of.
     needs_entropies: ClassVar[bool] = True
 
     @property
@@ -198,11 +219,22 @@ class PooledEntropy(ColumnDefaults):
     def resolved(self, scores: TokenScores, rollouts: Rollouts) -> Column:
         """See `ResolvedColumn.resolved`."""
         measure = self.column.measure
-        counted = (
-            scores.entropies.double().cpu() if measure.mask is None else scores.entropies.double().cpu() * measure.mask
-        )
-        offset = float(counted.sum()) / max(float(measure.lengths(rollouts).sum()), 1.0)
-        return type(self.column)(dataclasses.replace(measure, offset=offset))
+        if measure.weighting == "pooled":
+            entropies = scores.entropies.double().cpu()
+            counted = entropies if measure.mask is None else entropies * measure.mask
+            offset = float(counted.sum()) / max(float(measure.lengths(rollouts).sum()), 1.0)
+            measure = dataclasses.replace(measure, offset=offset)
+        if isinstance(self.column, ScoreFunctionEntropy):
+            return ScoreFunctionEntropy(measure)
+        return RaoBlackwellEntropy(measure, self._baseline(measure, scores, rollouts) if self.fitted else None)
+
+    @staticmethod
+    def _baseline(measure: EntropyMeasure, scores: TokenScores, rollouts: Rollouts) -> Tensor:
+        scored = scores.of_all(rollouts)
+        assert scored.entropies is not None
+        b = of_other_prompts(measure.to_come(scored), scored.entropies.double(), scored.places)
+        mask = rollouts.loss_mask.cpu() == 1
+        return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, b)
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `ResolvedColumn`."""
@@ -213,17 +245,3 @@ def _direct(places: TokenPlaces, weights: Tensor, counted: Tensor | None) -> Ten
     """[M] e_t from weights [n] and, where not all tokens count, m_t [M]."""
     e = (weights / places.group_size)[places.sequence]
     return e if counted is None else e * counted
-
-
-def _visitation(values: Tensor, places: TokenPlaces, weights: Tensor, *, to_go: bool) -> Tensor:
-    """[M] c_t from a table [n, longest] of what tokens count for and weights [n]; with what is to come, or the whole sum."""
-    exists = places.table(values.new_ones(len(places.sequence)))
-    total = values.sum(1, keepdim=True)
-    # What one response is compared with must not depend on it. Where others have ended nothing is to come: they are left out.
-    compared = exists if to_go else torch.ones_like(exists)
-    weighted = weights.unsqueeze(1) * (total - values.cumsum(1) if to_go else total) * compared
-    others = places.member @ places.member.T
-    others.fill_diagonal_(0.0)
-    baseline = (others @ weighted) / (others @ compared).clamp_min(1.0)
-    coefficients = (weighted - baseline) / places.group_size.unsqueeze(1)
-    return coefficients[places.sequence, places.column]

@@ -11,9 +11,9 @@ from torch import Tensor
 from entropy_fast.columns.candidates import Candidate, candidate_column
 from entropy_fast.columns.column import Column, Columns
 from entropy_fast.columns.entropy import (
+    BatchEntropy,
     DirectEntropy,
     EntropyMeasure,
-    PooledEntropy,
     RaoBlackwellEntropy,
     ScoreFunctionEntropy,
 )
@@ -94,7 +94,8 @@ def columns_of(
     else:
         whole = RaoBlackwellEntropy(measure)
     if options.wanted_parts != ("direct",):
-        columns.append(PooledEntropy(whole) if measure.weighting == "pooled" else whole)
+        fitted = options.entropy_estimator == "rao_blackwell" and options.baseline == "prompts"
+        columns.append(BatchEntropy(whole, fitted) if fitted or measure.weighting == "pooled" else whole)
     if options.wanted_parts:
         columns.append(DirectEntropy(measure))
     if entropy is not None:

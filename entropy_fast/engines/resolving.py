@@ -15,13 +15,13 @@ __all__ = ["resolved_context"]
 
 
 def resolved_context(
-    context: ProbeContext, entropy: Rollouts, update: Rollouts, score: Callable[[Rollouts], TokenScores]
+    context: ProbeContext, entropy: Rollouts | None, update: Rollouts | None, score: Callable[[Rollouts], TokenScores]
 ) -> ProbeContext:
     """The context with columns that any microbatch can be weighed by.
 
     Args:
         context: of the probe.
-        entropy: the entropy batch, without empty responses.
+        entropy: the entropy batch, without empty responses; None leaves its columns as they are.
         update: the update batch, likewise; the same object where there is one batch.
         score: what the policy says of a batch; called once for each that a column waits for.
     """
@@ -29,8 +29,8 @@ def resolved_context(
     known: dict[int, TokenScores] = {}
     columns = []
     for column in context.columns:
-        if isinstance(column, ResolvedColumn):
-            batch = batches[column.side]
+        batch = batches[column.side]
+        if isinstance(column, ResolvedColumn) and batch is not None:
             if id(batch) not in known:
                 wide = any(p.dtype == torch.float64 for p in context.registry.tensors)
                 dtype = torch.float64 if wide else torch.float32

@@ -50,6 +50,8 @@ class Forecast:
         by_sequence: shares of sequences by the role of their batch, likewise; None unless they were asked for.
         by_token: [N, T] shares of response tokens as ones whose numbers change, in the columns of the entropy batch as it was
             given, likewise; 0 elsewhere. None unless they were asked for.
+        kernel: [n_units, n_units] what every unit's update does to every unit's numbers, before the learning rate: K_nm = X_n ·
+            Y_m; None where it was not kept, and with two batches.
     """
 
     value: float
@@ -60,6 +62,7 @@ class Forecast:
     by_parameter: dict[str, float] | None = None
     by_sequence: dict[Role, SequenceContributions] | None = None
     by_token: Tensor | None = None
+    kernel: Tensor | None = None
 
     @classmethod
     def unknown(cls, n_units: int) -> Forecast:

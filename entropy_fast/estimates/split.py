@@ -108,6 +108,7 @@ def forecast_of(sums: KernelSums, scale: Scale) -> Forecast:
         by_parameter(scale.parameters, sums.by_parameter, lr / pairs),
         _by_sequence(sums, scale, lr / pairs),
         _by_token(sums, scale, lr / pairs),
+        sums.kernel,
     )
 
 

@@ -33,7 +33,7 @@ DOCUMENT, PROMPTS, SEQUENCES, PICTURE = RESULT_FILES = (
     "per_sequence.parquet",
     "contributions.png",
 )
-OF_ROWS = ("by_sequence", "by_token")
+OF_ROWS = ("by_sequence", "by_token", "kernel")
 # Where a number may be not known: of a sequence by a pass that did not need it, and errors that a batch is too small for.
 MAY_BE_UNKNOWN = (
     "sequences",

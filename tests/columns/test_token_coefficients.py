@@ -72,9 +72,7 @@ def test_against_loops(batch: Any, weighting: Any, clip: tuple[float, float] | N
         return torch.tensor([v for row in order for v in values[row]], dtype=torch.float64)
 
     sums = torch.tensor([sum(logprobs[row]) for row in order], dtype=torch.float64)
-    options = EstimateOptions(
-        entropy_estimator="rao_blackwell", importance_ratio="token", clip_range=clip, weighting=weighting
-    )
+    options = EstimateOptions(baseline="responses", importance_ratio="token", clip_range=clip, weighting=weighting)
     scored = ScoredTokens(rollouts, torch.tensor(order), sums, flat(logprobs), flat(entropies))
     found = columns_of(options).weigh(scored)
     of_entropy, _, of_update = found.columns
@@ -117,7 +115,7 @@ def test_the_largest_coefficient_of_a_sequence_is_that_of_any_of_its_parts() -> 
     scored = ScoredTokens(
         rollouts, rows, -torch.rand(4).double(), -torch.rand(count).double(), torch.rand(count).double()
     )
-    found = columns_of(EstimateOptions(**OPTIONS["both"])).weigh(scored)
+    found = columns_of(EstimateOptions(baseline="responses", **OPTIONS["both"])).weigh(scored)
     entropy, _, update = found.columns
     for n in range(4):
         own = found.sequence == n

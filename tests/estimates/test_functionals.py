@@ -112,6 +112,20 @@ def test_beside_a_split_they_take_no_backward_of_their_own(setups: dict[str, Set
     close(with_both.split.direct.value, alone.split.direct.value)
 
 
+def test_each_has_its_kernel_where_kernels_are_kept(setups: dict[str, Setup]) -> None:
+    result = forecast(setups["qwen2"], batch(), entropy_estimator="rao_blackwell", engine="one_pass")
+    assert result.split is not None and result.kernel is not None
+    parts = [result.split.direct.kernel, result.split.visitation.kernel]
+    assert all(part is not None for part in parts)
+    close(sum(parts), result.kernel)  # type: ignore[arg-type]
+    for name, found in result.functionals.items():
+        assert found.kernel is not None
+        B = len(found.kernel)
+        close(found.value, 2.0 * (found.kernel.sum() - found.kernel.trace()) / (B * (B - 1)))
+        assert result_document(result)["functionals"][name].keys() >= {"value", "by_unit"}
+        assert "kernel" not in result_document(result)["functionals"][name]
+
+
 def test_they_are_shown_and_written(setups: dict[str, Setup]) -> None:
     rollouts = batch()
     result = forecast(setups["qwen2"], rollouts, functionals={"evil\x1b[31m": numbers(rollouts)["reward"].tolist()})

@@ -63,7 +63,7 @@ def every_x(
     )
     exists = rollouts.loss_mask[:, 1:] == 1
     s, h = (table[prompt][flat] for table in (values.logprobs, values.entropies))
-    options = EstimateOptions(entropy_estimator=estimator, weighting=weighting)
+    options = EstimateOptions(entropy_estimator=estimator, weighting=weighting, baseline="responses")
     scored = ScoredTokens(rollouts, torch.arange(len(flat)), s.sum(1), s[exists], h[exists])
     coefficients = columns_of(options).of_side(Side.FUNCTIONAL).weigh(scored)
     sequence = torch.arange(len(flat)).repeat_interleave(lengths)

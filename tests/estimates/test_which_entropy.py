@@ -225,3 +225,65 @@ def test_masks_that_cannot_be_meant(setups: dict[str, Setup]) -> None:
             forecast(setups["tiny"], rollouts, entropy_mask=mask)
     with pytest.raises(ConfigError, match="knows no entropy of single tokens"):
         forecast(setups["tiny"], rollouts, entropy_mask=torch.ones(shape), entropy_estimator="score_function")
+
+
+END, SMALL = 0, 5
+
+
+def every_response(prompts: list[list[int]]) -> Rollouts:
+    """All responses of at most two tokens to every prompt, each a group of its own."""
+    responses = [(END,), *((a, b) for a in range(1, SMALL) for b in range(SMALL))]
+    rows = [(prompt, list(response)) for prompt in prompts for response in responses]
+    width = max(len(prompt) for prompt in prompts) + 2
+    ids, attention, loss = (torch.zeros(len(rows), width, dtype=torch.int64) for _ in range(3))
+    for row, (prompt, response) in enumerate(rows):
+        both = len(prompt) + len(response)
+        ids[row, :both] = torch.tensor(prompt + response)
+        attention[row, :both] = 1
+        loss[row, len(prompt) : both] = 1
+    return Rollouts(
+        ids,
+        attention,
+        loss,
+        torch.arange(len(rows)),
+        advantages=torch.zeros(len(rows)),
+        max_lengths=3,
+        temperature=0.6,
+        top_p=1.0,
+    )
+
+
+@pytest.mark.parametrize("engine", ["one_pass", "two_pass"])
+@pytest.mark.parametrize("weighting", ["sequence", "dr_grpo", "per_token"])
+def test_a_tempered_policy_by_enumeration(engine: str, weighting: str) -> None:
+    """At T = 0.6: the mean of X_n · V over every response is the derivative of the tempered policy's entropy along V."""
+    torch.manual_seed(4)
+    model = models.TinyTransformer(vocabulary=SMALL).double()
+    optimizer = models.stepped_adam(model.train())
+    prompts = [[1, 2, 3], [4, 2]]
+    everything = every_response(prompts)
+    update = make_rollouts(Shape(sizes=(3, 2), budget=1), SMALL, 1)
+    result = forecast(
+        (model, optimizer), update, everything, weighting=weighting, engine=engine, policy_temperature=0.6
+    )
+    a = update.advantages[:, None] * update.loss_mask  # type: ignore[index]
+    a = a * weights_of(update, weighting, update.loss_mask.double())[:, None]
+    step = prompt_gradients_of(model, update, a, None, 0.6).sum(0) * preconditioner(model, optimizer)
+    w = weights_of(everything, weighting, everything.loss_mask.double())
+    s = token_values(model, everything, 0.6)[0].detach()
+    probability = s.sum(1).exp()
+    assert float(probability.sum()) == pytest.approx(len(prompts), rel=1e-12)
+    parameters = list(model.parameters())
+
+    def entropy(eta: float) -> float:
+        parts = (eta * step).split([p.numel() for p in parameters])
+        with torch.no_grad():
+            for p, part in zip(parameters, parts, strict=True):
+                p.add_(part.view_as(p))
+            logprobs, entropies = token_values(model, everything, 0.6)
+            for p, part in zip(parameters, parts, strict=True):
+                p.sub_(part.view_as(p))
+        return float((logprobs.sum(1).exp() * w * entropies.sum(1)).sum())
+
+    eta = 1e-5 / float(step.norm())
+    close(probability @ result.row_sums, (entropy(eta) - entropy(-eta)) / (2 * eta), 1e-6)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -221,3 +223,49 @@ def test_a_pipe_among_the_files_does_not_hang(folder, part):
     os.mkfifo(folder / part / "extra.json")
     with pytest.raises(RunFolderError, match=r"extra\.json is not a file"):
         load(folder)
+
+
+def write_gguf(path: Path, *, left_out: str | None = None, extra: str | None = None) -> None:
+    """A Llama of one layer in llama.cpp's format."""
+    gguf = pytest.importorskip("gguf")
+    width, inner, keys, words = 16, 24, 8, 23
+    shapes = {
+        "token_embd": (words, width), "output_norm": (width,), "output": (words, width),
+        "blk.0.attn_norm": (width,), "blk.0.attn_q": (width, width), "blk.0.attn_k": (keys, width),
+        "blk.0.attn_v": (keys, width), "blk.0.attn_output": (width, width), "blk.0.ffn_norm": (width,),
+        "blk.0.ffn_gate": (inner, width), "blk.0.ffn_up": (inner, width), "blk.0.ffn_down": (width, inner),
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(8)
+    writer.add_vocab_size(words)
+    generator = np.random.default_rng(0)
+    for name, shape in {**shapes, **({extra: (width,)} if extra else {})}.items():
+        if name != left_out:
+            writer.add_tensor(f"{name}.weight", generator.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_whole_gguf_loads(tmp_path):
+    write_gguf(tmp_path / "m.gguf")
+    model = load_model(ModelSource(str(tmp_path / "m.gguf")))
+    assert sum(p.numel() for p in model.parameters()) == 2 * 23 * 16 + 3 * 16 + 2 * 16 * 16 + 2 * 8 * 16 + 3 * 24 * 16
+
+
+@pytest.mark.parametrize(
+    ("left_out", "named"), [("blk.0.ffn_up", "mlp.up_proj.weight"), ("blk.0.attn_norm", "input_layernorm.weight")]
+)
+def test_a_gguf_that_lacks_a_tensor(tmp_path, left_out, named):
+    write_gguf(tmp_path / "m.gguf", left_out=left_out)
+    with pytest.raises(RunFolderError, match=re.escape(named)) as caught:
+        load_model(ModelSource(str(tmp_path / "m.gguf")))
+    assert "lacks" in str(caught.value)

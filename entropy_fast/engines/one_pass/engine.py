@@ -115,7 +115,18 @@ class OnePassEngine:
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`: U first, then E with X_n · Y_sum in the same backward."""
         assert_grad_context("OnePassEngine.two_batch")
-        self._resolve(entropy, update)
+        entropy_units, update_units = (prompt_units(batch.n_prompts, None) for batch in (entropy, update))
+        self._resolve(
+            None if self._resolves_itself(entropy, entropy_units, Side.FUNCTIONAL) else entropy,
+            None if self._resolves_itself(update, update_units, Side.UPDATE) else update,
+        )
+        try:
+            return self._two_batch(entropy, update)
+        except ScoresNeededError:
+            self._resolve(entropy, update)
+            return self._two_batch(entropy, update)
+
+    def _two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         context = self._context
         functional, updates = (context.columns.of_side(side) for side in Side)
         tables = {
@@ -216,16 +227,17 @@ class OnePassEngine:
         """Y_sum of every update column; the first is there."""
         return [sums.y, *(finish_update(self._context, total, rollouts)[0] for total in totals[1:])]
 
-    def _resolve(self, entropy: Rollouts, update: Rollouts) -> None:
+    def _resolve(self, entropy: Rollouts | None, update: Rollouts | None) -> None:
         """Find what columns wait for."""
         self._context = resolved_context(self._context, entropy, update, self.score)
 
-    def _resolves_itself(self, rollouts: Rollouts, units: list[list[int]]) -> bool:
-        """Whether one forward of the whole batch says what columns wait for, so that none has to come before it."""
+    def _resolves_itself(self, rollouts: Rollouts, units: list[list[int]], side: Side | None = None) -> bool:
+        """Whether one forward of the whole batch says what columns (of a side) wait for, so that none has to come before it."""
         context = self._context
+        columns = context.columns if side is None else context.columns.of_side(side)
         return (
             context.scores is None
-            and any(isinstance(column, ResolvedColumn) for column in context.columns)
+            and any(isinstance(column, ResolvedColumn) for column in columns)
             and self._stack_bytes(units, context.columns) <= context.run.memory_bytes
             and not (context.run.by_sequence or context.run.by_token)
             and runs_whole(context, self._runner, self._limit, rollouts, units)
@@ -246,6 +258,7 @@ class OnePassEngine:
 
     def score(self, rollouts: Rollouts) -> TokenScores:
         """Log-probs and entropies of every response token of a batch, by forwards without a graph."""
+        self._log.scored += 1
         return score_batch(self._context, self._runner, self._limit, rollouts)
 
     def _measured(

@@ -30,6 +30,7 @@ class OnePassPlan(Plan):
         prompt_forwards: how often a sweep runs the tokens that a prompt's responses share forward: more than once where they
             stand in the row of the responses, once for every column of a backward.
         prompt_backwards: and how often backward.
+        by_token: names of the columns that took a backward of their own.
         operations: estimate, multiplies and adds.
         stored_bytes: of the gradients that were kept.
         activation_bytes: estimate, of the largest microbatch.
@@ -43,6 +44,7 @@ class OnePassPlan(Plan):
     backwards: int = 1
     prompt_forwards: int = 1
     prompt_backwards: int = 1
+    by_token: tuple[str, ...] = ()
     operations: float = 0.0
     stored_bytes: int = 0
     activation_bytes: int = 0
@@ -51,7 +53,8 @@ class OnePassPlan(Plan):
         kept = "every unit's gradients kept" if self.kernel_kept else "a second sweep for projections"
         prompts = ""
         if self.backwards > 1:
-            prompts = "; columns whose coefficients differ from token to token take a backward each"
+            each = f": {', '.join(self.by_token)}" if self.by_token else ""
+            prompts = f"; columns whose coefficients differ from token to token take a backward each{each}"
         elif self.prompt_forwards > 1:
             prompts = f", with the prompts' tokens in it {self.prompt_forwards} times, once for every column"
         elif self.prompt_backwards > 1:
@@ -73,6 +76,7 @@ class PassLog:
 
     Attributes:
         stored: bytes of the gradients that are kept.
+        scored: batches whose log-probs and entropies were found by a sweep before.
     """
 
     def __init__(self, costs: CostModel) -> None:
@@ -80,7 +84,8 @@ class PassLog:
         self._reports: list[tuple[SweepReport, float]] = []  # and operations, of every sweep
         self._backwards = 1  # of the sweep that takes most
         self._most_columns = 1
-        self.stored = 0
+        self.by_token: tuple[str, ...] = ()
+        self.stored = self.scored = 0
 
     def add(self, request: SweepRequest, report: SweepReport, way: Way) -> None:
         """One sweep is done."""
@@ -88,7 +93,9 @@ class PassLog:
         tokens = sum(prompt_tokens(request.rollouts, shared=shared))
         scored = int(request.rollouts.response_lengths.sum())
         prefix = max(0, tokens - scored) if shared else 0
-        self._backwards = max(self._backwards, columns.backwards)
+        if columns.backwards >= self._backwards:
+            self._backwards = columns.backwards
+            self.by_token = tuple(column.name for column in columns if column.by_token)
         self._most_columns = max(self._most_columns, columns.most_at_once)
         operations = self._costs.operations(
             prefix,
@@ -118,6 +125,7 @@ class PassLog:
             backwards=self._backwards,
             prompt_forwards=runner.way.prompt_forwards,
             prompt_backwards=2 if runner.way.shares else 1,
+            by_token=self.by_token,
             operations=sum(operations for _, operations in self._reports),
             stored_bytes=self.stored,
             activation_bytes=largest * self._costs.bytes_per_token,
@@ -133,6 +141,10 @@ class PassLog:
             reasons = ["one prompt at a time, since padded rows are not packed"]
         if not self.stored:
             reasons.append("gradients of all units do not fit memory_budget")
+        if self.scored:
+            reasons.append("log-probs and entropies were found first, by a forward without gradients")
+        if options.by_token:
+            reasons.append("by_token takes a forward with tangents for every unit")
         if options.by_sequence:
             reasons.append("by_sequence takes one more sweep a batch, of whole sequences")
         if halved:

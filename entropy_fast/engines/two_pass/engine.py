@@ -113,6 +113,7 @@ class ProbeComponents:
             GradientCoverageError: no parameter received a gradient (or, strict, one did not).
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_X")
+        self.context = resolved_context(self.context, rollouts, None, self.score)
         return finish_functional(self.context, self._pass(Side.FUNCTIONAL, rollouts).total, rollouts)[0]
 
     def accumulate_sum_Y(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (Y as in the theory)
@@ -122,6 +123,7 @@ class ProbeComponents:
             GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_Y")
+        self.context = resolved_context(self.context, None, rollouts, self.score)
         return finish_update(self.context, self._pass(Side.UPDATE, rollouts).total, rollouts)[0]
 
     def same_batch(self, rollouts: Rollouts) -> Measured:
@@ -203,7 +205,7 @@ class ProbeComponents:
 
     def _alpha_projections(self, entropy: Rollouts, y_mean: Sequence[Tensor]) -> list[alpha_trick.AlphaProjections]:
         """Of every microbatch."""
-        context = self.context
+        self.context = context = resolved_context(self.context, entropy, None, self.score)
         alpha_trick.refuse_reentrant_checkpointing(context.model)
         columns, found = self._column(Side.FUNCTIONAL, 0), []
         with context.probe_state(), alpha_trick.twice_differentiable_attention():
