@@ -60,23 +60,25 @@ def _figure(result: DeltaH1Result) -> Figure:
     from matplotlib.figure import Figure
 
     ranked = sorted(result.per_prompt, key=lambda p: -abs(p.delta_h1))[:BARS]
-    labels = [prompt_label(p, 60) for p in ranked] + ["δH₁, all prompts"]
-    values = [p.delta_h1 for p in ranked] + [result.delta_h1]
+    # The same as δH₁, but where its direct part alone was asked for.
+    forecast, what = result.forecast, "δH₁" if not math.isnan(result.delta_h1) else "direct part of δH₁"
+    labels = [prompt_label(p, 60) for p in ranked] + [f"{what}, all prompts"]
+    values = [p.delta_h1 for p in ranked] + [forecast.value]
     colours = ["#b2182b" if v < 0 else "#2166ac" for v in values]
     figure = Figure(figsize=(10, 1.4 + 0.36 * len(values)), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
     axes.barh(range(len(values)), values, color=colours)
-    known = not math.isnan(result.std_error)
+    known = not math.isnan(forecast.std_error)
     if known:
-        lower, upper = result.interval(0.95)
+        lower, upper = forecast.interval(0.95)
         half = (upper - lower) / 2
-        axes.errorbar(result.delta_h1, len(values) - 1, xerr=half, fmt="none", ecolor="black", capsize=4)
+        axes.errorbar(forecast.value, len(values) - 1, xerr=half, fmt="none", ecolor="black", capsize=4)
     # Prompt texts are data: a dollar sign in them is not mathematics.
     axes.set_yticks(range(len(values)), labels, parse_math=False, fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="black", linewidth=0.8)
     about = "with its 95 % interval" if known else "no standard error"
-    axes.set_xlabel(f"share of δH₁, {result.unit} (bar at the bottom: the total, {about})")
+    axes.set_xlabel(f"share of {what}, {result.unit} (bar at the bottom: the total, {about})")
     sign = {True: "", False: " (sign not established)", None: ""}[result.sign_established]
     axes.set_title(
         f"Which prompts change the entropy{sign}\n{shown_of(len(ranked), len(result.per_prompt))}", fontsize=10

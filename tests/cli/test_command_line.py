@@ -99,6 +99,27 @@ def test_estimator_and_importance_ratios(folder, tmp_path):
     assert changes[0][1] != changes[1][1]
 
 
+def test_the_direct_part_alone(folder, capsys):
+    """The total is not known then, and stands nowhere as a number."""
+    out = folder / "o"
+    assert run(["probe", str(folder), "--out", str(out), "--parts", "direct"]) == 0
+    shown = capsys.readouterr().out
+    document = json.loads((out / "result.json").read_text())
+    assert document["delta_h1"] is None and document["std_error"] is None
+    assert document["split"]["total"]["value"] is None
+    direct = document["split"]["direct"]["value"]
+    assert direct == document["forecast"]["value"]
+    assert f"{direct:.17g}" in shown
+    assert "The direct part alone was asked for" in shown
+    assert "nan" not in shown
+    assert (out / "contributions.png").stat().st_size > 0
+    assert run(["probe", str(folder), "--out", str(out), "--no-picture"]) == 0
+    both = json.loads((out / "result.json").read_text())
+    assert both["split"]["direct"]["value"] == pytest.approx(direct, rel=1e-4)
+    assert set(both["functionals"]) == {"reward", "length"}
+    assert both["explanation"].startswith("To first order this update")
+
+
 def test_shares_of_sequences(folder, capsys):
     out = folder / "o"
     command = ["probe", str(folder), "--no-picture", "--out", str(out), "--engine", "one_pass"]
