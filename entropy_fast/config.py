@@ -95,7 +95,7 @@ class EstimateOptions(_Options):
             takes ``weighting``.
         update_weighting: another one for the update alone: how its loss weighs sequences. None takes ``weighting``.
         entropy_estimator: how the entropy gradient is estimated: ``rao_blackwell`` from the entropy of the model's distribution
-            at every token; ``score_function`` from log-probs, with a leave-one-out baseline, which costs a backward less and
+            at every token; ``score_function`` from log-probs, with a leave-one-out baseline, which costs fewer backwards and
             usually varies more from sample to sample.
         parts: which parts of the entropy change are wanted, each with its own error bar: ``direct``, how the distributions
             change at the prefixes that were visited, and ``visitation``, how often prefixes are visited, which holds most of

@@ -16,10 +16,12 @@ from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.checks.model_state import refuse_shared_keys
 from entropy_fast.columns import Side, Wanted, columns_of
+from entropy_fast.columns.caller import as_caller
 from entropy_fast.columns.wanted import entropy_measure
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.engines import Engine, EngineKind, engine_kind
+from entropy_fast.engines.resolving import SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.estimates.assembly import Setting, empty_response_message, same_batch_result, two_batch_result
 from entropy_fast.estimates.attribution import Role
@@ -29,9 +31,6 @@ from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 from entropy_fast.step import AdamState, adam_state_of
 
 __all__ = ["OfflineEntropyProbe"]
-
-# Nats a token by which a response's log-prob may differ between two ways of computing it.
-SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS = 1e-3, 0.3
 
 
 class OfflineEntropyProbe:
@@ -142,7 +141,7 @@ class OfflineEntropyProbe:
 
     def _asked(self, wanted: Wanted | None, entropy: Rollouts, update: Rollouts) -> OfflineEntropyProbe:
         """The same probe with the columns of one call."""
-        probe, wanted = copy.copy(self), wanted or Wanted()
+        probe, wanted = copy.copy(self), as_caller(wanted or Wanted(), self.context.registry.module)
         columns = columns_of(self.context.estimate, wanted, entropy, update)
         scores = None if wanted.scores is None else wanted.scores.of_rows(update)
         probe.context = dataclasses.replace(self.context, columns=columns, scores=scores)
@@ -194,12 +193,16 @@ class OfflineEntropyProbe:
         Raises:
             RolloutsError: they were.
         """
-        if batch.top_p not in (None, 1.0) and self.context.estimate.wanted_parts != ("direct",):
+        alone = (
+            self.context.estimate.wanted_parts == ("direct",)
+            and len(self.context.columns.of_side(Side.FUNCTIONAL)) == 1
+        )
+        if batch.top_p not in (None, 1.0) and not alone:
             raise RolloutsError(
                 f"Rollouts: sampled with top-p {batch.top_p}. Prefixes are then visited as often as the truncated policy does, "
                 "whose entropy is another quantity; the visitation part, and the total with it, would be of neither.",
-                fix="take the direct part alone (EstimateOptions(parts=('direct',)), --parts direct), which is exact at the "
-                "prefixes that were visited; or sample with top-p 1.",
+                fix="take the direct part alone (EstimateOptions(parts=('direct',)), --parts direct) and no functionals, which "
+                "is exact at the prefixes that were visited; or sample with top-p 1.",
             )
 
     def _setting(self) -> Setting:

@@ -35,9 +35,9 @@ class TokenUpdate:
 
     Attributes:
         scored: what the policy says of them.
-        of_logprob: [M] a_t, fp64 on the CPU.
+        of_logprob: [M] a_t, fp64 on the CPU; without the part of a KL term that options describe.
         of_entropy: [M] e_t, likewise.
-        advantages: [M] of every token's response, likewise.
+        advantages: [M] A of every token: its response's, times the token's weight where the rollouts have some; likewise.
         lengths: [M] w_i / G, likewise.
     """
 
@@ -76,7 +76,8 @@ def reweighted(positive: float = 1.0, negative: float = 1.0) -> Candidate:
     """
 
     def change(found: TokenUpdate) -> TokenUpdate:
-        factor = torch.where(found.advantages > 0, positive, torch.where(found.advantages < 0, negative, 1.0))
+        factor = torch.ones_like(found.advantages)
+        factor[found.advantages > 0], factor[found.advantages < 0] = positive, negative
         return dataclasses.replace(found, of_logprob=found.of_logprob * factor)
 
     return Candidate(change, None, f"positive advantages times {positive:g}, negative ones times {negative:g}")
@@ -168,15 +169,24 @@ class ChangedUpdate(ColumnDefaults):
         places, own = scored.places, planned.weigh(scored)
         assert rollouts.advantages is not None
         a = own.by_sequence[places.sequence] if own.of_logprob is None else own.of_logprob
+        kept = torch.zeros_like(a)
+        if isinstance(planned, PolicyGradient) and planned.options.kl_coefficient != 0:
+            # What a candidate does to advantages it does not do to the KL term.
+            without = dataclasses.replace(planned, options=dataclasses.replace(planned.options, kl_coefficient=0.0))
+            plain = without.weigh(scored)
+            free = plain.by_sequence[places.sequence] if plain.of_logprob is None else plain.of_logprob
+            a, kept = free, a - free
         e = torch.zeros_like(a) if own.of_entropy is None else own.of_entropy
         lengths = length_weights(rollouts, self.options.of_update) / places.group_size
         advantages = rollouts.advantages.to(device="cpu", dtype=torch.float64)[places.sequence]
+        weights = rollouts.of_response_tokens("token_weights", scored.rows)
+        advantages = advantages if weights is None else advantages * weights
         found = self.change(TokenUpdate(scored, a, e, advantages, lengths[places.sequence]))
         mask = rollouts.loss_mask.cpu() == 1
         # A given update is that of the whole batch, where prompts' gradients are averaged.
         tables = [
             torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, values / rollouts.n_prompts)
-            for values in (found.of_logprob, found.of_entropy)
+            for values in (found.of_logprob + kept, found.of_entropy)
         ]
         return GivenUpdate(tables[0], tables[1] if bool((found.of_entropy != 0).any()) else None, self.name)
 

@@ -61,8 +61,13 @@ class SequenceFunctional(ColumnDefaults):
 
 
 def usual_functionals(rollouts: Rollouts) -> dict[str, Tensor]:
-    """Length, and reward where there is one: what is asked for of any batch; nothing where a prompt has one response."""
+    """Length, and reward where there is one: what is asked for of any batch.
+
+    Nothing where a prompt has one response, or a truncated policy drew them, and their forecasts are refused.
+    """
     kept = rollouts.without_empty_responses()[0]
+    if rollouts.top_p not in (None, 1.0):
+        return {}
     if int(torch.bincount(kept.prompt_index, minlength=kept.n_prompts).min()) < 2:
         return {}
     found = {"length": rollouts.response_lengths.to(torch.float64)}

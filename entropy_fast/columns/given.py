@@ -86,6 +86,7 @@ class LossUpdate(ColumnDefaults):
     side: ClassVar[Side] = Side.UPDATE
     by_token: ClassVar[bool] = True
     needs_entropies: ClassVar[bool] = True
+    _known: list[tuple[TokenScores, GivenUpdate]] = dataclasses.field(default_factory=list, repr=False)
 
     def check(self, rollouts: Rollouts) -> None:
         """See `Column.check`: it can always be formed."""
@@ -96,6 +97,15 @@ class LossUpdate(ColumnDefaults):
         Raises:
             ConfigError: see `coefficients_of_loss`.
         """
+        # Once for the same scores, however many updates are made of it: a loss may count its calls, or draw.
+        for known, column in self._known:
+            if torch.equal(known.logprobs, scores.logprobs) and torch.equal(known.entropies, scores.entropies):
+                return column
+        column = self._column(scores, rollouts)
+        self._known[:] = [(scores, column)]
+        return column
+
+    def _column(self, scores: TokenScores, rollouts: Rollouts) -> GivenUpdate:
         a, e = coefficients_of_loss(self.loss, scores, self.kept, self.shape, rollouts)
         if bool((e != 0).any()):
             return GivenUpdate(a, e, self.name)

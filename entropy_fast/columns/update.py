@@ -104,7 +104,8 @@ class PolicyGradient(ColumnDefaults):
         lengths = length_weights(scored.rollouts, self.options.of_update)[scored.rows] / places.group_size
         plain = self._advantages(scored) * lengths
         log_ratios = self._log_ratios(scored)
-        if not self.by_token:
+        # The rollouts know of weights by token, also where whoever made the column did not.
+        if not self.by_token and scored.rollouts.token_weights is None:
             if log_ratios is None:
                 return ColumnWeights(plain.to(scored.sequence_logprobs.device))
             kept = torch.where(places.means(self.clipped(scored, log_ratios).double()) > 0, 0.0, plain)

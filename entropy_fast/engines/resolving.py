@@ -9,9 +9,13 @@ import torch
 
 from entropy_fast.columns import Columns, ResolvedColumn, Side, TokenScores
 from entropy_fast.context import ProbeContext
+from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["resolved_context"]
+__all__ = ["SCORES_MAY_MISS", "SCORES_MAY_MISS_IN_16_BITS", "resolved_context"]
+
+# Nats a token by which a response's log-prob may differ between two ways of computing it.
+SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS = 1e-3, 0.3
 
 
 def resolved_context(
@@ -35,7 +39,35 @@ def resolved_context(
                 wide = any(p.dtype == torch.float64 for p in context.registry.tensors)
                 dtype = torch.float64 if wide else torch.float32
                 given = context.scores if batch is update else None
+                if given is not None:
+                    _refuse_other_scores(context, given, batch, score)
                 known[id(batch)] = (given or score(batch)).to(device=context.device, dtype=dtype)
             column = column.resolved(known[id(batch)], batch)
         columns.append(column)
     return dataclasses.replace(context, columns=Columns(tuple(columns))) if known else context
+
+
+def _refuse_other_scores(
+    context: ProbeContext, given: TokenScores, batch: Rollouts, score: Callable[[Rollouts], TokenScores]
+) -> None:
+    """Raise where scores that were given are not the model's own, token by token, for the first prompt.
+
+    Raises:
+        RolloutsError: they are not.
+    """
+    rows = batch.rows_of_prompt(0)
+    own = score(batch.select_rows(rows))
+    narrow = any(dtype.itemsize < 4 for dtype in context.compute_dtypes)
+    allowed = SCORES_MAY_MISS_IN_16_BITS if narrow else SCORES_MAY_MISS
+    for what, mine, theirs in (
+        ("log-probs", own.logprobs, given.logprobs[rows]),
+        ("entropies", own.entropies, given.entropies[rows]),
+    ):
+        gap = (mine.double().cpu() - theirs.double().cpu()).abs()
+        if not float(gap.max()) <= allowed:
+            row = int(gap.amax(1).argmax())
+            raise RolloutsError(
+                f"scores: the {what} of row {int(rows[row])} (empty responses not counted) are up to {float(gap.max()):.3g} "
+                "nats a token away from the model's.",
+                fix="pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none.",
+            )

@@ -85,6 +85,9 @@ class Forecast:
 
     @property
     def established(self) -> bool | None:
-        """Whether the sign of the change by this very update is beyond doubt at 95 %; None when there is no standard error."""
+        """Whether the sign of the change by this very update is beyond doubt; None when there is no standard error.
+
+        It is where |value| is at least two standard errors and the 95 % interval leaves out 0.
+        """
         low, high = self.interval()
-        return None if math.isnan(low) else low > 0 or high < 0
+        return None if math.isnan(low) else (low > 0 or high < 0) and abs(self.value) >= 2 * self.std_error

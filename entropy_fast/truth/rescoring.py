@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.checks.exclusive import one_probe_at_a_time
-from entropy_fast.columns import Wanted
+from entropy_fast.columns import Wanted, columns_of
 from entropy_fast.columns.wanted import entropy_measure
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext
@@ -72,6 +72,7 @@ def rescored_entropy(
         raise LearningRateError(f"rescoring: learning rates are {list(learning_rates)}.", fix="use numbers above 0.")
     state = adam_state_of(optimizer, model)
     context = ProbeContext.of(model, state, dataclasses.replace(estimate or EstimateOptions(), learning_rate=1.0), run)
+    context = dataclasses.replace(context, columns=columns_of(context.estimate, Wanted(), rollouts, rollouts))
     batch = rollouts.for_autograd().without_empty_responses()[0]
     measure = entropy_measure(context.estimate, Wanted(), None)
 
@@ -90,6 +91,11 @@ def rescored_entropy(
                 levels = []
                 for eta in (rate, -rate):
                     _move(parameters, kept, step, eta)
+                    if all(torch.equal(p, own) for p, own in zip(parameters, kept, strict=True)):
+                        raise LearningRateError(
+                            f"rescoring: a step at learning rate {rate:g} moves no parameter of {parameters[0].dtype}.",
+                            fix="use a larger learning rate, or parameters in float32.",
+                        )
                     levels.append(level())
                 found.append(Rescored(rate, levels[0] - before, (levels[0] - levels[1]) / 2))
         finally:

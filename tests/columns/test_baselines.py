@@ -27,15 +27,22 @@ from entropy_fast.columns.tokens import TokenPlaces
 
 def by_least_squares(to_come: Tensor, entropies: Tensor, places: TokenPlaces) -> Tensor:
     """[M] b_t, prompt by prompt: the penalty as rows below those of the tokens."""
-    position = places.column.numpy().astype(float)
-    features = np.stack([np.ones(len(to_come)), entropies.numpy(), position, position**2], 1)
+    position, own = places.column.numpy().astype(float), entropies.numpy()
+
+    def features(chosen: np.ndarray, most_h: float = np.inf, most_t: float = np.inf) -> np.ndarray:
+        h, t = np.minimum(own[chosen], most_h), np.minimum(position[chosen], most_t)
+        return np.stack([np.ones(len(h)), h, t, t**2], 1)
+
     prompt, found = places.prompt[places.sequence].numpy(), np.zeros(len(to_come))
+    counts = np.bincount(prompt)
     for n in np.unique(prompt):
         others = prompt != n
-        penalty = np.diag(np.sqrt(1e-3 * (features[others] ** 2).sum(0)))
-        rows = np.concatenate([features[others], penalty])
-        beta = np.linalg.lstsq(rows, np.concatenate([to_come.numpy()[others], np.zeros(4)]), rcond=None)[0]
-        found[~others] = features[~others] @ beta
+        weights = 1 / np.sqrt(counts[prompt[others]])[:, None]
+        rows = weights * features(others)
+        penalty = np.diag(np.sqrt(1e-3 * (rows**2).sum(0)))
+        targets = np.concatenate([weights[:, 0] * to_come.numpy()[others], np.zeros(4)])
+        beta = np.linalg.lstsq(np.concatenate([rows, penalty]), targets, rcond=None)[0]
+        found[~others] = features(~others, own[others].max(), position[others].max()) @ beta
     return torch.from_numpy(found)
 
 
@@ -56,6 +63,24 @@ def test_it_is_the_regression_that_it_says(lengths: list[list[int]], seed: int) 
     to_come, entropies = (torch.rand(len(places.sequence), generator=generator, dtype=torch.float64) for _ in range(2))
     expected = by_least_squares(to_come, entropies, places)
     torch.testing.assert_close(of_other_prompts(to_come, entropies, places), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_nothing_is_made_up_beyond_what_the_other_prompts_have() -> None:
+    """Responses of 200 tokens beside those of 8: a parabola through the first 8 would be anything at 200."""
+    lengths = [8] * 4 + [200] * 4
+    places = TokenPlaces(
+        torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)),
+        torch.cat([torch.arange(length) for length in lengths]),
+        torch.arange(len(lengths)) // 4,
+        200,
+    )
+    generator = torch.Generator().manual_seed(0)
+    to_come = torch.cat([length - 1.0 - torch.arange(length) for length in lengths]).double()
+    to_come += torch.randn(len(to_come), generator=generator, dtype=torch.float64)
+    b = of_other_prompts(to_come, torch.rand(len(to_come), generator=generator, dtype=torch.float64), places)
+    long = places.sequence >= 4
+    assert float(b[long].abs().max()) < 20
+    assert float((to_come - b)[long].square().mean()) < 1.1 * float(to_come[long].square().mean())
 
 
 def test_one_prompt_has_none() -> None:

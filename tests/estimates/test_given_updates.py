@@ -275,3 +275,80 @@ def test_refusals(setups: dict[str, Setup]) -> None:
         forecast(setup, rollouts, update=a_loss(rollouts), scores=TokenScores(1.1 * s, h))
     with pytest.raises(ConfigError, match="`entropies` has shape"):
         forecast(setup, rollouts, update=a_loss(rollouts), scores=TokenScores(s, h[:, 1:]))
+
+
+def test_weights_by_token_are_in_whatever_is_made_of_the_update(setups: dict[str, Setup]) -> None:
+    """Advantages by token of both signs: in candidates, and in a step that is taken to score it again."""
+    from entropy_fast.truth import rescored_entropy
+
+    setup, plain = setups["tiny"], batch()
+    by_token = tables(plain, 5)[0]
+    fields = {
+        name: getattr(plain, name) for name in ("input_ids", "attention_mask", "loss_mask", "group_ids", "max_lengths")
+    }
+    rollouts = Rollouts(**fields, advantages=by_token, temperature=1.0, top_p=1.0)
+    options = {"entropy_estimator": "rao_blackwell", "engine": "one_pass"}
+    same, reversed_ = candidates.reweighted(), candidates.reweighted(positive=0.0)
+    result = forecast(setup, rollouts, updates={"same": same, "negatives": reversed_}, **options)
+    close(result.updates["same"].forecast.value, result.delta_h1)
+    negatives = Rollouts(**fields, advantages=by_token.clamp_max(0.0), temperature=1.0, top_p=1.0)
+    close(result.updates["negatives"].forecast.value, forecast(setup, negatives, **options).delta_h1)
+    estimate = options_of(entropy_estimator="rao_blackwell")["estimate"]
+    (found,) = rescored_entropy(*setup, rollouts, [1e-6], estimate=estimate)
+    assert result.split is not None
+    close(found.symmetric, 1e-6 * result.split.on_batch, 1e-5)
+
+
+def test_a_candidate_leaves_a_kl_term_alone(setups: dict[str, Setup]) -> None:
+    import dataclasses
+
+    setup, rollouts = setups["tiny"], batch()
+    s = token_values(setup[0], rollouts)[0].detach()
+    rollouts = dataclasses.replace(rollouts, ref_logprobs=(s - 0.2).clamp_max(0.0))
+    result = forecast(setup, rollouts, kl_coefficient=0.3, updates={"none": candidates.reweighted(0.0, 0.0)})
+    assert rollouts.advantages is not None
+    nothing = dataclasses.replace(rollouts, advantages=torch.zeros_like(rollouts.advantages))
+    close(result.updates["none"].forecast.value, forecast(setup, nothing, kl_coefficient=0.3).delta_h1)
+
+
+@pytest.mark.parametrize("engine", ["two_pass", "packed", "in parts"])
+def test_a_loss_sees_the_model_as_its_caller_left_it(setups: dict[str, Setup], engine: str) -> None:
+    family, options = ENGINES[engine]
+    setup, rollouts = setups[family], batch()
+    loss, seen = a_loss(rollouts), []
+
+    def looking(s: Tensor, h: Tensor) -> Tensor:
+        seen.append((setup[0].training, torch.is_autocast_enabled("cpu")))
+        return loss(s, h)
+
+    updates = {"half": candidates.reweighted(positive=0.5), "bonus": candidates.entropy_bonus(0.01)}
+    forecast(setup, rollouts, update=looking, updates=updates, autocast_dtype="bfloat16", **options)
+    assert seen == [(True, False)]
+    assert setup[0].training
+
+
+def test_scores_of_other_tokens_are_not_taken(setups: dict[str, Setup]) -> None:
+    setup, rollouts = setups["tiny"], batch()
+    s, h = (t.detach() for t in token_values(setup[0], rollouts))
+    turned = s.clone()
+    for row in range(len(s)):
+        places = rollouts.loss_mask[row] == 1
+        turned[row, places] = s[row, places].flip(0)
+    for given, what in ((TokenScores(turned, h), "log-probs"), (TokenScores(s, 0.5 * h), "entropies")):
+        with pytest.raises(RolloutsError, match=f"scores: the {what} of row"):
+            forecast(setup, rollouts, update=a_loss(rollouts), scores=given)
+
+
+def test_components_are_for_any_number_of_batches(setups: dict[str, Setup]) -> None:
+    from entropy_fast import EstimateOptions, ProbeComponents
+    from entropy_fast.step import AdamState
+
+    model, optimizer = setups["tiny"]
+    state = AdamState.from_optimizer(optimizer, model)
+    used, first, second = ProbeComponents(model, state, EstimateOptions()), batch(1), batch(2)
+    used.accumulate_sum_X(first.without_empty_responses()[0])
+    again, fresh = (
+        components.accumulate_sum_X(second.without_empty_responses()[0])
+        for components in (used, ProbeComponents(model, state, EstimateOptions()))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors, fresh.tensors, strict=True))

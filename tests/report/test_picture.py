@@ -33,7 +33,9 @@ def test_the_error_bar_is_the_interval_of_the_table(result):
 
 
 def test_without_a_standard_error_there_is_no_bar_and_it_is_said(result):
-    figure = picture._figure(dataclasses.replace(result, std_error=float("nan")))
+    unknown = float("nan")
+    forecast = dataclasses.replace(result.forecast, std_error=unknown)
+    figure = picture._figure(dataclasses.replace(result, std_error=unknown, forecast=forecast))
     assert not [c for c in figure.axes[0].containers if type(c).__name__ == "ErrorbarContainer"]
     assert "no standard error" in figure.axes[0].get_xlabel()
 

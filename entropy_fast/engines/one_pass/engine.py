@@ -11,6 +11,7 @@ backwards of their own over the same graph, and are named in the result's notes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -70,12 +71,11 @@ class OnePassEngine:
         units = prompt_units(rollouts.n_prompts, self._context.estimate.blocks)
         if not self._resolves_itself(rollouts, units):
             self._resolve(rollouts, rollouts)
-        try:
+        with contextlib.suppress(ScoresNeededError):
             return self._same_batch(rollouts, units)
-        except ScoresNeededError:
-            # Memory ran out, and the batch goes through in parts after all.
-            self._resolve(rollouts, rollouts)
-            return self._same_batch(rollouts, units)
+        # Memory ran out, and the batch goes through in parts after all; what the first try held is let go before.
+        self._resolve(rollouts, rollouts)
+        return self._same_batch(rollouts, units)
 
     def _same_batch(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
         context, columns = self._context, self._context.columns
@@ -120,11 +120,10 @@ class OnePassEngine:
             None if self._resolves_itself(entropy, entropy_units, Side.FUNCTIONAL) else entropy,
             None if self._resolves_itself(update, update_units, Side.UPDATE) else update,
         )
-        try:
+        with contextlib.suppress(ScoresNeededError):
             return self._two_batch(entropy, update)
-        except ScoresNeededError:
-            self._resolve(entropy, update)
-            return self._two_batch(entropy, update)
+        self._resolve(entropy, update)
+        return self._two_batch(entropy, update)
 
     def _two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         context = self._context

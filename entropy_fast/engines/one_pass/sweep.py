@@ -152,7 +152,7 @@ def runs_whole(
     context: ProbeContext, runner: Runner, limit: MicrobatchLimit, rollouts: Rollouts, units: list[list[int]]
 ) -> bool:
     """Whether a batch goes through in one forward whose coefficients are formed all at once; arguments as of `sweep`."""
-    with context.probe_state():
+    with context.probe_state(), torch.compiler.set_stance("force_eager"):
         runner.choose(rollouts)
         cutter = _Cutter(runner, limit, SweepRequest(rollouts, units, context.columns, "plan"))
         groups = cutter.groups(units)

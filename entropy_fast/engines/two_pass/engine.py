@@ -23,6 +23,7 @@ from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import by_column, coverage_of, finish_functional, finish_update, finished
 from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
+from entropy_fast.engines.two_pass.passes import Pass, sums_of_dots
 from entropy_fast.engines.two_pass.scoring import padded_scores
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured, Plan
@@ -113,8 +114,8 @@ class ProbeComponents:
             GradientCoverageError: no parameter received a gradient (or, strict, one did not).
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_X")
-        self.context = resolved_context(self.context, rollouts, None, self.score)
-        return finish_functional(self.context, self._pass(Side.FUNCTIONAL, rollouts).total, rollouts)[0]
+        own = self._resolved(rollouts, None)
+        return finish_functional(own.context, own._pass(Side.FUNCTIONAL, rollouts).total, rollouts)[0]
 
     def accumulate_sum_Y(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (Y as in the theory)
         """Y_sum = P Σ_n g_n over all prompts, preconditioned.
@@ -123,8 +124,8 @@ class ProbeComponents:
             GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_Y")
-        self.context = resolved_context(self.context, None, rollouts, self.score)
-        return finish_update(self.context, self._pass(Side.UPDATE, rollouts).total, rollouts)[0]
+        own = self._resolved(None, rollouts)
+        return finish_update(own.context, own._pass(Side.UPDATE, rollouts).total, rollouts)[0]
 
     def same_batch(self, rollouts: Rollouts) -> Measured:
         """See `Engine.same_batch`."""
@@ -142,7 +143,10 @@ class ProbeComponents:
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`."""
         self._assert_grad_context("ProbeComponents.two_batch")
-        self.context = context = resolved_context(self.context, entropy, update, self.score)
+        return self._resolved(entropy, update)._two_batch(entropy, update)
+
+    def _two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
+        context = self.context
         x_pass, y_pass = self._both_passes(entropy, update)
         sums = finished(context, x_pass.total, y_pass.total, entropy, update)
         x_totals = [(0, sums.x), *self.totals_after_first(Side.FUNCTIONAL, entropy)]
@@ -162,6 +166,10 @@ class ProbeComponents:
             apart=apart,
             candidates=candidates,
         )
+
+    def _resolved(self, entropy: Rollouts | None, update: Rollouts | None) -> ProbeComponents:
+        """For batches whose scores are known; these components stay as they are, for other batches."""
+        return self.of(resolved_context(self.context, entropy, update, self.score))
 
     def score(self, rollouts: Rollouts) -> TokenScores:
         """Log-probs and entropies of every response token, by forwards without a graph."""
@@ -205,9 +213,10 @@ class ProbeComponents:
 
     def _alpha_projections(self, entropy: Rollouts, y_mean: Sequence[Tensor]) -> list[alpha_trick.AlphaProjections]:
         """Of every microbatch."""
-        self.context = context = resolved_context(self.context, entropy, None, self.score)
+        own = self._resolved(entropy, None)
+        context = own.context
         alpha_trick.refuse_reentrant_checkpointing(context.model)
-        columns, found = self._column(Side.FUNCTIONAL, 0), []
+        columns, found = own._column(Side.FUNCTIONAL, 0), []
         with context.probe_state(), alpha_trick.twice_differentiable_attention():
             for rows in self._iter_prompt_microbatches(entropy):
                 forward = self._compute_aligned_batch_logprobs(entropy, rows)
@@ -227,7 +236,10 @@ class ProbeComponents:
 
     def _kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
         """Aggregate passes, then the diagonal phase: X_u by one backward and Y_u by a second on a fresh graph."""
-        self.context = context = resolved_context(self.context, rollouts, rollouts, self.score)
+        return self._resolved(rollouts, rollouts)._known_kernel_sums(rollouts, units)
+
+    def _known_kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
+        context = self.context
         x_pass, y_pass = self._both_passes(rollouts, rollouts)
         first, second = (found.table.sequence_logprobs for found in (x_pass, y_pass))
         check_repeatable(first, second, torch.arange(rollouts.n_sequences))
@@ -251,7 +263,7 @@ class ProbeComponents:
         sizes = torch.tensor([len(unit) for unit in units])
         found = [
             [
-                _sums_of_dots(own, parameter_products(x_sum, y_sum), sizes)
+                sums_of_dots(own, parameter_products(x_sum, y_sum), sizes)
                 for own, x_sum in zip(of_update, x_totals, strict=True)
             ]
             for of_update, y_sum in zip(dots, y_sums, strict=True)
@@ -319,19 +331,19 @@ class ProbeComponents:
             self.context.report(f"{side.value} per prompt", prompt + 1, rollouts.n_prompts)
         return torch.tensor(products, dtype=torch.float64)
 
-    def _both_passes(self, entropy: Rollouts, update: Rollouts) -> tuple[_Pass, _Pass]:
+    def _both_passes(self, entropy: Rollouts, update: Rollouts) -> tuple[Pass, Pass]:
         """X first: what it reached is said where the update's route reaches nothing."""
         x_pass = self._pass(Side.FUNCTIONAL, entropy)
         if not any(x_pass.total.touched):
             coverage_of(self.context, Side.FUNCTIONAL, x_pass.total, entropy)
         return x_pass, self._pass(Side.UPDATE, update, x_pass.total.touched)
 
-    def _pass(self, side: Side, rollouts: Rollouts, x_touched: Sequence[bool] | None = None) -> _Pass:
+    def _pass(self, side: Side, rollouts: Rollouts, x_touched: Sequence[bool] | None = None) -> Pass:
         """The sum over a whole batch, and what was learned of its sequences."""
         columns = self._column(side, 0)
         table = SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
         total = self._gradient_sum(side, rollouts, range(rollouts.n_prompts), table, x_touched)
-        return _Pass(total, table)
+        return Pass(total, table)
 
     def _gradient_sum(
         self,
@@ -382,19 +394,3 @@ class ProbeComponents:
         return gradients_by_autograd_grad(
             loss, forward.sequence_logprobs, context.registry, strict=context.run.strict, x_touched=x_touched
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pass:
-    """A gradient sum over a batch, and what was learned of its sequences."""
-
-    total: GradientSum
-    table: SequenceTable
-
-
-def _sums_of_dots(dots: Sequence[Tensor], products: Tensor, sizes: Tensor) -> KernelSums:
-    """From [parameters, 3] X_u · Y_u, X_u · Y_sum and Y_u · X_sum of every unit, and X_sum · Y_sum by parameter."""
-    of_units = torch.stack(list(dots))
-    diagonal, row_sums, column_sums = (part.contiguous() for part in of_units.sum(1).unbind(1))
-    by_parameter = products - of_units[:, :, 0].sum(0)
-    return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, by_parameter=by_parameter)
