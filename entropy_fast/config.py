@@ -125,7 +125,7 @@ class EstimateOptions(_Options):
         ConfigError: an option has a value outside what is listed.
     """
 
-    weighting: Weighting = option("dr_grpo", "length weight of a sequence: 1/L_max, 1/L_i or 1")
+    weighting: Weighting = option("dr_grpo", "length weight of a sequence: 1/L_max, 1/L_i, 1, or 1/mean L")
     entropy_weighting: Weighting | None = option(None, "another length weight for the entropy")
     update_weighting: Weighting | None = option(None, "another length weight for the update")
     entropy_estimator: EntropyEstimator = option(
