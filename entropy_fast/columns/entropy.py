@@ -117,8 +117,21 @@ class ScoreFunctionEntropy(ColumnDefaults):
         return ColumnWeights(-leave_one_out(weighted, scored.places))
 
 
+class _OfTokenEntropies(ColumnDefaults):
+    """What columns from the entropies of tokens have in common."""
+
+    measure: EntropyMeasure
+    side: ClassVar[Side] = Side.FUNCTIONAL
+    by_token: ClassVar[bool] = True
+    needs_entropies: ClassVar[bool] = True
+
+    def counted(self, scored: ScoredTokens) -> Tensor | None:
+        """See `Column.counted`."""
+        return self.measure.counted(scored.rollouts, scored.rows)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class RaoBlackwellEntropy(ColumnDefaults):
+class RaoBlackwellEntropy(_OfTokenEntropies):
     """From the entropy of the model's distribution at every response token.
 
     Args:
@@ -130,16 +143,9 @@ class RaoBlackwellEntropy(ColumnDefaults):
     measure: EntropyMeasure
     baseline: Tensor | None = None
     name: ClassVar[str] = "entropy"
-    side: ClassVar[Side] = Side.FUNCTIONAL
-    by_token: ClassVar[bool] = True
-    needs_entropies: ClassVar[bool] = True
 
     def check(self, rollouts: Rollouts) -> None:
         """See `Column.check`: a single response has no baseline, which it needs for its variance alone."""
-
-    def counted(self, scored: ScoredTokens) -> Tensor | None:
-        """See `Column.counted`."""
-        return self.measure.counted(scored.rollouts, scored.rows)
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `Column.weigh`."""
@@ -157,7 +163,7 @@ class RaoBlackwellEntropy(ColumnDefaults):
 
 
 @dataclasses.dataclass(frozen=True)
-class DirectEntropy(ColumnDefaults):
+class DirectEntropy(_OfTokenEntropies):
     """The part of the Rao-Blackwell gradient that is about how distributions change at the prefixes that were visited.
 
     Without coefficients of ∇s_t, which are about how often prefixes are visited. It has no baseline and needs none.
@@ -168,16 +174,9 @@ class DirectEntropy(ColumnDefaults):
 
     measure: EntropyMeasure
     name: ClassVar[str] = "direct"
-    side: ClassVar[Side] = Side.FUNCTIONAL
-    by_token: ClassVar[bool] = True
-    needs_entropies: ClassVar[bool] = True
 
     def check(self, rollouts: Rollouts) -> None:
         """See `Column.check`: it can always be formed."""
-
-    def counted(self, scored: ScoredTokens) -> Tensor | None:
-        """See `Column.counted`."""
-        return self.measure.counted(scored.rollouts, scored.rows)
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `Column.weigh`."""

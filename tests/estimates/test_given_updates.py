@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forecast_ways import ENGINES
 from probe_options import options_of
 from probe_oracle import models
 from probe_oracle.batches import Shape, make_rollouts
@@ -25,13 +26,6 @@ from entropy_fast.ways.packed.way import PackedWay
 
 Setup = tuple[nn.Module, torch.optim.Optimizer]
 SHAPE = Shape(budget=2, empty=1)
-ENGINES = {
-    "two_pass": ("tiny", {"engine": "two_pass"}),
-    "own logits": ("tiny", {"engine": "one_pass"}),
-    "packed": ("qwen2", {"engine": "one_pass"}),
-    "in parts": ("qwen2", {"engine": "one_pass", "prompts_per_microbatch": 2}),
-    "second sweep": ("qwen2", {"engine": "one_pass", "memory_budget": 1}),
-}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without response tokens were left out")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from forecast_ways import ENGINES
 from probe_options import options_of
 from probe_oracle import models
 from probe_oracle.batches import Shape, make_rollouts
@@ -23,13 +24,6 @@ from entropy_fast.errors import ConfigError
 Setup = tuple[nn.Module, torch.optim.Optimizer]
 SHAPE = Shape(budget=2, empty=1)
 WEIGHTINGS = ("dr_grpo", "per_token", "sequence", "pooled")
-ENGINES = {
-    "two_pass": ("tiny", {"engine": "two_pass"}),
-    "own logits": ("tiny", {"engine": "one_pass"}),
-    "packed": ("qwen2", {"engine": "one_pass"}),
-    "in parts": ("qwen2", {"engine": "one_pass", "prompts_per_microbatch": 2}),
-    "second sweep": ("qwen2", {"engine": "one_pass", "memory_budget": 1}),
-}
 
 # Two ways that share every line about weightings and masks with the others.
 OFTEN = [

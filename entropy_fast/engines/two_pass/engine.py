@@ -20,7 +20,7 @@ from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products
 from entropy_fast.engines.resolving import resolved_context
-from entropy_fast.engines.sums import by_column, coverage_of, finish_functional, finish_update, finished
+from entropy_fast.engines.sums import FinishedSums, by_column, coverage_of, finish_functional, finish_update, finished
 from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
 from entropy_fast.engines.two_pass.passes import Pass, sums_of_dots
@@ -152,20 +152,8 @@ class ProbeComponents:
         x_totals = [(0, sums.x), *self.totals_after_first(Side.FUNCTIONAL, entropy)]
         y_sums = [(0, sums.y), *self._y_sums_after_first(update)]
         found = [[self._between(entropy, update, x, y) for x in x_totals] for y in y_sums]
-        first, apart, candidates = by_column(context.columns, found)
-        tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
         how = "the double backward" if context.run.conditional_variance == "alpha" else "a backward a prompt"
-        plan = self._plan(f"projections of the entropy batch by {how}")
-        return Measured(
-            first,
-            sums.coverage,
-            tables,
-            sums.excluded,
-            sums.leading_products,
-            plan,
-            apart=apart,
-            candidates=candidates,
-        )
+        return self._measured(found, sums, (x_pass, y_pass), f"projections of the entropy batch by {how}")
 
     def _resolved(self, entropy: Rollouts | None, update: Rollouts | None) -> ProbeComponents:
         """For batches whose scores are known; these components stay as they are, for other batches."""
@@ -271,16 +259,21 @@ class ProbeComponents:
         kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
         if kernel:
             found[0][0] = dataclasses.replace(found[0][0], kernel=torch.tensor(kernel, dtype=torch.float64))
-        whole, apart, candidates = by_column(context.columns, found)
-        tables = {Side.FUNCTIONAL.value: x_pass.table, Side.UPDATE.value: y_pass.table}
-        plan = self._plan("then both again for every unit")
+        return self._measured(found, sums, (x_pass, y_pass), "then both again for every unit")
+
+    def _measured(
+        self, found: Sequence[Sequence[KernelSums]], sums: FinishedSums, passes: tuple[Pass, Pass], then: str
+    ) -> Measured:
+        """From sums by update and functional, and what the passes of X and of Y learned."""
+        first, apart, candidates = by_column(self.context.columns, found)
+        tables = {side.value: own.table for side, own in zip(Side, passes, strict=True)}
         return Measured(
-            whole,
+            first,
             sums.coverage,
             tables,
             sums.excluded,
             sums.leading_products,
-            plan,
+            self._plan(then),
             apart=apart,
             candidates=candidates,
         )
