@@ -1,19 +1,16 @@
 """Options of a probe, in two objects: what is estimated, and how it is run. They are data: nothing here touches a model.
 
-An option is written down once, as a field: its type, its default, and what `option` says of it. The checks here, the command
-line, ``run.json`` and the texts of errors are made from that.
+An option is written down once, as a field: its type, its default, and what `option` says of it (`entropy_fast.schema`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
-import types
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal
 
 from entropy_fast.errors import ConfigError
+from entropy_fast.schema import OptionField, Options, bytes_of, default_of, option, option_fields
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +27,8 @@ Part = Literal["direct", "visitation"]
 EntropyEstimator = Literal["score_function", "rao_blackwell"]
 ImportanceRatio = Literal["none", "token", "sequence"]
 Baseline = Literal["prompts", "responses"]
+StepKind = Literal["next", "adam_static"]
+GradientSource = Literal["rollouts", "live"]
 KlEstimator = Literal["k1", "k2", "k3"]
 AccumulateOn = Literal["device", "cpu"]
 YPass = Literal["backward", "autograd_grad"]
@@ -37,54 +36,8 @@ ConditionalVariance = Literal["per_prompt", "alpha"]
 WhenBusy = Literal["wait", "refuse"]
 
 
-def option(default: Any, help: str, *, least: float | None = None, most: float | None = None) -> Any:
-    """A field of options: its default, a line of help, and the range of a number, ends included."""
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "most": most})
-
-
 @dataclasses.dataclass(frozen=True)
-class OptionField:
-    """One option as the command line and ``run.json`` see it.
-
-    Attributes:
-        name: of the field.
-        kind: what a value is: ``str``, ``int``, ``float`` or ``bool``; a `MemoryBudget` is a str here, a `ClipRange` too.
-        choices: the words a value may be; empty where there are none.
-        optional: whether None is a value.
-        default: the value where none is given.
-        help: a line.
-    """
-
-    name: str
-    kind: type
-    choices: tuple[str, ...]
-    optional: bool
-    default: Any
-    help: str
-
-
-class _Options:
-    """Checks every field against its type and range on construction."""
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            object.__setattr__(self, field.name, _checked(self, field, getattr(self, field.name)))
-
-    def changed(self) -> tuple[str, ...]:
-        """Names of the options that are not what they are by default."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        return tuple(field.name for field in fields if getattr(self, field.name) != field.default)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in dataclasses.asdict(self).items()  # type: ignore[call-overload]
-        }
-
-
-@dataclasses.dataclass(frozen=True)
-class EstimateOptions(_Options):
+class EstimateOptions(Options):
     """What is estimated: which entropy, which update, with which estimator.
 
     Attributes:
@@ -120,6 +73,17 @@ class EstimateOptions(_Options):
         blocks: number of blocks of prompts that are the units of the same-batch estimate (fewer backward passes, a coarser
             error bar); None takes every prompt by itself.
         learning_rate: the step's; all groups of the optimizer are rescaled alike. None takes the optimizer's.
+        step: ``next``, the whole step that the optimizer will take: momentum, weight decay, the fresh gradient, and what that
+            does to the optimizer's scale, each apart in ``result.step_parts``; ``adam_static``, lr · P g with Adam's stored
+            second moments and nothing else. None is ``next`` where a live optimizer (of any kind) is given and the engine can,
+            and ``adam_static`` elsewhere.
+        max_grad_norm: limit of the gradient's norm over all parameters that the trainer clips to before the step; with
+            ``step="next"``. None clips nothing.
+        gradient: ``rollouts``, the gradient of the described update on the batch; ``live``, what stands in the parameters'
+            ``.grad`` just before ``optimizer.step()``, whatever loss it is of; with ``step="next"``.
+        sample: with ``gradient="live"``, how many prompts of the batch the entropy side is estimated from; None takes all.
+        relative_error: with ``gradient="live"``, go on in chunks of prompts until the direct part's standard error is at most
+            this share of it, or the batch (or ``sample``) is used up; None does not.
 
     Raises:
         ConfigError: an option has a value outside what is listed.
@@ -146,6 +110,13 @@ class EstimateOptions(_Options):
     entropy_bonus: float = option(0.0, "bonus for entropy in the update's loss")
     blocks: int | None = option(None, "blocks of prompts as units: less work, a coarser error", least=2)
     learning_rate: float | None = option(None, "instead of the optimizer's")
+    step: StepKind | None = option(None, "the optimizer's whole next step, or Adam's static geometry")
+    max_grad_norm: float | None = option(None, "the trainer clips the gradient's norm to this (step next)")
+    gradient: GradientSource = option(
+        "rollouts", "of the described update, or the one that stands in .grad (step next)"
+    )
+    sample: int | None = option(None, "prompts that the entropy side is estimated from (gradient live)", least=2)
+    relative_error: float | None = option(None, "of the direct part, at which to stop (gradient live)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,11 +141,36 @@ class EstimateOptions(_Options):
             raise ConfigError(
                 f"EstimateOptions: `dual_clip` is {self.dual_clip!r}.", fix="use a number above 1, such as 3."
             )
+        self._check_step()
         for name in ("kl_coefficient", "entropy_bonus"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(
                     f"EstimateOptions: `{name}` is {getattr(self, name)!r}.", fix="use a finite number, such as 0.01."
                 )
+
+    def _check_step(self) -> None:
+        for name in ("max_grad_norm", "relative_error"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(
+                    f"EstimateOptions: `{name}` is {value!r}.", fix="use a finite number above 0, or None."
+                )
+        live = self.gradient == "live"
+        for name, wants, reason in (
+            ("max_grad_norm", self.step != "adam_static", "step='adam_static', which has no clipping"),
+            ("gradient", self.step != "adam_static", "step='adam_static', which is of a described update"),
+            ("sample", live, "gradient='rollouts', which takes every prompt of the batch"),
+            ("relative_error", live, "gradient='rollouts', which takes every prompt of the batch"),
+        ):
+            if name in self.changed() and not wants:
+                raise ConfigError(
+                    f"EstimateOptions: {name}={getattr(self, name)!r} with {reason}.", fix="leave one of the two out."
+                )
+        if self.relative_error is not None and not self.wanted_parts:
+            raise ConfigError(
+                "EstimateOptions: relative_error is about the direct part, and entropy_estimator='score_function' has none.",
+                fix="use entropy_estimator='rao_blackwell'.",
+            )
 
     @property
     def of_entropy(self) -> Weighting:
@@ -195,7 +191,7 @@ class EstimateOptions(_Options):
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions(_Options):
+class RunOptions(Options):
     """How it is run: by which engine, within which memory, in which precision, and what is kept.
 
     Attributes:
@@ -248,7 +244,7 @@ class RunOptions(_Options):
     @property
     def memory_bytes(self) -> int:
         """``memory_budget`` as a number of bytes."""
-        found = _bytes(self.memory_budget)
+        found = bytes_of(self.memory_budget)
         assert found is not None
         return found
 
@@ -259,110 +255,3 @@ class RunOptions(_Options):
 
         dtype: torch.dtype | None = None if self.autocast_dtype is None else getattr(torch, str(self.autocast_dtype))
         return dtype
-
-
-def option_fields(options: type[_Options]) -> list[OptionField]:
-    """The options of `EstimateOptions` or `RunOptions`, in order."""
-    hints = get_type_hints(options)
-    found = []
-    for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        kinds, choices, optional = _taken_apart(hints[field.name])
-        kind = str if choices or str in kinds or tuple in kinds else kinds[0]
-        found.append(OptionField(field.name, kind, choices, optional, field.default, field.metadata["help"]))
-    return found
-
-
-def default_of(options: type[_Options], name: str) -> Any:
-    """The default of one option."""
-    return next(field.default for field in dataclasses.fields(options) if field.name == name)  # type: ignore[arg-type]
-
-
-def _taken_apart(hint: Any) -> tuple[list[type], tuple[str, ...], bool]:
-    """The types a value may have, the words it may be, and whether it may be None."""
-    parts = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
-    choices = tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
-    kinds = [get_origin(part) or part for part in parts if get_origin(part) is not Literal and part is not type(None)]
-    return kinds, choices, type(None) in parts
-
-
-def _checked(options: Any, field: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in the form in which it is kept.
-
-    Raises:
-        ConfigError: it is none that the option takes.
-    """
-    kinds, choices, optional = _taken_apart(get_type_hints(type(options))[field.name])
-
-    def refused(fix: str) -> ConfigError:
-        return ConfigError(f"{type(options).__name__}: `{field.name}` is {value!r}.", fix=f"use {fix}.")
-
-    if value is None and optional:
-        return None
-    if field.name == "parts":
-        return _parts(value, refused)
-    if choices:
-        named = str(value).removeprefix("torch.")
-        if named not in choices or isinstance(value, bool):
-            raise refused(f"one of {', '.join(choices)}" + (", or leave it out" if optional else ""))
-        return named
-    if field.name == "clip_range":
-        return _clip_range(value, refused)
-    if field.name == "memory_budget":
-        if _bytes(value) is None:
-            raise refused('a number of bytes, such as 8 * 2**30, or a text such as "8GiB", "500 MB"')
-        return value
-    (kind,) = kinds
-    if kind is bool or kind is str:
-        if not isinstance(value, kind):
-            raise refused("True or False" if kind is bool else "a name")
-        return value
-    return _number(kind, field.metadata, value, refused)
-
-
-def _number(kind: type, limits: Mapping[str, Any], value: Any, refused: Callable[[str], ConfigError]) -> int | float:
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        value = value.item()  # of numpy, or a tensor
-    if isinstance(value, bool) or not isinstance(value, int if kind is int else (int, float)):
-        raise refused("a whole number" if kind is int else "a number")
-    least, most = limits["least"], limits["most"]
-    if (least is not None and not value >= least) or (most is not None and not value <= most):
-        raise refused(f"{least} or more" if most is None else f"a number in [{least}, {most}]")
-    number: int | float = value
-    return number
-
-
-def _clip_range(value: Any, refused: Callable[[str], ConfigError]) -> tuple[float, float]:
-    """(ε_low, ε_high) from a pair, from one number for both, or from either as text."""
-    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else (value,)
-    fix = "(ε_low, ε_high) with ε_low in [0, 1] and ε_high >= 0, such as (0.2, 0.2) or 0.2 for both"
-    try:
-        numbers = [math.nan if isinstance(part, bool) else float(part) for part in parts]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise refused(fix) from error
-    if len(numbers) not in (1, 2) or not (0 <= numbers[0] <= 1 and 0 <= numbers[-1] < math.inf):
-        raise refused(fix)
-    return numbers[0], numbers[-1]
-
-
-def _parts(value: Any, refused: Callable[[str], ConfigError]) -> tuple[Part, ...]:
-    """Which parts, from a tuple, a list, or text; the direct one is always among them, since it is what the other is beside."""
-    found = tuple(value.split(",") if isinstance(value, str) else value if isinstance(value, (tuple, list)) else ())
-    if found not in (("direct",), ("direct", "visitation"), ("visitation", "direct")):
-        raise refused("('direct',) or ('direct', 'visitation')")
-    return ("direct",) if len(found) == 1 else ("direct", "visitation")
-
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{i}B": (1024 if i else 1000) ** power for power, prefix in enumerate("KMGT", start=1) for i in ("", "i")
-}
-
-
-def _bytes(budget: Any) -> int | None:
-    """A number of bytes, None where it is not one."""
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", budget)
-        known = {name.lower(): size for name, size in _UNITS.items()}
-        if match is None or match[2].lower() not in known:
-            return None
-        return int(float(match[1]) * known[match[2].lower()])
-    return budget if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0 else None

@@ -14,7 +14,8 @@ from entropy_fast.checks.model_state import probe_state, reentrant_checkpointing
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.columns import Columns, TokenScores, columns_of
 from entropy_fast.config import EstimateOptions, RunOptions
-from entropy_fast.step import AdamPreconditioner, AdamState
+from entropy_fast.errors import ConfigError
+from entropy_fast.step import AdamPreconditioner, AdamState, NextStep, OptimizerAtHand, next_step_of, preconditioner_of
 
 __all__ = ["ProbeContext", "ProgressCallback"]
 
@@ -28,11 +29,15 @@ class ProbeContext:
     Attributes:
         model: a causal language model, possibly wrapped in DistributedDataParallel or compiled.
         registry: its trainable parameters, and the module that runs the forward.
-        step: the optimizer's step as geometry.
+        step: the optimizer's step as geometry: P of what is linear in the gradient.
         estimate: what is estimated.
         run: how it is run.
         columns: what sequences and tokens are weighed by, from ``estimate`` and what a call asks for.
         scores: what the policy says of the update batch, where the caller knows; None elsewhere.
+        next_step: the step that the optimizer will take; None under ``adam_static``.
+        notes: what is to be known of how the options were understood.
+        prompts_of_batch: prompts of the batch that a live gradient is of, where a sample of them is gone through; None
+            elsewhere.
         on_progress: called with stage, prompts done and prompts in all.
     """
 
@@ -44,32 +49,43 @@ class ProbeContext:
     columns: Columns
     on_progress: ProgressCallback | None = None
     scores: TokenScores | None = None
+    next_step: NextStep | None = None
+    notes: tuple[str, ...] = ()
+    prompts_of_batch: int | None = None
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
-        state: AdamState,
+        optimizer: AdamState | OptimizerAtHand,
         estimate: EstimateOptions | None = None,
         run: RunOptions | None = None,
         on_progress: ProgressCallback | None = None,
+        no_next_step: str | None = None,
     ) -> ProbeContext:
         """Read off a model and its optimizer's state.
 
         Args:
             model: the model, possibly wrapped.
-            state: the optimizer's Adam state for this model.
+            optimizer: as it was read for this model.
             estimate: what is estimated; None takes the defaults.
             run: how it is run; None takes the defaults.
             on_progress: called with stage, prompts done and prompts in all.
+            no_next_step: why the engine cannot take the optimizer's whole step; None where it can.
 
         Raises:
-            ModelStateError, LearningRateError: see `ParameterRegistry.build` and `AdamPreconditioner`.
+            ConfigError: the whole step is asked for by name, and the engine cannot take it.
+            ModelStateError, LearningRateError, OptimizerStateError: see `ParameterRegistry.build`, `AdamPreconditioner` and
+                `next_step_of`.
         """
         estimate, run = estimate or EstimateOptions(), run or RunOptions()
-        registry = ParameterRegistry.build(model, state.group_of)
-        step = AdamPreconditioner(state, registry, estimate.learning_rate)
-        return cls(model, registry, step, estimate, run, columns_of(estimate), on_progress)
+        at_hand = OptimizerAtHand(optimizer) if isinstance(optimizer, AdamState) else optimizer
+        registry = ParameterRegistry.build(model, at_hand.state.group_of)
+        wanted, notes = wants_next_step(estimate, at_hand, no_next_step)
+        step = preconditioner_of(at_hand, registry, estimate, next_step=wanted)
+        next_step = next_step_of(at_hand, registry, step, estimate) if wanted else None
+        columns = columns_of(estimate)
+        return cls(model, registry, step, estimate, run, columns, on_progress, next_step=next_step, notes=notes)
 
     @property
     def device(self) -> torch.device:
@@ -116,3 +132,21 @@ class ProbeContext:
                 "(call model.enable_input_require_grads())."
             )
         return "the trainable parameters are not used by this forward (an inactive or disabled adapter?)."
+
+
+def wants_next_step(
+    estimate: EstimateOptions, optimizer: OptimizerAtHand, no_next_step: str | None
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether the optimizer's whole step is forecast, and what is to be said of that.
+
+    Raises:
+        ConfigError: it is asked for by name, or by an option that belongs to it, and the engine cannot take it.
+    """
+    asked = estimate.step == "next" or bool({"max_grad_norm", "gradient"} & set(estimate.changed()))
+    if no_next_step is None:
+        return asked or (estimate.step is None and optimizer.live is not None), ()
+    if asked:
+        raise ConfigError(f"step='next': {no_next_step}.", fix="use engine='one_pass', or step='adam_static'.")
+    if estimate.step is None and optimizer.live is not None:
+        return False, (f"the step is Adam's static geometry, not the optimizer's whole next step: {no_next_step}.",)
+    return False, ()

@@ -19,6 +19,7 @@ __all__ = [
     "GradientCoverageError",
     "GraphDetachedError",
     "LearningRateError",
+    "LedgerError",
     "MissingTokenizerError",
     "ModelStateError",
     "NativeLibraryError",
@@ -96,6 +97,10 @@ class RunFolderError(EntropyFastError, ValueError):
 
 class ResultError(EntropyFastError, ValueError):
     """A result holds a number that is not finite, or its files on disk do not belong together."""
+
+
+class LedgerError(EntropyFastError, ValueError):
+    """A ledger's file is damaged or another writer's, or an entry does not fit those before it."""
 
 
 class SamplingError(EntropyFastError, ValueError):

@@ -26,9 +26,11 @@ from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.estimates.assembly import Setting, empty_response_message, same_batch_result, two_batch_result
 from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.measured import Measured
+from entropy_fast.estimates.merging import merged
 from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.estimates.sampled_prompts import PromptChunks, of_rows, refuse_other_updates
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
-from entropy_fast.step import AdamState, adam_state_of
+from entropy_fast.step import AdamState, read_optimizer
 
 __all__ = ["OfflineEntropyProbe"]
 
@@ -60,9 +62,12 @@ class OfflineEntropyProbe:
         run: RunOptions | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> None:
-        self._kind: EngineKind = engine_kind(run or RunOptions())
-        state = adam_state_of(optimizer, model)
-        self.context = ProbeContext.of(model, state, estimate, run, on_progress)
+        estimate, run = estimate or EstimateOptions(), run or RunOptions()
+        self._kind: EngineKind = engine_kind(run)
+        no_next_step = self._kind.no_next_step(estimate, run)
+        any_kind = estimate.step != "adam_static" and no_next_step is None
+        at_hand = read_optimizer(optimizer, model, any_kind=any_kind)
+        self.context = ProbeContext.of(model, at_hand, estimate, run, on_progress, no_next_step)
         self._measure = entropy_measure(self.context.estimate, Wanted(), None)
 
     @property
@@ -84,9 +89,38 @@ class OfflineEntropyProbe:
             ConfigError: the engine has no diagonal (``jvp``), or no use for an option with one batch.
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
+        wanted = wanted or Wanted()
+        live = self.context.next_step is not None and self.context.next_step.live is not None
+        if live:
+            refuse_other_updates(wanted, self.context.run)
+        if live and not {"sample", "relative_error"}.isdisjoint(self.context.estimate.changed()):
+            return self._sampled(rollouts, wanted)
         return self._asked(wanted, rollouts, rollouts)._same_batch(rollouts)
 
     def _same_batch(self, rollouts: Rollouts) -> DeltaH1Result:
+        measured, batch, empty = self._measured(rollouts)
+        return same_batch_result(measured, self._setting(), batch, empty)
+
+    def _sampled(self, rollouts: Rollouts, wanted: Wanted) -> DeltaH1Result:
+        """From chunks of prompts, until there are as many as asked for or the direct part is known well enough."""
+        estimate, kept = self.context.estimate, rollouts.without_empty_responses()[0]
+        chunks = PromptChunks(rollouts, estimate.sample, estimate.relative_error)
+        found: tuple[Measured, DeltaH1Result] | None = None
+        rows = torch.zeros(0, dtype=torch.int64)
+        while chunks.go_on(None if found is None else found[1]):
+            own = chunks.next_rows()
+            part, rows = rollouts.select_rows(own), torch.cat([rows, own])
+            probe = self._asked(of_rows(wanted, own), part, part)
+            probe.context = dataclasses.replace(probe.context, prompts_of_batch=kept.n_prompts)
+            measured, _, _ = probe._measured(part)
+            measured = measured if found is None else merged(found[0], measured)
+            batch, empty = rollouts.select_rows(rows).for_autograd().without_empty_responses()
+            found = measured, same_batch_result(measured, probe._setting(), batch, empty)
+        assert found is not None
+        return found[1]
+
+    def _measured(self, rollouts: Rollouts) -> tuple[Measured, Rollouts, EmptyResponseReport]:
+        """What the engine finds in one batch, the batch without empty responses, and which were left out."""
         engine = self._engine(1)
         batch, empty = self._prepare(rollouts, *Side)
         if batch.n_prompts < 2:
@@ -96,7 +130,7 @@ class OfflineEntropyProbe:
             )
         measured = self._alone(lambda: engine.same_batch(batch))
         self._check_scores(measured)
-        return same_batch_result(measured, self._setting(), batch, empty)
+        return measured, batch, empty
 
     def run_mixed_probe(
         self, *, entropy_rollouts: Rollouts, update_rollouts: Rollouts, wanted: Wanted | None = None
@@ -212,11 +246,12 @@ class OfflineEntropyProbe:
             context.estimate,
             context.run,
             context.step.learning_rate,
-            context.step.geometry,
+            context.step.geometry if context.next_step is None else "next_step",
             tuple(context.registry.names),
             frozenset(context.compute_dtypes),
             self._measure,
-            context.step.notes,
+            (*context.step.notes, *context.notes),
+            context.next_step is None or (context.next_step.rule.linear and context.next_step.live is None),
         )
 
     def _prepare(self, rollouts: Rollouts, *sides: Side) -> tuple[Rollouts, EmptyResponseReport]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
-from entropy_fast.config import RunOptions
+from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.rollouts import Rollouts
@@ -44,12 +44,14 @@ class EngineKind:
         make: from a context.
         takes: the options in `RunOptions` that it has a use for, beside those that are about every probe (`COMMON`).
         refuses: given a number of batches (1 or 2) and the context, why it cannot do what is asked; None when it can.
+        no_next_step: given the options, why it cannot measure along the optimizer's whole step; None when it can.
     """
 
     name: str
     make: Callable[[ProbeContext], Engine]
     takes: frozenset[str]
     refuses: Callable[[int, ProbeContext], str | None] = lambda batches, context: None
+    no_next_step: Callable[[EstimateOptions, RunOptions], str | None] = lambda estimate, run: None
 
     def why_not(self, batches: int, context: ProbeContext) -> str | None:
         """Why it cannot do what is asked with so many batches; None when it can."""

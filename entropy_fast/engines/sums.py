@@ -67,7 +67,9 @@ def finish_update(
     """
     coverage = coverage_of(context, Side.UPDATE, total, rollouts)
     excluded = context.step.excluded(total.tensors)
-    check_excluded(excluded, context.run.max_excluded_share)
+    if context.next_step is None:
+        # In the optimizer's own next step these elements move too.
+        check_excluded(excluded, context.run.max_excluded_share)
     return GradientSum(context.step.apply_preconditioner(total.tensors), total.touched), coverage, excluded
 
 

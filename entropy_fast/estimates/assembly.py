@@ -24,7 +24,8 @@ from entropy_fast.estimates.result import (
     entropy_functional,
 )
 from entropy_fast.estimates.setting import Setting
-from entropy_fast.estimates.split import Scale, forecasts_of
+from entropy_fast.estimates.split import Scale, forecast_of, forecasts_of, step_parts_of
+from entropy_fast.estimates.terms import FRESH
 from entropy_fast.estimates.two_batch import two_batch_estimate
 from entropy_fast.estimates.u_statistic import u_estimate
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
@@ -40,35 +41,48 @@ def same_batch_result(
     measured: Measured, setting: Setting, batch: Rollouts, empty: EmptyResponseReport
 ) -> DeltaH1Result:
     """The result of the same-batch estimate from kernel sums over units."""
-    sums, lr = measured.sums, setting.learning_rate
+    sums, lr = measured.sums, setting.learning_rate * measured.sums.clip
     assert sums.diagonal is not None and sums.column_sums is not None
+    scale = Scale(
+        setting.learning_rate,
+        batch.n_prompts,
+        batch.n_prompts,
+        setting.parameters,
+        {"both": empty},
+        setting.estimate.wanted_parts,
+    )
+    forecast = forecast_of(sums, scale)
     estimate = u_estimate(sums.x_dot_y, sums.diagonal, sums.row_sums, sums.column_sums, sums.unit_sizes, sums.kernel)
     population = "the change averaged over the population of prompts and responses"
-    errors = (
-        StandardError(
-            "x_row_means", _scaled(estimate.se_given_update, lr), "the change made by this batch's own update"
-        ),
-        StandardError("jackknife", _scaled(estimate.se_jackknife, lr), population),
-        StandardError("plug_in", _scaled(estimate.se_plug_in, lr), population),
-        StandardError("unbiased", _scaled(estimate.se_unbiased, lr), population),
-    )
-    notes = []
-    if estimate.unbiased_variance is not None and estimate.unbiased_variance < 0:
-        notes.append("the unbiased variance came out negative, as it can for few prompts; the other errors stand.")
-    parts = (estimate.contributions, estimate.as_entropy, estimate.as_update)
+    errors = [
+        StandardError("x_row_means", forecast.std_error, "the change made by this batch's own update"),
+        StandardError("jackknife", forecast.population_std_error, population),
+    ]
+    notes, variance = [], None
+    as_entropy, as_update = forecast.by_unit.tolist(), [None] * len(forecast.by_unit)
+    if sums.along is None:
+        errors += [
+            StandardError("plug_in", _scaled(estimate.se_plug_in, lr), population),
+            StandardError("unbiased", _scaled(estimate.se_unbiased, lr), population),
+        ]
+        variance = estimate.unbiased_variance
+        as_entropy = (lr * estimate.as_entropy).tolist()
+        if variance is not None and variance < 0:
+            notes.append("the unbiased variance came out negative, as it can for few prompts; the other errors stand.")
+    if sums.along is None or FRESH not in sums.along.rows:
+        as_update = (lr * estimate.as_update).tolist()
     shares = [
-        _contribution(measured.sequences[ENTROPY], batch, unit, "both", lr * share, lr * own, lr * given)
+        _contribution(measured.sequences[ENTROPY], batch, unit, "both", share, own, given)
         for unit, share, own, given in zip(
-            prompt_units(batch.n_prompts, setting.estimate.blocks), *(part.tolist() for part in parts), strict=True
+            prompt_units(batch.n_prompts, setting.estimate.blocks),
+            forecast.by_unit.tolist(),
+            as_entropy,
+            as_update,
+            strict=True,
         )
     ]
-    scale = Scale(
-        lr, batch.n_prompts, batch.n_prompts, setting.parameters, {"both": empty}, setting.estimate.wanted_parts
-    )
-    variance = _scaled(estimate.unbiased_variance, lr * lr)
-    return _result(
-        measured, setting, {"rollouts": batch}, {"rollouts": empty}, scale, _Told(errors, shares, variance, notes)
-    )
+    told = _Told(tuple(errors), shares, _scaled(variance, lr * lr), notes)
+    return _result(measured, setting, {"rollouts": batch}, {"rollouts": empty}, scale, told)
 
 
 def two_batch_result(
@@ -79,27 +93,33 @@ def two_batch_result(
     empty: dict[Role, EmptyResponseReport],
 ) -> DeltaH1Result:
     """The result of the two-batch estimate from kernel sums between two batches."""
-    sums, lr = measured.sums, setting.learning_rate
-    estimate = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums, update.n_prompts)
+    sums, lr = measured.sums, setting.learning_rate * measured.sums.clip
+    scale = Scale(
+        setting.learning_rate,
+        entropy.n_prompts,
+        update.n_prompts,
+        setting.parameters,
+        empty,
+        setting.estimate.wanted_parts,
+    )
+    forecast = forecast_of(sums, scale)
     errors = (
-        StandardError(
-            "conditional_on_update", _scaled(estimate.se_conditional, lr), "the change made by this very update"
-        ),
+        StandardError("conditional_on_update", forecast.std_error, "the change made by this very update"),
         StandardError(
             "v_x_plus_v_y",
-            _scaled(estimate.se_total, lr),
+            forecast.population_std_error,
             "the population's change; an upper bound, since the cross term is counted twice",
         ),
     )
-    of_updates = [] if estimate.update_projections is None else estimate.update_projections.tolist()
     shares = []
-    for n, s in enumerate(estimate.projections.tolist()):
-        share = lr * s / entropy.n_prompts
+    for n, share in enumerate(forecast.by_unit.tolist()):
         shares.append(_contribution(measured.sequences[ENTROPY], entropy, [n], "entropy", share, share, None))
-    for m, t in enumerate(of_updates):
-        share = lr * t / update.n_prompts
-        shares.append(_contribution(measured.sequences[UPDATE], update, [m], "update", share, None, share))
-    scale = Scale(lr, entropy.n_prompts, update.n_prompts, setting.parameters, empty, setting.estimate.wanted_parts)
+    estimate = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums, update.n_prompts)
+    fresh_alone = sums.along is None or FRESH not in sums.along.rows
+    if estimate.update_projections is not None and fresh_alone:
+        for m, t in enumerate(estimate.update_projections.tolist()):
+            share = lr * t / update.n_prompts
+            shares.append(_contribution(measured.sequences[UPDATE], update, [m], "update", share, None, share))
     batches = {ENTROPY: entropy, UPDATE: update}
     return _result(measured, setting, batches, dict(empty.items()), scale, _Told(errors, shares))
 
@@ -125,6 +145,7 @@ def _result(
     sums, estimate = measured.sums, setting.estimate
     found = forecasts_of(UpdateSums(measured.sums, measured.apart), scale)
     updates = {name: forecasts_of(own, scale) for name, own in measured.candidates.items()}
+    parts = step_parts_of(UpdateSums(measured.sums, measured.apart), scale)
     _refuse_unknown(measured, found.forecast.value, told.standard_errors)
     for name, functional in found.functionals.items():
         _refuse_overflow(name, functional)
@@ -152,11 +173,11 @@ def _result(
         entropy_functional=entropy_functional(estimate, masked=setting.measure.mask is not None),
         entropy_level=_level(measured.sequences[ENTROPY], next(iter(batches.values())), setting),
         unit=UNIT[estimate.of_entropy],
-        x_dot_y=sums.x_dot_y,
-        diagonal=sums.diagonal,
-        row_sums=sums.row_sums,
-        column_sums=sums.column_sums,
-        kernel=sums.kernel,
+        x_dot_y=sums.x_dot_y if setting.linear else math.nan,
+        diagonal=_known(sums.diagonal, setting),
+        row_sums=_unknown(sums.row_sums, setting),
+        column_sums=_known(sums.column_sums, setting),
+        kernel=_known(sums.kernel, setting),
         per_prompt=tuple(told.shares),
         sequences=measured.sequences,
         estimate_options=estimate,
@@ -172,12 +193,24 @@ def _result(
             unbiased_variance=told.unbiased_variance,
             warnings=tuple(notes),
             plan=measured.plan,
+            clip_factor=sums.clip,
+            live_gradient=measured.agreement,
         ),
         derivatives=sums.derivatives,
         split=found.split,
         functionals=found.functionals,
         updates=updates,
+        step_parts=parts,
     )
+
+
+def _known(values: Tensor | None, setting: Setting) -> Tensor | None:
+    """None where the kernel is of nothing: no part of the step is linear in the gradient."""
+    return values if setting.linear else None
+
+
+def _unknown(values: Tensor, setting: Setting) -> Tensor:
+    return values if setting.linear else torch.full_like(values, math.nan)
 
 
 def _refuse_overflow(name: str, forecast: Forecast) -> None:

@@ -71,15 +71,15 @@ def by_layer(shares: Mapping[str, float]) -> dict[str, float]:
 
 
 def sequence_contributions(
-    entropy: Tensor | None, update: Tensor | None, factor: float, empty: EmptyResponseReport
+    entropy: Tensor | None, update: Tensor | None, empty: EmptyResponseReport, *, entropy_alone: bool = False
 ) -> SequenceContributions:
     """Shares of one batch's sequences.
 
     Args:
-        entropy: [n] parts by entropy of the sequences that were not left out; None for an update batch.
-        update: [n] parts by update; None for an entropy batch.
-        factor: the learning rate divided by the number of pairs.
+        entropy: [n] shares by entropy of the sequences that were not left out; None for an update batch.
+        update: [n] shares by update; None for an entropy batch.
         empty: what was left out.
+        entropy_alone: whether the shares of δH₁ are those by entropy: a part of the step is nobody's update.
     """
     known = [part for part in (entropy, update) if part is not None]
     counted = torch.ones(len(known[0]) + len(empty.sequences), dtype=torch.bool)
@@ -87,11 +87,11 @@ def sequence_contributions(
 
     def spread(part: Tensor) -> Tensor:
         shares = torch.zeros(len(counted), dtype=torch.float64)
-        shares[counted] = factor * part
+        shares[counted] = part
         return shares
 
     return SequenceContributions(
-        delta_h1=spread(sum(known[1:], known[0]) / len(known)),
+        delta_h1=spread(known[0] if entropy_alone else sum(known[1:], known[0]) / len(known)),
         as_entropy=None if entropy is None else spread(entropy),
         as_update=None if update is None else spread(update),
         counted=counted,

@@ -8,12 +8,34 @@ S_i log-prob of sequence i, c_i and a_i its coefficients, V and W what its gradi
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from torch import Tensor
 
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
 
-__all__ = ["KernelSums", "SequenceParts"]
+__all__ = ["AlongStep", "KernelSums", "SequenceParts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AlongStep:
+    """Products of units' gradients with parts of the optimizer's step Δθ, learning rate and signs included; fp64 on the CPU.
+
+    Attributes:
+        rows: by part, [parameters, M] X_u · Δθ^part where Δθ is that of the other units' samples (with two batches, of the
+            update batch). Without ``fresh`` where the kernel has that part.
+        whole: by part, X_sum · Δθ^part of the whole batch.
+    """
+
+    rows: Mapping[str, Tensor]
+    whole: Mapping[str, float]
+
+    def less(self, other: AlongStep) -> AlongStep:
+        """Products of X - X' with the same step."""
+        return AlongStep(
+            {part: rows - other.rows[part] for part, rows in self.rows.items()},
+            {part: value - other.whole[part] for part, value in self.whole.items()},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +68,9 @@ class KernelSums:
         derivatives: what the engine knows of every sequence and token; None where it knows sums alone.
         by_token: [N, T] every response token's part in X_sum · Y_sum, less that of Σ K_uu with one batch: (c_t ∇s_t + e_t ∇H_t)
             along what its prompt meets; in the columns of the entropy batch. None where it was not asked for.
+        along: with the parts of the optimizer's whole step; None under ``adam_static``. Then ``by_sequence.entropy`` and
+            ``by_token`` are along that step, and add up to the sum of all its rows and of the fresh part.
+        clip: what clipping multiplies the update's gradient by.
     """
 
     x_dot_y: float
@@ -58,6 +83,8 @@ class KernelSums:
     by_sequence: SequenceParts | None = None
     derivatives: DirectionalDerivatives | None = None
     by_token: Tensor | None = None
+    along: AlongStep | None = None
+    clip: float = 1.0
 
     def less(self, other: KernelSums) -> KernelSums:
         """Sums of the kernel of X - X', whose X' with the same Y has the sums ``other``."""
@@ -79,4 +106,6 @@ class KernelSums:
             difference(self.by_parameter, other.by_parameter),
             parts,
             by_token=difference(self.by_token, other.by_token),
+            along=None if self.along is None or other.along is None else self.along.less(other.along),
+            clip=self.clip,
         )

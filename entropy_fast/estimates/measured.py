@@ -10,7 +10,26 @@ from entropy_fast.columns import SequenceTable
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.step import ExcludedElements
 
-__all__ = ["Measured", "Plan", "UpdateSums"]
+__all__ = ["GradientAgreement", "Measured", "Plan", "UpdateSums"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientAgreement:
+    """How the gradient that stands in ``.grad`` compares with what the rollouts' own coefficients make of them.
+
+    Attributes:
+        cosine: of the live gradient and the sampled prompts' sum. It is below 1 by the sampling where not all prompts were
+            taken; well below it the loss is another one: a KL term, other masks, advantages or weights.
+        scale: the live gradient in units of theirs: 1 where the loss is theirs, below it by clipping; another number is a loss
+            scale, or another averaging. NaN where the sampled prompts have no gradient.
+        prompts: that were sampled.
+        of: prompts of the batch.
+    """
+
+    cosine: float
+    scale: float
+    prompts: int
+    of: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +82,7 @@ class Measured:
         apart: likewise sums, with the same update, of every functional column after the first, by its name.
         candidates: likewise those with every update after the first, by its name.
         notes: what deserves a sentence in the result.
+        agreement: of a live gradient with the rollouts' own; None where there is no live one.
     """
 
     sums: KernelSums
@@ -74,3 +94,4 @@ class Measured:
     notes: tuple[str, ...] = ()
     apart: Mapping[str, KernelSums] = dataclasses.field(default_factory=dict)
     candidates: Mapping[str, UpdateSums] = dataclasses.field(default_factory=dict)
+    agreement: GradientAgreement | None = None

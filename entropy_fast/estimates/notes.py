@@ -18,6 +18,7 @@ from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 
 __all__ = ["empty_response_message", "notes_of"]
 
+ALIKE = 0.99  # cosine of two gradients, and ratio of their sizes, that need no sentence
 OFF_POLICY = 0.05  # nats a token that the policy may have moved since sampling without a note: more than 16 bits round
 ENTROPY, UPDATE = Side.FUNCTIONAL.value, Side.UPDATE.value
 
@@ -31,6 +32,7 @@ def notes_of(
     for name, batch in batches.items():
         notes += _of_batch(measured, setting, name, batch)
     notes += _of_gradients(measured)
+    notes += _of_live_gradient(measured)
     half = [str(t) for t in (torch.bfloat16, torch.float16) if t in setting.compute_dtypes]
     if half:
         notes.append(
@@ -71,7 +73,12 @@ def _of_gradients(measured: Measured) -> list[str]:
     notes = []
     if measured.coverage[ENTROPY].norm == 0:
         notes.append("the entropy gradient is exactly 0, since all of its coefficients are: so is the forecast.")
-    if measured.coverage[UPDATE].norm == 0:
+    whole = measured.sums.along is not None
+    if measured.coverage[UPDATE].norm == 0 and whole:
+        notes.append(
+            "this batch's own update is exactly 0, since all of its coefficients (advantages) are: the rest is momentum's."
+        )
+    elif measured.coverage[UPDATE].norm == 0:
         notes.append(
             "this batch's own update is exactly 0, since all of its coefficients (advantages) are; δH₁ is about that part of "
             "the step alone: what the optimizer's momentum and weight decay will do to the entropy is not in it, and not known."
@@ -80,10 +87,27 @@ def _of_gradients(measured: Measured) -> list[str]:
     if difference is not None:
         notes.append(difference)
     excluded = measured.excluded
-    if excluded.share > 0:
+    if excluded.share > 0 and whole:
+        notes.append(f"{excluded.share:.3g} of ‖g‖² has no second moment yet: its step is in the part 'scale'.")
+    elif excluded.share > 0:
         notes.append(f"{excluded.share:.3g} of ‖g‖² has no second moment and is left out of Y.")
     if excluded.below_eps:
         notes.append(f"{excluded.below_eps} elements have sqrt(v̂) below ε: their step is set by ε, not by Adam.")
+    return notes
+
+
+def _of_live_gradient(measured: Measured) -> list[str]:
+    found = measured.agreement
+    if found is None:
+        return []
+    notes = []
+    if found.prompts == found.of and found.cosine < ALIKE:
+        notes.append(
+            f"the gradient in .grad has cosine {found.cosine:.3g} with what these rollouts' advantages make: its loss is "
+            "another one (a KL term, other masks, weights or advantages). The forecast follows .grad."
+        )
+    if found.prompts == found.of and abs(found.scale - 1) > 1 - ALIKE and found.cosine >= ALIKE:
+        notes.append(f"the gradient in .grad is {found.scale:.3g} times the rollouts' own: clipped, or scaled.")
     return notes
 
 

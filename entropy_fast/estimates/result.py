@@ -16,7 +16,7 @@ from entropy_fast.estimates.attribution import Role, SequenceContributions
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
 from entropy_fast.estimates.explain import explanation
 from entropy_fast.estimates.forecast import LEVEL, Forecast, half_width
-from entropy_fast.estimates.measured import Plan
+from entropy_fast.estimates.measured import GradientAgreement, Plan
 from entropy_fast.estimates.split import Split, UpdateForecasts
 from entropy_fast.rollouts import EmptyResponseReport
 from entropy_fast.step.preconditioner import ExcludedElements
@@ -86,7 +86,8 @@ class PromptContribution:
         role: ``both`` in the same-batch estimate; ``entropy`` or ``update`` by batch in the two-batch one.
         delta_h1: its share; shares of one role sum to δH₁.
         as_entropy: the part by its own entropy changing under the others' updates (None for ``update``). With one batch
-            ``delta_h1`` is the mean of this and ``as_update``; each of the three sums to δH₁.
+            ``delta_h1`` is the mean of this and ``as_update``; each of the three sums to δH₁. Along the optimizer's whole step
+            ``delta_h1`` is this, since momentum and decay are no prompt's update, and ``as_update`` sums to the fresh part.
         as_update: the part by its update changing the others' entropy (None for ``entropy``).
         n_responses: sequences in the unit.
         mean_response_length: tokens.
@@ -125,6 +126,8 @@ class Diagnostics:
             where it was not.
         warnings: everything that deserves a sentence.
         plan: how the engine went through the batch, and why.
+        clip_factor: what clipping by the global norm multiplies the gradient by; 1 where nothing is clipped.
+        live_gradient: how the gradient that stood in ``.grad`` compares with the rollouts' own; None without one.
     """
 
     standard_errors: tuple[StandardError, ...]
@@ -137,6 +140,8 @@ class Diagnostics:
     unbiased_variance: float
     warnings: tuple[str, ...]
     plan: Plan
+    clip_factor: float = 1.0
+    live_gradient: GradientAgreement | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,13 +158,14 @@ class DeltaH1Result:
         learning_rate: lr.
         estimate: ``same_batch`` or ``two_batch``.
         engine: how X and Y were obtained.
-        geometry: ``adam_static``: the step lr · P g with P from the stored second moments (no momentum, no decay, no clipping
-            of the gradient's norm).
+        geometry: ``next_step``: the whole step that the optimizer will take, with momentum, decay and clipping;
+            ``adam_static``: the step lr · P g with P from the stored second moments, without any of these.
         entropy_functional: which entropy is meant.
         entropy_level: that entropy now, in ``unit``, averaged over the entropy batch's prompts: from token entropies where the
             estimator computes them, and from -S_i elsewhere.
         unit: of δH₁ and of every share of it.
-        x_dot_y: X_sum · Y_sum.
+        x_dot_y: X_sum · Y_sum. Along the whole step these sums and the kernel are of the fresh gradient's part, and unknown
+            where no part of the step is linear in the gradient.
         diagonal: [M] K_nn; None for two batches.
         row_sums: [M] (or [B_E]) Σ_m K_nm.
         column_sums: [M] (or [B_U]) Σ_n K_nm; None where the engine did not form X_sum.
@@ -174,6 +180,9 @@ class DeltaH1Result:
         split: the direct and the visitation part, each with its standard errors and shares; None with the score function.
         functionals: forecasts of the other numbers that were given, by name, each in its own unit per response.
         updates: what each of the other updates that were given would do, by name.
+        step_parts: of the whole step what each part of it does, with its own split: ``momentum``, ``decay``, ``fresh``
+            gradient, and ``scale``, the change that this gradient makes to the optimizer's scale (absent where no part of the
+            step is linear in the gradient). They add up to the forecast. Empty under ``adam_static``.
     """
 
     delta_h1: float
@@ -200,6 +209,7 @@ class DeltaH1Result:
     split: Split | None = None
     functionals: Mapping[str, Forecast] = dataclasses.field(default_factory=dict)
     updates: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
+    step_parts: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.

@@ -26,6 +26,7 @@ class Setting:
         compute_dtypes: of the parameters and of autocast.
         measure: which entropy is meant.
         notes: what the optimizer's state wants said.
+        linear: whether a part of the step is linear in the gradient, so that the influence kernel is of something.
     """
 
     engine: str
@@ -37,3 +38,4 @@ class Setting:
     compute_dtypes: frozenset[torch.dtype]
     measure: EntropyMeasure
     notes: tuple[str, ...] = ()
+    linear: bool = True

@@ -17,13 +17,13 @@ from entropy_fast.estimates.attribution import Role, SequenceContributions, by_p
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import UpdateSums
-from entropy_fast.estimates.two_batch import two_batch_estimate
-from entropy_fast.estimates.u_statistic import u_estimate
+from entropy_fast.estimates.terms import FRESH, errors_of, terms_of
 from entropy_fast.rollouts import EmptyResponseReport
 
-__all__ = ["Scale", "Split", "UpdateForecasts", "forecast_of", "forecasts_of"]
+__all__ = ["Scale", "Split", "UpdateForecasts", "forecast_of", "forecasts_of", "step_parts_of"]
 
 DIRECT = "direct"
+PARTS = ("momentum", "decay", "fresh", "scale")  # of the optimizer's step, in the order in which results have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,67 +81,107 @@ class Scale:
     parts: tuple[Part, ...]
 
 
-def forecast_of(sums: KernelSums, scale: Scale) -> Forecast:
-    """From sums over the influence kernel of one batch, or of two."""
-    errors: tuple[float | None, float | None]
-    if sums.diagonal is not None:
-        assert sums.column_sums is not None
-        same = u_estimate(sums.x_dot_y, sums.diagonal, sums.row_sums, sums.column_sums, sums.unit_sizes, sums.kernel)
-        value, errors, shares, pairs = (
-            same.value,
-            (same.se_given_update, same.se_jackknife),
-            same.contributions,
-            same.pairs,
-        )
-    else:
-        two = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums, scale.n_update)
-        value, errors, pairs = two.value, (two.se_conditional, two.se_total), two.pairs
-        shares = two.projections / len(sums.row_sums)
-    lr = scale.learning_rate
-    this, population = (math.nan if error is None else lr * error for error in errors)
+def forecast_of(sums: KernelSums, scale: Scale, part: str | None = None) -> Forecast:
+    """From sums over the influence kernel of one batch, or of two; along the whole step, or along one part of it."""
+    terms = terms_of(sums, scale.learning_rate, scale.n_update)
+    used = list(terms.values()) if part is None else [terms[part]]
+    one_batch = sums.diagonal is not None
+    this, population = errors_of(used, one_batch=one_batch)
+    factors = _factors(sums, scale)
+    whole = part is None
     return Forecast(
-        lr * value,
+        sum(term.value for term in used),
         this,
         population,
         len(sums.row_sums),
-        lr * shares,
-        by_parameter(scale.parameters, sums.by_parameter, lr / pairs),
-        _by_sequence(sums, scale, lr / pairs),
-        _by_token(sums, scale, lr / pairs),
-        sums.kernel,
+        torch.stack([term.shares for term in used]).sum(0),
+        by_parameter(scale.parameters, _by_parameter(sums, part, factors), 1.0),
+        _by_sequence(sums, scale, factors) if whole else None,
+        _by_token(sums, scale, factors.entropy) if whole else None,
+        sums.kernel if whole or part == FRESH else None,
     )
 
 
-def forecasts_of(found: UpdateSums, scale: Scale) -> UpdateForecasts:
-    """Of everything that one update was measured with."""
-    forecast = forecast_of(found.sums, scale)
-    functionals = {name: forecast_of(sums, scale) for name, sums in found.apart.items() if name != DIRECT}
-    return UpdateForecasts(forecast, _split(found, forecast, scale), functionals)
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """What turns products into shares: of the kernel, and of shares of sequences and tokens as those that change."""
+
+    kernel: float
+    entropy: float
 
 
-def _split(found: UpdateSums, forecast: Forecast, scale: Scale) -> Split | None:
+def _factors(sums: KernelSums, scale: Scale) -> _Factors:
+    if sums.diagonal is None:
+        pairs = float(scale.n_entropy * scale.n_update)
+    else:
+        sizes = torch.ones(len(sums.row_sums)) if sums.unit_sizes is None else sums.unit_sizes
+        pairs = float(sizes.double().sum() ** 2 - sizes.double().square().sum())
+    kernel = scale.learning_rate * sums.clip / pairs
+    # Along the optimizer's step, rates and signs are in the direction.
+    return _Factors(kernel, kernel if sums.along is None else 1.0 / scale.n_entropy)
+
+
+def _by_parameter(sums: KernelSums, part: str | None, factors: _Factors) -> torch.Tensor | None:
+    along = {} if sums.along is None else sums.along.rows
+    found = []
+    if FRESH not in along and part in (None, FRESH):
+        if sums.by_parameter is None:
+            return None
+        found.append(factors.kernel * sums.by_parameter)
+    prompts = len(sums.row_sums) if sums.unit_sizes is None else int(sums.unit_sizes.sum())
+    found += [rows.sum(1) / prompts for name, rows in along.items() if part in (None, name)]
+    return torch.stack(found).sum(0)
+
+
+def forecasts_of(found: UpdateSums, scale: Scale, part: str | None = None) -> UpdateForecasts:
+    """Of everything that one update was measured with, along the whole step or a part of it."""
+    forecast = forecast_of(found.sums, scale, part)
+    functionals = {name: forecast_of(sums, scale, part) for name, sums in found.apart.items() if name != DIRECT}
+    return UpdateForecasts(forecast, _split(found, forecast, scale, part), functionals)
+
+
+def step_parts_of(found: UpdateSums, scale: Scale) -> dict[str, UpdateForecasts]:
+    """Of every part of the optimizer's whole step; empty under ``adam_static``."""
+    if found.sums.along is None:
+        return {}
+    return {part: forecasts_of(found, scale, part) for part in PARTS if part == FRESH or part in found.sums.along.rows}
+
+
+def _split(found: UpdateSums, forecast: Forecast, scale: Scale, part: str | None) -> Split | None:
     if not scale.parts:
         return None
-    pairs = scale.learning_rate / (scale.n_entropy * scale.n_update)
     if scale.parts == (DIRECT,):
         unknown = Forecast.unknown(forecast.n_units)
-        return Split(unknown, forecast, unknown, pairs * found.sums.x_dot_y)
+        return Split(unknown, forecast, unknown, _on_batch(found.sums, scale, part))
     direct = found.apart.get(DIRECT)
     if direct is None:
         return None
-    rest = forecast_of(found.sums.less(direct), scale)
-    return Split(forecast, forecast_of(direct, scale), rest, pairs * direct.x_dot_y)
+    rest = forecast_of(found.sums.less(direct), scale, part)
+    return Split(forecast, forecast_of(direct, scale, part), rest, _on_batch(direct, scale, part))
 
 
-def _by_sequence(sums: KernelSums, scale: Scale, factor: float) -> dict[Role, SequenceContributions] | None:
+def _on_batch(direct: KernelSums, scale: Scale, part: str | None) -> float:
+    """X̄ · Δθ with every prompt's own product left in."""
+    along = {} if direct.along is None else direct.along.whole
+    found = sum(value for name, value in along.items() if part in (None, name)) / scale.n_entropy
+    if FRESH in along or part not in (None, FRESH):
+        return found
+    return found + scale.learning_rate * direct.clip / (scale.n_entropy * scale.n_update) * direct.x_dot_y
+
+
+def _by_sequence(sums: KernelSums, scale: Scale, factors: _Factors) -> dict[Role, SequenceContributions] | None:
     found = sums.by_sequence
     if found is None:
         return None
+    as_entropy, as_update = factors.entropy * found.entropy, factors.kernel * found.update
+    if sums.along is not None and FRESH in sums.along.rows:
+        as_update = torch.full_like(as_update, math.nan)
     if sums.diagonal is not None:
-        return {"both": sequence_contributions(found.entropy, found.update, factor, scale.empty["both"])}
+        alone = sums.along is not None
+        return {"both": sequence_contributions(as_entropy, as_update, scale.empty["both"], entropy_alone=alone)}
     return {
-        "entropy": sequence_contributions(found.entropy, None, factor, scale.empty["entropy"]),
-        "update": sequence_contributions(None, found.update, factor, scale.empty["update"]),
+        "entropy": sequence_contributions(as_entropy, None, scale.empty["entropy"]),
+        "update": sequence_contributions(None, as_update, scale.empty["update"]),
     }
 
 

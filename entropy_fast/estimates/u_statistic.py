@@ -19,7 +19,7 @@ from torch import Tensor
 
 from entropy_fast.errors import RolloutsError
 
-__all__ = ["UEstimate", "u_estimate"]
+__all__ = ["UEstimate", "jackknife", "u_estimate"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class UEstimate:
         as_entropy: [M] share of U by whose entropy changes (rows), summing to U.
         as_update: [M] share of U by whose update does it (columns), summing to U.
         pairs: B² - Σ |b|², what U is divided by.
+        kept_rows: [M] U with each unit's row left out; None for fewer than 3 units.
+        kept_units: [M] U with each unit left out in both roles; None likewise.
     """
 
     value: float
@@ -57,6 +59,14 @@ class UEstimate:
     as_entropy: Tensor
     as_update: Tensor
     pairs: float
+    kept_rows: Tensor | None = None
+    kept_units: Tensor | None = None
+
+
+def jackknife(kept: Tensor) -> float:
+    """Standard error from [M] delete-one values: sqrt((M - 1)/M Σ (kept - mean)²)."""
+    m = len(kept)
+    return math.sqrt((m - 1) / m * float((kept - kept.mean()).square().sum()))
 
 
 def u_estimate(
@@ -95,7 +105,7 @@ def u_estimate(
     as_entropy, as_update = (row_sums - diagonal) / pairs, (column_sums - diagonal) / pairs
     contributions = (as_entropy + as_update) / 2
     row_means = contributions * m  # for equal units: the symmetrised mean over the other M - 1 units
-    zeta = se_plug_in = se_jackknife = se_given = None
+    zeta = se_plug_in = se_jackknife = se_given = kept = deleted = None
     if equal and m >= 3:
         zeta = float((row_means - value).square().sum()) / (m - 1)
         se_plug_in = math.sqrt(4 * zeta / m)
@@ -103,11 +113,11 @@ def u_estimate(
         # Delete-one of the rows alone: for equal units the standard error of the mean of the X row means.
         kept_pairs = pairs - sizes * (sizes.sum() - sizes)
         kept = (value - as_entropy) * pairs / kept_pairs
-        se_given = math.sqrt((m - 1) / m * float((kept - kept.mean()).square().sum()))
+        se_given = jackknife(kept)
         # Delete-one: for equal units this is (M U - 2 r_n) / (M - 2); written so that unequal blocks work too.
         left_pairs = pairs - 2 * sizes * (sizes.sum() - sizes)
         deleted = (value - 2 * contributions) * pairs / left_pairs
-        se_jackknife = math.sqrt((m - 1) / m * float((deleted - deleted.mean()).square().sum()))
+        se_jackknife = jackknife(deleted)
     variance = None
     if kernel is not None and equal and m >= 4:
         variance = _unbiased_variance(kernel.to(torch.float64) / float(sizes[0]) ** 2)
@@ -124,6 +134,8 @@ def u_estimate(
         as_entropy=as_entropy,
         as_update=as_update,
         pairs=pairs,
+        kept_rows=kept,
+        kept_units=deleted,
     )
 
 

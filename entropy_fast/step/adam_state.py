@@ -20,7 +20,7 @@ from entropy_fast.step.adam_values import (
     read_moments,
 )
 
-__all__ = ["AdamGroup", "AdamState", "ParameterMoments"]
+__all__ = ["AdamGroup", "AdamState", "ParameterMoments", "innermost", "is_adam", "refuse_sharding"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +51,9 @@ class AdamState:
             OptimizerStateError: another optimizer, or state of the wrong shape or with impossible values.
             LearningRateError: a group's learning rate is negative, not finite, or too small to be multiplied with.
         """
-        optimizer = _innermost(optimizer)
-        _refuse_sharding(model)
+        optimizer = innermost(optimizer)
+        _refuse_other_kinds(optimizer)
+        refuse_sharding(model)
         module = unwrap_model(model)
         groups = read_groups(optimizer.param_groups)
         name_of = {id(p): name for name, p in module.named_parameters()}
@@ -92,8 +93,12 @@ class AdamState:
         return cls((AdamGroup(1.0, 0.0, 0.0, amsgrad=False),), dict.fromkeys(named, 0), moments)
 
 
-def _innermost(optimizer: object) -> torch.optim.Optimizer:
-    """The torch Adam under accelerate's wrapper, every other kind refused by its name."""
+def innermost(optimizer: object) -> torch.optim.Optimizer:
+    """The optimizer under accelerate's wrapper.
+
+    Raises:
+        OptimizerStateError: it is DeepSpeed's, or no optimizer.
+    """
     while True:
         kind = type(optimizer)
         called = f"{kind.__module__}.{kind.__qualname__}"
@@ -114,25 +119,37 @@ def _innermost(optimizer: object) -> torch.optim.Optimizer:
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise OptimizerStateError(
-            f"the optimizer is a {kind.__name__}, expected torch.optim.Adam or AdamW.",
+            f"the optimizer is a {kind.__name__}, expected an optimizer such as torch.optim.AdamW.",
             fix="check the order of the arguments (model, optimizer, rollouts); a state_dict has to be saved with "
             "torch.save and passed as a path, since it is matched to the model by order and shape.",
         )
+    return optimizer
+
+
+def is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is torch's Adam or AdamW, or a kind of it."""
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _refuse_other_kinds(optimizer: torch.optim.Optimizer) -> None:
+    """Raise unless it has Adam's second moments."""
+    kind = type(optimizer)
+    called = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__.split(".")[0] == "bitsandbytes":
         raise OptimizerStateError(
             f"the optimizer is a {called}: bitsandbytes' optimizers are not read live. 8-bit ones, LAMB, LARS, Lion, Adagrad, "
             "RMSprop, SGD and AdEMAMix are not supported at all; 32-bit Adam and AdamW (paged or not) are, from a file.",
             fix="for 32-bit Adam or AdamW: torch.save(optimizer.state_dict(), path), and pass the path.",
         )
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+    if not is_adam(optimizer):
         raise OptimizerStateError(
-            f"the optimizer is a {called}; the geometry is Adam's.",
-            fix="pass torch.optim.Adam or AdamW, or the path of an optimizer.pt written by one of them.",
+            f"the optimizer is a {called}; the geometry 'adam_static' is Adam's.",
+            fix="take step='next', which is of any optimizer; or pass torch.optim.Adam or AdamW, or the path of a file "
+            "that one of them wrote.",
         )
-    return optimizer
 
 
-def _refuse_sharding(model: nn.Module) -> None:
+def refuse_sharding(model: nn.Module) -> None:
     """FSDP1 keeps parameters and their state in flattened shards, also where it shows the original ones."""
     wrapped = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
     if wrapped is not None:

@@ -32,26 +32,44 @@ MOMENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclasses.dataclass(frozen=True)
 class AdamGroup:
-    """Hyperparameters of one parameter group: learning rate, β2 and ε, and whether it uses AMSGrad or ascends."""
+    """Hyperparameters of one parameter group.
+
+    Attributes:
+        learning_rate: lr.
+        beta2: β2.
+        eps: ε.
+        amsgrad: whether it uses AMSGrad.
+        maximize: whether it ascends.
+        beta1: β1; None where it is not known.
+        weight_decay: λ; None where it is not known.
+        decoupled: whether decay shrinks the weights (AdamW) or is added to the gradient; None where that is not known.
+    """
 
     learning_rate: float
     beta2: float
     eps: float
     amsgrad: bool
     maximize: bool = False
+    beta1: float | None = None
+    weight_decay: float | None = None
+    decoupled: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterMoments:
-    """Second moment of one parameter.
+    """Moments of one parameter, in its shape, not bias-corrected.
 
     Attributes:
-        second_moment: v, in the parameter's shape, not bias-corrected; AMSGrad's running maximum where it is used.
+        second_moment: v; AMSGrad's running maximum where it is used.
         step: number of optimizer steps taken.
+        first_moment: m; None where it was not found.
+        running_second_moment: v itself where ``second_moment`` is a maximum; None elsewhere.
     """
 
     second_moment: Tensor
     step: float
+    first_moment: Tensor | None = None
+    running_second_moment: Tensor | None = None
 
 
 def read_groups(param_groups: Sequence[Mapping[str, Any]]) -> tuple[AdamGroup, ...]:
@@ -91,7 +109,18 @@ def _read_group(index: int, group: Mapping[str, Any]) -> AdamGroup:
             f"parameter group {index} has ε = {eps}; it is added to a root and has to be finite and not negative.",
             fix="use the state of a healthy checkpoint.",
         )
-    return AdamGroup(rate, beta2, eps, bool(amsgrad), bool(maximize))
+    beta1, decay = real_number(betas[0]), real_number(group.get("weight_decay", 0.0))  # type: ignore[index]
+    decoupled = group.get("decoupled_weight_decay")
+    return AdamGroup(
+        rate,
+        beta2,
+        eps,
+        bool(amsgrad),
+        bool(maximize),
+        beta1 if beta1 is not None and 0 <= beta1 < 1 else None,
+        decay if decay is not None and 0 <= decay < math.inf else None,
+        decoupled if isinstance(decoupled, bool) else None,
+    )
 
 
 def check_learning_rate(rate: float, source: str, or_zero: bool = False) -> None:
@@ -197,7 +226,18 @@ def read_moments(name: str, shape: tuple[int, ...], entry: Mapping[str, Any], am
             "that are not finite; they are means of squares.",
             fix="use the state of a healthy checkpoint.",
         )
-    return ParameterMoments(moment.detach(), step)
+    first = entry.get("state1" if key == "state2" else "exp_avg")
+    running = entry.get("exp_avg_sq") if amsgrad else None
+    return ParameterMoments(moment.detach(), step, _beside(first, shape), _beside(running, shape))
+
+
+def _beside(moment: object, shape: tuple[int, ...]) -> Tensor | None:
+    """Another moment of the parameter; None where it is none that can be used."""
+    if not _is_dense(moment):
+        return None
+    assert isinstance(moment, Tensor)
+    usable = tuple(moment.shape) == shape and bool(torch.isfinite(moment).all())
+    return moment.detach() if usable else None
 
 
 def check_moments(moments: Mapping[str, ParameterMoments]) -> None:

@@ -67,6 +67,7 @@ class AdamPreconditioner:
         state: what the optimizer knows.
         registry: the parameters, in the order gradients will come in.
         learning_rate: rescales all groups alike, so that the first group has this rate; None takes the optimizer's.
+        factors: by parameter, what P is multiplied by; None for 1.
 
     Raises:
         LearningRateError: the rate is 0, negative, not finite or below the smallest normal number, given or found; or the
@@ -75,7 +76,13 @@ class AdamPreconditioner:
 
     geometry = "adam_static"
 
-    def __init__(self, state: AdamState, registry: ParameterRegistry, learning_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        state: AdamState,
+        registry: ParameterRegistry,
+        learning_rate: float | None = None,
+        factors: Sequence[float] | None = None,
+    ) -> None:
         self._state = state
         self._registry = registry
         self._versions = self._current_versions()
@@ -83,7 +90,14 @@ class AdamPreconditioner:
         self._unusual: dict[str, tuple[int, int]] = {}  # by name: elements where v is 0, and where sqrt(v̂) is below ε
         rates = [group.learning_rate for group in state.groups]
         self.learning_rate = _rate(rates[0], learning_rate)
-        self._ratios = _ratios(rates)
+        ratios = _ratios(rates)
+        self._by_rate = [0.0 if p.group is None else ratios[p.group] for p in registry.parameters]
+        self._ratios = [r * f for r, f in zip(self._by_rate, factors, strict=True)] if factors else self._by_rate
+
+    @property
+    def rates(self) -> list[float]:
+        """Learning rate of every parameter; 0 where the optimizer does not hold it."""
+        return [self.learning_rate * ratio for ratio in self._by_rate]
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -137,7 +151,7 @@ class AdamPreconditioner:
         devices = tuple(gradient.device for gradient in gradients)
         if devices not in self._moments:
             found = SecondMoments([], [], [], [])
-            for parameter, gradient in zip(self._registry.parameters, gradients, strict=True):
+            for place, (parameter, gradient) in enumerate(zip(self._registry.parameters, gradients, strict=True)):
                 moments = self._state.moments.get(parameter.name)
                 if moments is None or parameter.group is None:
                     tensor, bias_correction, eps, ratio = None, 1.0, 1.0, 0.0
@@ -145,7 +159,7 @@ class AdamPreconditioner:
                     group = self._state.groups[parameter.group]
                     tensor = moments.second_moment.to(device=gradient.device, dtype=gradient.dtype)
                     bias_correction = 1.0 / (1.0 - math.pow(group.beta2, moments.step))
-                    eps, ratio = group.eps, self._ratios[parameter.group]
+                    eps, ratio = group.eps, self._ratios[place]
                 found.tensors.append(tensor)
                 found.bias_correction.append(bias_correction)
                 found.eps.append(eps)
@@ -198,7 +212,7 @@ class AdamPreconditioner:
     def _scales(self) -> list[Tensor | None]:
         """P per parameter (0 where v is 0), None for parameters without state; a group with rate 0 is really 0."""
         scales: list[Tensor | None] = []
-        for parameter in self._registry.parameters:
+        for place, parameter in enumerate(self._registry.parameters):
             root = self._root(parameter.name)
             if root is None or parameter.group is None:
                 scales.append(None)
@@ -206,7 +220,7 @@ class AdamPreconditioner:
             group = self._state.groups[parameter.group]
             zeros = int((root == 0).sum())
             self._unusual[parameter.name] = zeros, int((root < group.eps).sum()) - zeros
-            ratio = self._ratios[parameter.group]
+            ratio = self._ratios[place]
             scale = ratio / (root + group.eps)
             usable = ((scale > 0) | (ratio == 0)) & torch.isfinite(scale)
             if not bool((usable | (root == 0)).all()):

@@ -10,7 +10,7 @@ PACKAGE = "entropy_fast"
 
 # Lowest first. A module may import from its own unit, from layers below, and from a unit beside it that does not import back.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "_version", "atomic", "libraries", "scalars"}),
+    frozenset({"errors", "config", "_version", "atomic", "libraries", "scalars", "schema"}),
     frozenset({"reference"}),
     frozenset({"ops"}),
     frozenset({"rollouts"}),

@@ -24,6 +24,7 @@ TYPED = {name: (word, word) for name, word in WORDS.items()} | {
     "policy_temperature": ("0.6", 0.6),
     "kl_coefficient": ("0.05", 0.05),
     "entropy_bonus": ("-0.01", -0.01),
+    "max_grad_norm": ("1", 1.0),
     "engine": ("two_pass", "two_pass"),
     "memory_budget": ("8GiB", "8GiB"),
     "prompts_per_microbatch": ("2", 2),
@@ -66,7 +67,7 @@ def test_what_is_typed_is_what_the_field_gets(name):
 
 def test_every_field_is_tried():
     switches = {field.name for field in FIELDS if field.kind is bool}
-    assert {field.name for field in FIELDS} == {*TYPED, *switches, "clip_range", "dual_clip"}
+    assert {field.name for field in FIELDS} == {*TYPED, *switches, "clip_range", "dual_clip", "sample", "relative_error"}
     for name in switches:
         assert changed(**{name: True})[1] == dataclasses.replace(RunOptions(), **{name: True})
 

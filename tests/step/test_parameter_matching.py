@@ -6,6 +6,7 @@ The live optimizer, whose parameters are matched by identity, is the oracle ever
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,8 @@ def test_bitsandbytes_32_bit_files_are_read(tmp_path: Path) -> None:
     reference = AdamState.from_optimizer(
         stepped(twin, torch.optim.AdamW(twin.parameters(), lr=1e-3, betas=(0.9, 0.97))), twin
     )
-    assert found.groups == reference.groups
+    # bitsandbytes' files do not say whose decay it is.
+    assert found.groups == tuple(dataclasses.replace(group, decoupled=None) for group in reference.groups)
     for name, moments in reference.moments.items():
         assert found.moments[name].step == 1
         torch.testing.assert_close(found.moments[name].second_moment, moments.second_moment, rtol=1e-5, atol=0)

@@ -12,4 +12,7 @@ KIND = EngineKind(
         {"accumulate_on", "autocast_dtype", "max_excluded_share", "prompts_per_microbatch", "strict", "y_pass"}
     ),
     refuses=lambda batches, context: NO_DIAGONAL if batches == 1 else None,
+    no_next_step=lambda estimate, run: (
+        "engine 'jvp' has derivatives along one direction, and the step has several parts"
+    ),
 )

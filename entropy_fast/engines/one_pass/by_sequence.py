@@ -2,7 +2,8 @@
 
 Legend: S_i log-prob of sequence i of unit u, c_i and a_i coefficients, X_u = Σ c_i ∇S_i, g_u = Σ a_i ∇S_i, Y_u = P g_u.
 
-With one batch, V_u = Y_sum - Y_u and W_u = P (X_sum - X_u): a unit's product with itself is left out. Over the sequences of
+With one batch, V_u = Y_sum - Y_u (or the optimizer's whole step by the other units) and
+W_u = P (X_sum - X_u): a unit's product with itself is left out. Over the sequences of
 a unit, c_i ∇S_i · V_u adds up to X_u · Y_sum - X_u · Y_u, and a_i ∇S_i · W_u to Y_u · X_sum - X_u · Y_u. With two batches V
 = Y_sum and W = P X_sum for all. Where coefficients differ from token to token, Σ_t c_t ∇s_t + e_t ∇H_t and Σ_t a_t ∇s_t
 stand in the place of c_i ∇S_i and a_i ∇S_i.
@@ -10,7 +11,8 @@ stand in the place of c_i ∇S_i and a_i ∇S_i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -18,13 +20,43 @@ from torch import Tensor
 from entropy_fast.capture import Directions
 from entropy_fast.columns import Column, Columns, Side
 from entropy_fast.context import ProbeContext
+from entropy_fast.engines.along import AlongSums, step_of_others
+from entropy_fast.engines.forward_mode.token_parts import parts_by_unit
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.errors import ConfigError
-from entropy_fast.estimates.kernel_sums import SequenceParts
+from entropy_fast.estimates.kernel_sums import KernelSums, SequenceParts
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import prompt_units
 
-__all__ = ["Project", "one_batch_parts", "refuse_without_stack", "two_batch_parts"]
+__all__ = [
+    "Met",
+    "Project",
+    "less_own",
+    "met_by_unit",
+    "one_batch_shares",
+    "refuse_without_stack",
+    "two_batch_shares",
+]
+
+Met = Callable[[int, int], Tensor]  # by place of a parameter and number of a unit, what the unit's gradient meets
+
+
+def less_own(y_sum: GradientSum, y_stack: Sequence[Tensor]) -> Met:
+    """Y_sum - Y_u."""
+    return lambda place, unit: y_sum.tensors[place] - y_stack[place][unit]
+
+
+def met_by_unit(
+    context: ProbeContext, along: Sequence[AlongSums], g_stack: Sequence[Tensor], sizes: Tensor
+) -> Met | None:
+    """The first update's step by the other units, where shares of sequences or tokens along it are asked for; else None.
+
+    It keeps a copy of the units' raw gradients ``g_stack``, which become P g afterwards.
+    """
+    if not along or not (context.run.by_sequence or context.run.by_token):
+        return None
+    kept, seen = [g.clone() for g in g_stack], along[0].seen
+    return lambda place, unit: step_of_others(seen, place, kept[place][unit], int(sizes[unit]))
 
 
 class Project(Protocol):
@@ -54,16 +86,67 @@ def refuse_without_stack(option: str, needed: int, budget: int) -> None:
         )
 
 
-def one_batch_parts(
+def one_batch_shares(
+    context: ProbeContext,
+    project: Project,
+    rollouts: Rollouts,
+    found: Sequence[KernelSums],
+    x_totals: Sequence[GradientSum],
+    x_stacks: Sequence[Sequence[Tensor]],
+    met: Met,
+) -> list[KernelSums]:
+    """Sums of every functional column with the shares of tokens and sequences that are asked for.
+
+    Args:
+        context: of the probe.
+        project: sweeps the batch.
+        rollouts: the batch.
+        found: the sums.
+        x_totals: X_sum of every functional column.
+        x_stacks: X_u of every functional column, which may become P X_u here.
+        met: V_u.
+    """
+    units, with_shares = prompt_units(rollouts.n_prompts, context.estimate.blocks), list(found)
+    if context.run.by_token:
+        places = range(len(context.registry.tensors))
+        tables = parts_by_unit(context, rollouts, units, lambda u: [met(place, u) for place in places])
+        with_shares = [dataclasses.replace(own, by_token=part) for own, part in zip(with_shares, tables, strict=True)]
+    if context.run.by_sequence:
+        parts = _one_batch_parts(context, project, rollouts, units, x_totals, x_stacks, met)
+        with_shares = [dataclasses.replace(own, by_sequence=part) for own, part in zip(with_shares, parts, strict=True)]
+    return with_shares
+
+
+def two_batch_shares(
+    context: ProbeContext,
+    project: Project,
+    entropy: Rollouts,
+    update: Rollouts,
+    found: Sequence[KernelSums],
+    x_totals: Sequence[GradientSum],
+    met: Sequence[Tensor],
+) -> list[KernelSums]:
+    """Likewise with two batches; ``met`` is what every prompt meets."""
+    units, with_shares = prompt_units(entropy.n_prompts, None), list(found)
+    if context.run.by_token:
+        tables = parts_by_unit(context, entropy, units, lambda _: [own.clone() for own in met])
+        with_shares = [dataclasses.replace(own, by_token=part) for own, part in zip(with_shares, tables, strict=True)]
+    if context.run.by_sequence:
+        parts = _two_batch_parts(context, project, entropy, update, x_totals, met)
+        with_shares = [dataclasses.replace(own, by_sequence=part) for own, part in zip(with_shares, parts, strict=True)]
+    return with_shares
+
+
+def _one_batch_parts(
     context: ProbeContext,
     project: Project,
     rollouts: Rollouts,
     units: list[list[int]],
     x_totals: Sequence[GradientSum],
-    y_sum: GradientSum,
-    stacks: tuple[Sequence[Sequence[Tensor]], Sequence[Tensor]],
+    x_stacks: Sequence[Sequence[Tensor]],
+    met: Met,
 ) -> list[SequenceParts]:
-    """Parts of X_sum · Y_sum - Σ_u K_uu, of every functional column.
+    """Parts of Σ_u X_u · V_u and, as update, of X_sum · Y_sum - Σ_u K_uu, of every functional column.
 
     Args:
         context: of the probe.
@@ -71,10 +154,9 @@ def one_batch_parts(
         rollouts: the batch.
         units: prompts of every unit.
         x_totals: X_sum of every functional column.
-        y_sum: Y_sum of the update.
-        stacks: X_u of every functional column, which become P X_u here, and Y_u.
+        x_stacks: X_u of every functional column, which become P X_u here.
+        met: V_u.
     """
-    x_stacks, y_stack = stacks
     px_sums = [context.step.apply_preconditioner(total.tensors) for total in x_totals]
     for x_stack in x_stacks:
         context.step.precondition_in_place(x_stack)
@@ -82,8 +164,9 @@ def one_batch_parts(
 
     def of_others(name: str, unit: int) -> Sequence[Tensor]:
         index = place[name]
-        y = y_sum.tensors[index] - y_stack[index][unit]
-        return [y] * len(x_stacks) + [px[index] - x[index][unit] for px, x in zip(px_sums, x_stacks, strict=True)]
+        return [met(index, unit)] * len(x_stacks) + [
+            px[index] - x[index][unit] for px, x in zip(px_sums, x_stacks, strict=True)
+        ]
 
     # The update's column once for every functional that it meets; they share a backward where coefficients are by sequence.
     columns = Columns((*context.columns.of_side(Side.FUNCTIONAL), *[_update(context)] * len(x_stacks)))
@@ -91,15 +174,15 @@ def one_batch_parts(
     return _pairs(parts[:, : len(x_stacks)], parts[:, len(x_stacks) :])
 
 
-def two_batch_parts(
+def _two_batch_parts(
     context: ProbeContext,
     project: Project,
     entropy: Rollouts,
     update: Rollouts,
     x_totals: Sequence[GradientSum],
-    y_sum: GradientSum,
+    met: Sequence[Tensor],
 ) -> list[SequenceParts]:
-    """Parts of X_sum · Y_sum; arguments as of `one_batch_parts`."""
+    """Parts of X_sum · V, V what every prompt meets, and as update of X_sum · Y_sum; arguments as of `_one_batch_parts`."""
     names, functionals = context.registry.names, context.columns.of_side(Side.FUNCTIONAL)
 
     def along(rollouts: Rollouts, directions: Sequence[Sequence[Tensor]], columns: Columns) -> Tensor:
@@ -108,7 +191,7 @@ def two_batch_parts(
         return project(rollouts, units, lambda name, _: by_name[name], columns, by_unit=False)
 
     px_sums = [context.step.apply_preconditioner(total.tensors) for total in x_totals]
-    as_entropy = along(entropy, [y_sum.tensors] * len(x_totals), functionals)
+    as_entropy = along(entropy, [met] * len(x_totals), functionals)
     return _pairs(as_entropy, along(update, px_sums, Columns((_update(context),) * len(x_totals))))
 
 

@@ -12,7 +12,6 @@ backwards of their own over the same graph, and are named in the result's notes.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -24,21 +23,27 @@ from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.columns import Columns, ResolvedColumn, SequenceTable, Side, TokenScores
 from entropy_fast.columns.scores import ScoresNeededError
 from entropy_fast.context import ProbeContext
-from entropy_fast.engines.forward_mode.token_parts import parts_by_unit
+from entropy_fast.engines.along import AlongSums, along_sums, steps_of_others, with_rows
 from entropy_fast.engines.gradient_sum import GradientSum
-from entropy_fast.engines.one_pass.by_sequence import one_batch_parts, refuse_without_stack, two_batch_parts
+from entropy_fast.engines.one_pass.by_sequence import (
+    less_own,
+    met_by_unit,
+    one_batch_shares,
+    refuse_without_stack,
+    two_batch_shares,
+)
 from entropy_fast.engines.one_pass.costs import CostModel
 from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
-from entropy_fast.engines.one_pass.kernels import less, products_of, sums_of_dots, sums_of_stacks
+from entropy_fast.engines.one_pass.kernels import products_of, sums_of_dots, sums_of_stacks
 from entropy_fast.engines.one_pass.plan import PassLog
 from entropy_fast.engines.one_pass.runner import Runner
 from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepRequest, runs_whole, score_batch, sweep
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import FinishedSums, by_column, finish_update, finished
+from entropy_fast.engines.unit_dots import stacks_of, unit_dots, unit_of
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured
-from entropy_fast.ops import precondition_accumulate
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import prompt_units
 
@@ -90,27 +95,25 @@ class OnePassEngine:
         y_sums = self._y_sums(sums, [totals[place] for place in y_places], rollouts)
         products = products_of(sums, x_totals, y_sums)
         if stack is None:
-            found = self._second_sweep(rollouts, units, columns, x_totals, y_sums, products)
+            along = along_sums(context, [totals[place] for place in y_places], rollouts, len(x_places), None)
+            found = self._second_sweep(rollouts, units, columns, x_totals, y_sums, products, along)
         else:
             x_stacks, y_stacks = ([stack.columns[place] for place in places] for places in (x_places, y_places))
             sizes = torch.tensor([len(unit) for unit in units])
+            along = along_sums(context, [totals[place] for place in y_places], rollouts, len(x_places), y_stacks)
+            for own, y_stack in zip(along, y_stacks, strict=False):
+                own.add(range(len(units)), x_stacks, y_stack, sizes)
+            met = met_by_unit(context, along, y_stacks[0], sizes)
             for y_stack in y_stacks:
                 context.step.precondition_in_place(y_stack)
             found = [
                 [sums_of_stacks(x, y_stack, sizes, own) for x, own in zip(x_stacks, of_update, strict=True)]
                 for y_stack, of_update in zip(y_stacks, products, strict=True)
             ]
-            if context.run.by_token:
-                tables = parts_by_unit(context, rollouts, units, lambda u: less(sums.y, [y[u] for y in y_stacks[0]]))
-                found[0] = [dataclasses.replace(own, by_token=part) for own, part in zip(found[0], tables, strict=True)]
-            if context.run.by_sequence:
-                parts = one_batch_parts(
-                    context, self._project, rollouts, units, x_totals, sums.y, (x_stacks, y_stacks[0])
-                )
-                found[0] = [
-                    dataclasses.replace(own, by_sequence=part) for own, part in zip(found[0], parts, strict=True)
-                ]
-        return self._measured(found, sums, {side.value: table for side in Side})
+            found = with_rows(found, along)
+            met = met or less_own(sums.y, y_stacks[0])
+            found[0] = one_batch_shares(context, self._project, rollouts, found[0], x_totals, x_stacks, met)
+        return self._measured(found, sums, {side.value: table for side in Side}, along)
 
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`: U first, then E with X_n · Y_sum in the same backward."""
@@ -137,18 +140,26 @@ class OnePassEngine:
         y_sums = [finish_update(context, total, update)[0] for total in g_totals]
         x_totals = [self._empty_sum() for _ in functional]
         rows = torch.zeros(len(updates), len(functional), entropy.n_prompts, dtype=torch.float64)
+        along = along_sums(context, g_totals, update, len(functional), None, entropy.n_prompts)
+        names = context.registry.names
 
         def project_entropy(numbers: list[int], gradients: GradientRecorder) -> None:
-            for place, (of_units, x_total) in enumerate(zip(gradients.columns, x_totals, strict=True)):
+            stacks = stacks_of(gradients, names)
+            for own in along:
+                own.add(numbers, stacks, None, torch.ones(len(numbers)))
+            for place, (of_units, x_total) in enumerate(zip(stacks, x_totals, strict=True)):
                 for position, number in enumerate(numbers):
+                    unit = unit_of(of_units, position)
                     for which, y_sum in enumerate(y_sums):
-                        found = self._dots(of_units, of_units, position, x_total, y_sum)
+                        found = unit_dots(context, unit, unit, x_total, y_sum)
                         rows[which, place, number] = found[:, 1].sum()
-                self._add(x_total, of_units)
+                self._add(x_total, gradients.columns[place])
 
         def start_again() -> None:
             for x_total in x_totals:
                 x_total.clear()
+            for own in along:
+                own.clear()
 
         entropy_units = prompt_units(entropy.n_prompts, None)
         request = SweepRequest(entropy, entropy_units, functional, "entropy", tables["entropy"])
@@ -163,11 +174,11 @@ class OnePassEngine:
         else:
 
             def project_update(numbers: list[int], gradients: GradientRecorder) -> None:
-                for which, (of_units, y_sum) in enumerate(zip(gradients.columns, y_sums, strict=True)):
+                for which, (of_units, y_sum) in enumerate(zip(stacks_of(gradients, names), y_sums, strict=True)):
                     for place, x_total in enumerate(x_totals):
                         for position, number in enumerate(numbers):
-                            found = self._dots(of_units, of_units, position, x_total, y_sum)
-                            columns[which, place, number] = found[:, 2].sum()
+                            unit = unit_of(of_units, position)
+                            columns[which, place, number] = unit_dots(context, unit, unit, x_total, y_sum)[:, 2].sum()
 
             request = SweepRequest(update, update_units, updates, "projections")
             self._sweep(request, project_update, start_again=lambda: None)
@@ -178,15 +189,10 @@ class OnePassEngine:
             ]
             for of_update in zip(products_of(sums, x_totals, y_sums), rows, columns, strict=True)
         ]
-        if context.run.by_token:
-            tables_of_tokens = parts_by_unit(context, entropy, entropy_units, lambda _: less(sums.y, None))
-            found[0] = [
-                dataclasses.replace(own, by_token=part) for own, part in zip(found[0], tables_of_tokens, strict=True)
-            ]
-        if context.run.by_sequence:
-            parts = two_batch_parts(context, self._project, entropy, update, x_totals, sums.y)
-            found[0] = [dataclasses.replace(own, by_sequence=part) for own, part in zip(found[0], parts, strict=True)]
-        return self._measured(found, sums, tables)
+        found = with_rows(found, along)
+        met = list(sums.y.tensors) if not along else steps_of_others(along[0].seen)
+        found[0] = two_batch_shares(context, self._project, entropy, update, found[0], x_totals, met)
+        return self._measured(found, sums, tables, along)
 
     def _second_sweep(
         self,
@@ -196,31 +202,39 @@ class OnePassEngine:
         x_totals: Sequence[GradientSum],
         y_sums: Sequence[GradientSum],
         products: Sequence[Sequence[Tensor]],
+        along: Sequence[AlongSums],
     ) -> list[list[KernelSums]]:
         """Diagonal, row and column sums of every pair of columns, from every unit's products with the sums."""
+        context, names = self._context, self._context.registry.names
+        sizes = torch.tensor([len(unit) for unit in units])
         x_places, y_places = (columns.places_of(side) for side in Side)
         dots = torch.zeros(len(y_places), len(x_places), len(units), 3, dtype=torch.float64)
         diagonals = torch.zeros(len(y_places), len(x_places), len(products[0][0]), dtype=torch.float64)
 
         def project(numbers: list[int], gradients: GradientRecorder) -> None:
-            for which, (y_place, y_sum) in enumerate(zip(y_places, y_sums, strict=True)):
-                for index, (x_place, x_total) in enumerate(zip(x_places, x_totals, strict=True)):
-                    x_units, g_units = gradients.columns[x_place], gradients.columns[y_place]
-                    for position, number in enumerate(numbers):
-                        own = self._dots(x_units, g_units, position, x_total, y_sum)
-                        dots[which, index, number] = own.sum(0)
-                        diagonals[which, index].add_(own[:, 0])
+            stacks = stacks_of(gradients, names)
+            for place, own in zip(y_places, along, strict=False):
+                own.add(numbers, [stacks[x_place] for x_place in x_places], stacks[place], sizes[numbers])
+            for position, number in enumerate(numbers):
+                unit = [unit_of(stack, position) for stack in stacks]
+                for which, (y_place, y_sum) in enumerate(zip(y_places, y_sums, strict=True)):
+                    for index, (x_place, x_total) in enumerate(zip(x_places, x_totals, strict=True)):
+                        dot = unit_dots(context, unit[x_place], unit[y_place], x_total, y_sum)
+                        dots[which, index, number] = dot.sum(0)
+                        diagonals[which, index].add_(dot[:, 0])
 
         def start_again() -> None:
             dots.zero_()
             diagonals.zero_()
+            for own in along:
+                own.clear()
 
         self._sweep(SweepRequest(rollouts, units, columns, "projections"), project, start_again=start_again)
-        sizes = torch.tensor([len(unit) for unit in units])
-        return [
+        found = [
             [sums_of_dots(*own, sizes) for own in zip(*of_update, strict=True)]
             for of_update in zip(diagonals, dots, products, strict=True)
         ]
+        return with_rows(found, along)
 
     def _y_sums(self, sums: FinishedSums, totals: Sequence[GradientSum], rollouts: Rollouts) -> list[GradientSum]:
         """Y_sum of every update column; the first is there."""
@@ -261,7 +275,11 @@ class OnePassEngine:
         return score_batch(self._context, self._runner, self._limit, rollouts)
 
     def _measured(
-        self, found: Sequence[Sequence[KernelSums]], sums: FinishedSums, tables: Mapping[str, SequenceTable]
+        self,
+        found: Sequence[Sequence[KernelSums]],
+        sums: FinishedSums,
+        tables: Mapping[str, SequenceTable],
+        along: Sequence[AlongSums],
     ) -> Measured:
         note = self._runner.note
         if note is not None:
@@ -269,8 +287,18 @@ class OnePassEngine:
         plan = self._log.plan(self._context, self._runner)
         notes = () if note is None else (note,)
         first, apart, candidates = by_column(self._context.columns, found)
+        agreement = along[0].seen.agreement if along else None
         return Measured(
-            first, sums.coverage, tables, sums.excluded, sums.leading_products, plan, notes, apart, candidates
+            first,
+            sums.coverage,
+            tables,
+            sums.excluded,
+            sums.leading_products,
+            plan,
+            notes,
+            apart,
+            candidates,
+            agreement,
         )
 
     def _table(self, rollouts: Rollouts, columns: Columns) -> SequenceTable:
@@ -365,32 +393,3 @@ class OnePassEngine:
         """One `sweep`, counted in the plan."""
         report = sweep(self._context, self._runner, self._limit, request, recorder, visit, start_again)
         self._log.add(request, report, self._runner.way)
-
-    def _dots(
-        self,
-        x_units: Mapping[str, Tensor],
-        g_units: Mapping[str, Tensor],
-        position: int,
-        x_sum: GradientSum,
-        y_sum: GradientSum,
-    ) -> Tensor:
-        """``[parameters, 3]`` X_u · Y_u, X_u · Y_sum and Y_u · X_sum of one unit, fp64 on the CPU."""
-        names, moments = self._context.registry.names, self._context.step.second_moments(x_sum.tensors)
-        chosen = [index for index, name in enumerate(names) if name in x_units]
-        x, g = (
-            [units[names[index]][position].to(x_sum.tensors[index].device) for index in chosen]
-            for units in (x_units, g_units)
-        )
-        dots = torch.zeros(len(names), 3, dtype=torch.float64)
-        dots[chosen] = precondition_accumulate(
-            x,
-            g,
-            [moments.tensors[index] for index in chosen],
-            [x_sum.tensors[index] for index in chosen],
-            [y_sum.tensors[index] for index in chosen],
-            bias_correction=[moments.bias_correction[index] for index in chosen],
-            eps=[moments.eps[index] for index in chosen],
-            ratio=[moments.ratio[index] for index in chosen],
-            update=False,
-        ).cpu()
-        return dots

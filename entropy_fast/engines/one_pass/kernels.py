@@ -14,14 +14,7 @@ from entropy_fast.engines.one_pass.gradient_stack import kernel_of
 from entropy_fast.engines.sums import FinishedSums
 from entropy_fast.estimates.kernel_sums import KernelSums
 
-__all__ = ["less", "products_of", "sums_of_dots", "sums_of_stacks"]
-
-
-def less(total: GradientSum, own: Sequence[Tensor] | None) -> list[Tensor]:
-    """A sum less a unit's own gradients, or a copy of it."""
-    if own is None:
-        return [tensor.clone() for tensor in total.tensors]
-    return [tensor - part for tensor, part in zip(total.tensors, own, strict=True)]
+__all__ = ["products_of", "sums_of_dots", "sums_of_stacks"]
 
 
 def products_of(

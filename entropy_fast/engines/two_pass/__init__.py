@@ -25,4 +25,11 @@ KIND = EngineKind(
         if batches == 1 and context.run.conditional_variance == "alpha"
         else None
     ),
+    no_next_step=lambda estimate, run: (
+        "the double backward of conditional_variance='alpha' is along one direction"
+        if run.conditional_variance == "alpha"
+        else "engine 'two_pass' does not keep the gradients that a live gradient is compared with"
+        if estimate.gradient == "live"
+        else None
+    ),
 )

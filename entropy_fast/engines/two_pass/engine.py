@@ -18,6 +18,7 @@ from entropy_fast.columns import Coefficients, Columns, SequenceTable, Side, Tok
 from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
+from entropy_fast.engines.along import AlongSums, along_sums, with_rows
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import FinishedSums, by_column, coverage_of, finish_functional, finish_update, finished
@@ -25,9 +26,9 @@ from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
 from entropy_fast.engines.two_pass.passes import Pass, sums_of_dots
 from entropy_fast.engines.two_pass.scoring import padded_scores
+from entropy_fast.engines.unit_dots import unit_dots
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured, Plan
-from entropy_fast.ops import precondition_accumulate
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import iter_microbatches, prompt_units
 from entropy_fast.step import AdamState
@@ -150,8 +151,14 @@ class ProbeComponents:
         x_pass, y_pass = self._both_passes(entropy, update)
         sums = finished(context, x_pass.total, y_pass.total, entropy, update)
         x_totals = [(0, sums.x), *self.totals_after_first(Side.FUNCTIONAL, entropy)]
-        y_sums = [(0, sums.y), *self._y_sums_after_first(update)]
-        found = [[self._between(entropy, update, x, y) for x in x_totals] for y in y_sums]
+        g_totals = [y_pass.total, *(total for _, total in self.totals_after_first(Side.UPDATE, update))]
+        y_sums = [sums.y, *(finish_update(context, total, update)[0] for total in g_totals[1:])]
+        along = along_sums(context, g_totals, update, len(x_totals), None, entropy.n_prompts)
+        found = [
+            [self._between(entropy, update, x, (place, y), along[place : place + 1]) for x in x_totals]
+            for place, y in enumerate(y_sums)
+        ]
+        found = with_rows(found, along)
         how = "the double backward" if context.run.conditional_variance == "alpha" else "a backward a prompt"
         return self._measured(found, sums, (x_pass, y_pass), f"projections of the entropy batch by {how}")
 
@@ -164,15 +171,20 @@ class ProbeComponents:
         return padded_scores(self.context, rollouts, self._iter_prompt_microbatches(rollouts))
 
     def _between(
-        self, entropy: Rollouts, update: Rollouts, x: tuple[int, GradientSum], y: tuple[int, GradientSum]
+        self,
+        entropy: Rollouts,
+        update: Rollouts,
+        x: tuple[int, GradientSum],
+        y: tuple[int, GradientSum],
+        along: Sequence[AlongSums],
     ) -> KernelSums:
-        """Sums between two batches of a functional and an update column: their places and sums."""
+        """Sums between two batches of a functional and an update column: their places and sums; ``along`` of the latter."""
         (x_place, x_sum), (y_place, y_sum) = x, y
         if self.context.run.conditional_variance == "alpha" and not x_place:
             y_mean = [own / update.n_prompts for own in y_sum.tensors]
             rows = self.compute_conditional_variance_over_E_alpha(entropy, y_mean) * update.n_prompts
         else:
-            rows = self._projections(Side.FUNCTIONAL, entropy, y_sum.tensors, x_place)
+            rows = self._projections(Side.FUNCTIONAL, entropy, y_sum.tensors, x_place, along)
         columns = self._projections(Side.UPDATE, update, x_sum.tensors, y_place)
         products = parameter_products(x_sum, y_sum)
         return KernelSums(float(products.sum()), rows, columns, by_parameter=products)
@@ -233,17 +245,22 @@ class ProbeComponents:
         check_repeatable(first, second, torch.arange(rollouts.n_sequences))
         sums = finished(context, x_pass.total, y_pass.total, rollouts, rollouts)
         x_totals = [sums.x, *(total for _, total in self.totals_after_first(Side.FUNCTIONAL, rollouts))]
-        y_sums = [sums.y, *(y_sum for _, y_sum in self._y_sums_after_first(rollouts))]
+        g_totals = [y_pass.total, *(total for _, total in self.totals_after_first(Side.UPDATE, rollouts))]
+        y_sums = [sums.y, *(finish_update(context, total, rollouts)[0] for total in g_totals[1:])]
         dots: list[list[list[Tensor]]] = [[[] for _ in x_totals] for _ in y_sums]
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
-        for unit in units:
+        along = along_sums(context, g_totals, rollouts, len(x_totals), None)
+        for number, unit in enumerate(units):
             x_units, g_units = (
                 [self._gradient_sum(side, rollouts, unit, place=place).tensors for place in range(len(totals))]
                 for side, totals in ((Side.FUNCTIONAL, x_totals), (Side.UPDATE, y_sums))
             )
             for of_update, g_unit, y_sum in zip(dots, g_units, y_sums, strict=True):
                 for own, x_unit, x_sum in zip(of_update, x_units, x_totals, strict=True):
-                    own.append(self._dots(x_unit, g_unit, x_sum, y_sum))
+                    own.append(unit_dots(context, x_unit, g_unit, x_sum, y_sum))
+            for steps, g_unit in zip(along, g_units, strict=False):
+                x_stacks = [[x.unsqueeze(0) for x in x_unit] for x_unit in x_units]
+                steps.add([number], x_stacks, [g.unsqueeze(0) for g in g_unit], torch.tensor([len(unit)]))
             if context.run.full_kernel:
                 y_unit = context.step.apply_preconditioner(g_units[0])
                 kept.append(([x.cpu() for x in x_units[0]], [y.cpu() for y in y_unit]))
@@ -259,6 +276,7 @@ class ProbeComponents:
         kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
         if kernel:
             found[0][0] = dataclasses.replace(found[0][0], kernel=torch.tensor(kernel, dtype=torch.float64))
+        found = with_rows(found, along)
         return self._measured(found, sums, (x_pass, y_pass), "then both again for every unit")
 
     def _measured(
@@ -278,32 +296,10 @@ class ProbeComponents:
             candidates=candidates,
         )
 
-    def _dots(
-        self, x_unit: Sequence[Tensor], g_unit: Sequence[Tensor], x_sum: GradientSum, y_sum: GradientSum
-    ) -> Tensor:
-        """[parameters, 3] X_u · Y_u, X_u · Y_sum and Y_u · X_sum, fp64 on the CPU."""
-        moments = self.context.step.second_moments(x_sum.tensors)
-        return precondition_accumulate(
-            x_unit,
-            g_unit,
-            moments.tensors,
-            x_sum.tensors,
-            y_sum.tensors,
-            bias_correction=moments.bias_correction,
-            eps=moments.eps,
-            ratio=moments.ratio,
-            update=False,
-        ).cpu()
-
     def totals_after_first(self, side: Side, rollouts: Rollouts) -> Iterator[tuple[int, GradientSum]]:
         """Place and raw sum of every column of a side after the first."""
         for place in range(1, len(self.context.columns.of_side(side))):
             yield place, self._gradient_sum(side, rollouts, range(rollouts.n_prompts), place=place)
-
-    def _y_sums_after_first(self, rollouts: Rollouts) -> Iterator[tuple[int, GradientSum]]:
-        """Place and Y_sum of every update column after the first."""
-        for place, total in self.totals_after_first(Side.UPDATE, rollouts):
-            yield place, finish_update(self.context, total, rollouts)[0]
 
     def _plan(self, then: str) -> Plan:
         per_forward = self.context.run.prompts_per_microbatch or 1
@@ -313,11 +309,24 @@ class ProbeComponents:
             reasons=("the plain reference that faster engines are checked against",),
         )
 
-    def _projections(self, side: Side, rollouts: Rollouts, direction: Sequence[Tensor], place: int = 0) -> Tensor:
-        """[B] inner products of every prompt's X_n (or Y_n) with a direction, one backward a prompt."""
+    def _projections(
+        self,
+        side: Side,
+        rollouts: Rollouts,
+        direction: Sequence[Tensor],
+        place: int = 0,
+        along: Sequence[AlongSums] = (),
+    ) -> Tensor:
+        """[B] inner products of every prompt's X_n (or Y_n) with a direction, and with steps ``along``, a backward a prompt."""
         products = []
         for prompt in range(rollouts.n_prompts):
             gradient = self._gradient_sum(side, rollouts, [prompt], place=place).tensors
+            for steps in along:
+                x_stacks: list[list[Tensor | None]] = [
+                    [None] * len(gradient) for _ in self.context.columns.of_side(side)
+                ]
+                x_stacks[place] = [x.unsqueeze(0) for x in gradient]
+                steps.add([prompt], x_stacks, None, torch.ones(1))
             if side is Side.UPDATE:
                 gradient = self.context.step.apply_preconditioner(gradient)
             products.append(inner_product(gradient, direction))

@@ -1,0 +1,312 @@
+"""Products of units' gradients with the optimizer's whole step.
+
+Legend: X_u gradient of unit u in a functional column, g_u its ascent gradient in an update column, B prompts, |u| prompts of
+unit u, L gradient of the loss as the optimizer sees it, Δθ(L) its step, σ sign and factor with L = σ Σ_u g_u / B.
+
+A unit's own samples are in L, and X_u is made of the same samples. So it meets the step of the others',
+
+    Δθ_{-u} = Δθ((L - σ g_u / B) B / (B - |u|))
+
+which for the part that is linear in L takes the diagonal out of the U-statistic, exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_fast.context import ProbeContext
+from entropy_fast.engines.gradient_sum import GradientSum, inner_product
+from entropy_fast.engines.unit_dots import Stack
+from entropy_fast.errors import ConfigError
+from entropy_fast.estimates.kernel_sums import AlongStep, KernelSums
+from entropy_fast.estimates.measured import GradientAgreement
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.rollouts.units import prompt_units
+from entropy_fast.step.next_step import NextStep, clip_factor
+from entropy_fast.step.rules import FRESH, SCALE
+
+__all__ = [
+    "AlongSums",
+    "SeenGradient",
+    "along_step",
+    "along_sums",
+    "seen_gradient",
+    "step_of_others",
+    "steps_of_others",
+    "with_rows",
+]
+
+ELEMENTS_AT_ONCE = 1 << 22  # of units' gradients whose steps are worked out together
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenGradient:
+    """What the optimizer sees.
+
+    Attributes:
+        step: of the optimizer.
+        loss: L, one tensor per parameter; None where none arrived, and then the optimizer passes the parameter by.
+        like: tensors of the parameters' shapes.
+        own: σ.
+        prompts: B.
+        clip: what clipping multiplied it by.
+        agreement: of a live gradient with the rollouts' own; None where L is that.
+    """
+
+    step: NextStep
+    loss: list[Tensor | None]
+    like: Sequence[Tensor]
+    own: float
+    prompts: int
+    clip: float
+    agreement: GradientAgreement | None = None
+
+    @property
+    def apart(self) -> tuple[str, ...]:
+        """Parts that are measured along the step: all but what the kernel's sums have already."""
+        kernel = self.step.rule.linear and self.step.live is None
+        return tuple(part for part in self.step.parts if not (kernel and part == FRESH))
+
+    def without(self, place: int, g: Tensor, sizes: Tensor) -> Tensor:
+        """``[n, *shape]`` gradient of the loss of the other units, for units' ``g [n, *shape]`` of sizes ``[n]``."""
+        loss = self.loss[place]
+        assert loss is not None
+        left = (self.prompts - sizes).to(g).view(-1, *[1] * (g.dim() - 1))
+        return (loss.to(g) * self.prompts - self.own * g) / left
+
+
+def seen_gradient(
+    step: NextStep, total: GradientSum, prompts: int, units: Sequence[Tensor] | None = None
+) -> SeenGradient:
+    """From Σ g over a batch, or from what stands in ``.grad``.
+
+    Args:
+        step: of the optimizer.
+        total: Σ_u g_u, raw.
+        prompts: B; with a live gradient those of the whole batch, of which ``total`` may be a sample.
+        units: with a live gradient g of every unit per parameter, ``[units, *shape]``; None where they are of another batch.
+
+    Raises:
+        OptimizerStateError: the gradient's norm is not finite and is to be clipped.
+    """
+    sign = 1.0 if step.ascends else -1.0
+    if step.live is None:
+        loss = [
+            t * (sign / prompts) if touched else None for t, touched in zip(total.tensors, total.touched, strict=True)
+        ]
+        clip = clip_factor(loss, step.max_grad_norm)
+        clipped = [None if own is None else own * clip for own in loss]
+        return SeenGradient(step, clipped, total.tensors, sign * clip, prompts, clip)
+    clip = clip_factor(step.live, step.max_grad_norm)
+    live = [
+        None if own is None else clip * own.to(device=t.device, dtype=t.dtype)
+        for own, t in zip(step.live, total.tensors, strict=True)
+    ]
+    if units is None:
+        return SeenGradient(step, live, total.tensors, math.nan, prompts, clip)
+    agreement, scale = _agreement(live, total, units, prompts, sign)
+    return SeenGradient(step, live, total.tensors, sign * scale, prompts, clip, agreement)
+
+
+def along_step(
+    seen: SeenGradient,
+    x_stacks: Sequence[Stack],
+    g_stack: Stack | None,
+    sizes: Tensor,
+) -> list[AlongStep]:
+    """Rows of every functional column, for some units.
+
+    Args:
+        seen: what the optimizer sees.
+        x_stacks: of every functional column and parameter X ``[units, *shape]``.
+        g_stack: of every parameter raw g ``[units, *shape]``; None where the units' samples are not in L (two batches).
+        sizes: [units] prompts of each.
+
+    Returns:
+        By column; ``whole`` is the sum of X over these units with the whole step.
+    """
+    n_parameters, n_units = len(seen.loss), len(sizes)
+    rows = [{part: torch.zeros(n_parameters, n_units, dtype=torch.float64) for part in seen.apart} for _ in x_stacks]
+    whole = [dict.fromkeys(seen.apart, 0.0) for _ in x_stacks]
+    for place, loss in enumerate(seen.loss):
+        if loss is None or not seen.step.held[place]:
+            continue
+        full = seen.step.of_parameter(place, loss)
+        for part in seen.apart:
+            flat = full[part].reshape(-1)
+            by_itself = part in (FRESH, SCALE) and g_stack is not None
+            for column, x_stack in enumerate(x_stacks):
+                own = x_stack[place]
+                if own is None:
+                    continue
+                x = own.reshape(n_units, -1)
+                found = _product(x, flat.to(x.device).expand_as(x))
+                whole[column][part] += float(found.sum())
+                if not by_itself:
+                    rows[column][part][place] = found
+            if by_itself:
+                assert g_stack is not None
+                g = g_stack[place]
+                if g is None:
+                    g = torch.zeros_like(seen.like[place]).expand(n_units, *seen.like[place].shape)
+                _rows_of_others(seen, place, part, [stack[place] for stack in x_stacks], g, sizes, rows)
+    return [AlongStep(own, of_whole) for own, of_whole in zip(rows, whole, strict=True)]
+
+
+def _rows_of_others(
+    seen: SeenGradient,
+    place: int,
+    part: str,
+    x: Stack,
+    g: Tensor,
+    sizes: Tensor,
+    rows: Sequence[dict[str, Tensor]],
+) -> None:
+    """Write X_u · Δθ^part_{-u} of one parameter, a few units at a time."""
+    at_once = max(1, ELEMENTS_AT_ONCE // max(1, g[0].numel()))
+    rule = seen.step.rule
+    for start in range(0, len(g), at_once):
+        span = slice(start, start + at_once)
+        others = seen.without(place, g[span], sizes[span])
+        moved = rule.fresh(place, others) if part == FRESH else rule.scale(place, others)
+        if moved is None:
+            continue
+        for column, own in enumerate(x):
+            if own is None:
+                continue
+            rows[column][part][place, span] = _product(own[span].reshape(len(moved), -1), moved.reshape(len(moved), -1))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """[n] inner products of rows, in fp64 on the CPU."""
+    return torch.stack(
+        [torch.dot(a.double(), b.double()) for a, b in zip(left, right.to(left.device), strict=True)]
+    ).cpu()
+
+
+def along_sums(
+    context: ProbeContext,
+    g_totals: Sequence[GradientSum],
+    update: Rollouts,
+    n_functionals: int,
+    g_stacks: Sequence[Sequence[Tensor]] | None,
+    n_units: int | None = None,
+) -> list[AlongSums]:
+    """Empty rows of every update column; none under ``adam_static``.
+
+    Args:
+        context: of the probe.
+        g_totals: Σ g of every update column, raw.
+        update: the update batch.
+        n_functionals: functional columns.
+        g_stacks: with one batch raw g of every unit and parameter; None where they are not kept.
+        n_units: of the functional side; None for those of the update batch and the options' blocks.
+
+    Raises:
+        ConfigError: a live gradient, and every unit's own gradients are not kept.
+    """
+    step = context.next_step
+    if step is None:
+        return []
+    if n_units is None:
+        n_units = len(prompt_units(update.n_prompts, context.estimate.blocks))
+        if step.live is not None and g_stacks is None:
+            raise ConfigError(
+                "gradient='live' needs every sampled prompt's own gradients, and they do not fit memory_budget.",
+                fix="sample fewer prompts (EstimateOptions(sample=...)), or pass a larger memory_budget.",
+            )
+    stacks = [None] * len(g_totals) if g_stacks is None else g_stacks
+    prompts = context.prompts_of_batch or update.n_prompts
+    return [
+        AlongSums(seen_gradient(step, total, prompts, stack), n_functionals, n_units)
+        for total, stack in zip(g_totals, stacks, strict=True)
+    ]
+
+
+def with_rows(found: Sequence[Sequence[KernelSums]], along: Sequence[AlongSums]) -> list[list[KernelSums]]:
+    """Sums by update and functional, with the rows of each update's whole step where there are any."""
+    if not along:
+        return [list(own) for own in found]
+    return [rows.put(own) for rows, own in zip(along, found, strict=True)]
+
+
+def steps_of_others(seen: SeenGradient) -> list[Tensor]:
+    """The whole Δθ, one tensor per parameter, all parts together."""
+    return [step_of_others(seen, place, None, 0) for place in range(len(seen.loss))]
+
+
+def step_of_others(seen: SeenGradient, place: int, g: Tensor | None, size: int) -> Tensor:
+    """Δθ_{-u} of one parameter; Δθ where ``g`` is None."""
+    loss = seen.loss[place]
+    if loss is None or not seen.step.held[place]:
+        return torch.zeros_like(seen.like[place])
+    own = loss if g is None else seen.without(place, g.unsqueeze(0), torch.tensor([size]))[0]
+    return sum(seen.step.of_parameter(place, own).values(), torch.zeros((), dtype=loss.dtype, device=loss.device))
+
+
+def _agreement(
+    live: Sequence[Tensor | None], total: GradientSum, units: Sequence[Tensor], prompts: int, sign: float
+) -> tuple[GradientAgreement, float]:
+    """How a live gradient compares with what the rollouts say.
+
+    With n sampled prompts of B and L = σ Σ_m g_m / B, a sampled prompt's product with L is σ (‖g_n‖² / B + (B - 1)/B g·g) on
+    average. g·g is estimated without its diagonal, so that σ is not pulled towards 0 by the sample's noise; where noise
+    makes it negative there is nothing but the first term. Returns that, and the scale of a prompt's own part (0 where it
+    has none).
+    """
+    pairs = [(own, t, u) for own, t, u in zip(live, total.tensors, units, strict=True) if own is not None]
+    lives, totals = [own for own, _, _ in pairs], [t for _, t, _ in pairs]
+    cross, squares = inner_product(lives, totals), inner_product(totals, totals)
+    n, own_squares = len(units[0]), sum(float(u.double().square().sum()) for _, _, u in pairs)
+    shared = max(0.0, (squares - own_squares) / (n * (n - 1))) if n > 1 else 0.0
+    expected = own_squares / n / prompts + (prompts - 1) / prompts * shared
+    norms = math.sqrt(squares * inner_product(lives, lives))
+    cosine = sign * cross / norms if norms else math.nan
+    # Without an update of their own, prompts have nothing to be taken out.
+    scale = sign * cross / n / expected if expected else 0.0
+    return GradientAgreement(cosine, scale if expected else math.nan, n, prompts), scale
+
+
+class AlongSums:
+    """Rows of all units, put together from groups of them.
+
+    Args:
+        seen: what the optimizer sees.
+        n_columns: functional columns.
+        n_units: how many.
+    """
+
+    def __init__(self, seen: SeenGradient, n_columns: int, n_units: int) -> None:
+        self.seen = seen
+        self._rows = [
+            {part: torch.zeros(len(seen.loss), n_units, dtype=torch.float64) for part in seen.apart}
+            for _ in range(n_columns)
+        ]
+        self._whole = [dict.fromkeys(seen.apart, 0.0) for _ in range(n_columns)]
+
+    def add(self, numbers: Sequence[int], x_stacks: Sequence[Stack], g_stack: Stack | None, sizes: Tensor) -> None:
+        """Measure some units, by their numbers; see `along_step`."""
+        found = along_step(self.seen, x_stacks, g_stack, sizes)
+        for rows, whole, own in zip(self._rows, self._whole, found, strict=True):
+            for part in rows:
+                rows[part][:, list(numbers)] += own.rows[part]
+                whole[part] += own.whole[part]
+
+    def clear(self) -> None:
+        """Back to empty."""
+        for rows, whole in zip(self._rows, self._whole, strict=True):
+            for part in rows:
+                rows[part].zero_()
+                whole[part] = 0.0
+
+    def put(self, sums: Sequence[KernelSums]) -> list[KernelSums]:
+        """Sums of every functional column, with their rows."""
+        return [
+            dataclasses.replace(own, along=AlongStep(rows, whole), clip=self.seen.clip)
+            for own, rows, whole in zip(sums, self._rows, self._whole, strict=True)
+        ]

@@ -1,0 +1,101 @@
+"""What a forecast is a sum of, each with what a standard error of the sum needs.
+
+Legend: M units of sizes |b|, B prompts; with one batch U the U-statistic of the kernel, r_b = X_b · Δθ_{-b} a row along a part
+of the optimizer's step, whose mean Σ_b r_b / B is that part's forecast.
+
+The delete-one values of terms add up, so the jackknife of a sum is that of the sum of theirs. A part that does not depend on
+the batch's samples (momentum, decay) has rows alone: the average over such updates is no less certain than this one. How the
+step's scale varies from batch to batch is not in the error for such updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_fast.estimates.kernel_sums import KernelSums
+from entropy_fast.estimates.two_batch import two_batch_estimate
+from entropy_fast.estimates.u_statistic import jackknife, u_estimate
+
+__all__ = ["FRESH", "Term", "errors_of", "terms_of"]
+
+FRESH = "fresh"
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A part of a forecast.
+
+    Attributes:
+        value: in the unit of the forecast.
+        shares: [M] of units as those whose numbers change, adding up to it; with one batch and Adam's static geometry the mean
+            of these and of those by whose update does it.
+        kept_rows: [M] the value with each unit's row left out; None where there are too few.
+        kept_units: with one batch, [M] the value with each unit left out in both roles; None likewise.
+        update_variance: with two batches, the variance that the update batch adds; None where it is not known.
+    """
+
+    value: float
+    shares: Tensor
+    kept_rows: Tensor | None
+    kept_units: Tensor | None
+    update_variance: float | None = 0.0
+
+
+def terms_of(sums: KernelSums, learning_rate: float, n_update: int) -> Mapping[str, Term]:
+    """By part of the step; under ``adam_static`` there is one, the fresh gradient's.
+
+    Args:
+        sums: of a functional and an update.
+        learning_rate: lr.
+        n_update: prompts of the update batch.
+    """
+    found: dict[str, Term] = {}
+    along = {} if sums.along is None else sums.along.rows
+    if FRESH not in along:
+        found[FRESH] = _of_kernel(sums, learning_rate * sums.clip, n_update)
+    sizes = torch.ones(len(sums.row_sums)) if sums.unit_sizes is None else sums.unit_sizes
+    least = 2 if sums.diagonal is None else 3
+    for part, by_parameter in along.items():
+        rows = by_parameter.sum(0)
+        prompts = float(sizes.sum())
+        kept = None
+        if len(rows) >= least:
+            kept = (rows.sum() - rows) / (prompts - sizes.double())
+        found[part] = Term(float(rows.sum()) / prompts, rows / prompts, kept, kept)
+    return found
+
+
+def errors_of(terms: Sequence[Term], *, one_batch: bool) -> tuple[float, float]:
+    """Standard errors of a sum of terms, for this update and for such updates; NaN where they are not defined."""
+    rows = [term.kept_rows for term in terms]
+    if any(kept is None for kept in rows):
+        this = math.nan
+    else:
+        this = jackknife(torch.stack([kept for kept in rows if kept is not None]).sum(0))
+    if one_batch:
+        units = [term.kept_units for term in terms if term.kept_units is not None]
+        return this, jackknife(torch.stack(units).sum(0)) if len(units) == len(terms) else math.nan
+    variances = [term.update_variance for term in terms]
+    if any(variance is None for variance in variances):
+        return this, math.nan
+    return this, math.sqrt(this * this + sum(variance for variance in variances if variance is not None))
+
+
+def _of_kernel(sums: KernelSums, lr: float, n_update: int) -> Term:
+    if sums.diagonal is None:
+        two = two_batch_estimate(sums.x_dot_y, sums.row_sums, sums.column_sums, n_update)
+        kept = None
+        if len(two.projections) >= 2:
+            kept = lr * (two.projections.sum() - two.projections) / (len(two.projections) - 1)
+        v_y = None if two.v_y is None else lr * lr * two.v_y
+        return Term(lr * two.value, lr * two.projections / len(sums.row_sums), kept, None, v_y)
+    assert sums.column_sums is not None
+    same = u_estimate(sums.x_dot_y, sums.diagonal, sums.row_sums, sums.column_sums, sums.unit_sizes, sums.kernel)
+    shares = same.contributions if sums.along is None else same.as_entropy
+    kept_rows, kept_units = (None if kept is None else lr * kept for kept in (same.kept_rows, same.kept_units))
+    return Term(lr * same.value, lr * shares, kept_rows, kept_units)

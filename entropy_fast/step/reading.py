@@ -1,0 +1,179 @@
+"""What is known of an optimizer in whatever form it is given, and the step that it will take next."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+
+import torch
+from torch import Tensor, nn
+
+from entropy_fast.checks.parameter_registry import ParameterRegistry, unwrap_model
+from entropy_fast.config import EstimateOptions
+from entropy_fast.errors import LearningRateError, OptimizerStateError
+from entropy_fast.step.adam_state import AdamState, innermost, is_adam, refuse_sharding
+from entropy_fast.step.adam_values import AdamGroup, ParameterMoments, check_learning_rate, maximize_notes
+from entropy_fast.step.dry_run import DryRun
+from entropy_fast.step.next_step import DryRunRule, NextStep, live_gradients
+from entropy_fast.step.optimizer_file import adam_state_from_file
+from entropy_fast.step.preconditioner import AdamPreconditioner
+from entropy_fast.step.rules import AdamRule, SgdGroup, SgdRule, StepRule
+from entropy_fast.step.scalars import real_number, shown
+
+__all__ = ["OptimizerAtHand", "next_step_of", "preconditioner_of", "read_optimizer"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerAtHand:
+    """An optimizer that was read.
+
+    Attributes:
+        state: groups and, of an Adam, its moments; of another kind every element has the same weight.
+        live: the optimizer itself, without wrappers; None where a file or a state was given.
+    """
+
+    state: AdamState
+    live: torch.optim.Optimizer | None = None
+
+    @property
+    def is_adam(self) -> bool:
+        """Whether ``state`` has Adam's second moments."""
+        return self.live is None or is_adam(self.live)
+
+
+def read_optimizer(
+    optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str], model: nn.Module, *, any_kind: bool
+) -> OptimizerAtHand:
+    """Read an optimizer.
+
+    Args:
+        optimizer: live (also wrapped by accelerate), the path of an Adam's ``optimizer.pt``, or an `AdamState`.
+        model: the model it belongs to, possibly wrapped.
+        any_kind: whether a live one may be of another kind than Adam.
+
+    Raises:
+        OptimizerStateError: it is none of these, of another kind, or not this model's.
+        LearningRateError: a learning rate that no step can be taken with.
+    """
+    if isinstance(optimizer, AdamState):
+        return OptimizerAtHand(optimizer)
+    if isinstance(optimizer, (str, os.PathLike)):
+        return OptimizerAtHand(adam_state_from_file(optimizer, model))
+    inner = innermost(optimizer)
+    if is_adam(inner) or not any_kind:
+        return OptimizerAtHand(AdamState.from_optimizer(inner, model), inner)
+    refuse_sharding(model)
+    return OptimizerAtHand(_without_geometry(inner, model), inner)
+
+
+def preconditioner_of(
+    at_hand: OptimizerAtHand, registry: ParameterRegistry, estimate: EstimateOptions, *, next_step: bool
+) -> AdamPreconditioner:
+    """P of what is linear in the gradient: of Adam's static step, or of its share in the next one."""
+    if not next_step:
+        return AdamPreconditioner(at_hand.state, registry, estimate.learning_rate)
+    plain = AdamPreconditioner(at_hand.state, registry, estimate.learning_rate)
+    rule = _rule(at_hand, registry, plain)
+    factors = [
+        rule.factor(place) if isinstance(rule, (AdamRule, SgdRule)) else 0.0 for place in range(len(plain.rates))
+    ]
+    return AdamPreconditioner(at_hand.state, registry, estimate.learning_rate, factors)
+
+
+def next_step_of(
+    at_hand: OptimizerAtHand, registry: ParameterRegistry, step: AdamPreconditioner, estimate: EstimateOptions
+) -> NextStep:
+    """The step that the optimizer will take.
+
+    Raises:
+        OptimizerStateError: its state has no first moments.
+        ConfigError: ``gradient="live"``, and there is no gradient.
+    """
+    groups = at_hand.state.groups
+    return NextStep(
+        _rule(at_hand, registry, step),
+        tuple(p.group is not None for p in registry.parameters),
+        step.learning_rate,
+        all(group.maximize for group in groups),
+        estimate.max_grad_norm,
+        live_gradients(registry) if estimate.gradient == "live" else None,
+        _dry(at_hand, registry, step),
+    )
+
+
+def _dry(at_hand: OptimizerAtHand, registry: ParameterRegistry, step: AdamPreconditioner) -> DryRun | None:
+    """Steps on copies, where they are those of the learning rate that is asked for."""
+    if at_hand.live is None or step.learning_rate != at_hand.state.groups[0].learning_rate:
+        return None
+    return DryRun(at_hand.live, registry.tensors)
+
+
+def _rule(at_hand: OptimizerAtHand, registry: ParameterRegistry, step: AdamPreconditioner) -> StepRule:
+    live, state = at_hand.live, at_hand.state
+    places = range(len(registry.parameters))
+    if live is not None and type(live) is torch.optim.SGD:
+        settings = [_sgd_group(group, index) for index, group in enumerate(live.param_groups)]
+        buffers = [live.state.get(p.tensor, {}).get("momentum_buffer") for p in registry.parameters]
+        of_group = [None if p.group is None else settings[p.group] for p in registry.parameters]
+        return SgdRule(registry.tensors, buffers, of_group, [step.rates[place] for place in places])
+    if live is not None and type(live) not in (torch.optim.Adam, torch.optim.AdamW):
+        found = state.groups[0].learning_rate
+        return DryRunRule(DryRun(live, registry.tensors), registry.tensors, step.learning_rate / found)
+    return AdamRule(
+        registry.tensors,
+        [state.moments.get(p.name) for p in registry.parameters],
+        [None if p.group is None else _decoupled(state.groups[p.group]) for p in registry.parameters],
+        [step.rates[place] for place in places],
+    )
+
+
+def _decoupled(group: AdamGroup) -> AdamGroup:
+    """With AdamW's decay where nothing says whose it is."""
+    return dataclasses.replace(group, decoupled=True) if group.decoupled is None else group
+
+
+def _sgd_group(group: dict[str, object], index: int) -> SgdGroup:
+    numbers = [real_number(group.get(name)) for name in ("lr", "momentum", "dampening", "weight_decay")]
+    if any(number is None or not math.isfinite(number) for number in numbers):
+        raise OptimizerStateError(
+            f"parameter group {index} of the SGD has lr, momentum, dampening and weight_decay "
+            f"{', '.join(shown(group.get(name)) for name in ('lr', 'momentum', 'dampening', 'weight_decay'))}.",
+            fix="use finite numbers.",
+        )
+    lr, momentum, dampening, decay = (float(number) for number in numbers if number is not None)
+    return SgdGroup(lr, momentum, dampening, decay, bool(group.get("nesterov")), bool(group.get("maximize")))
+
+
+def _without_geometry(optimizer: torch.optim.Optimizer, model: nn.Module) -> AdamState:
+    """Groups and learning rates of an optimizer of any kind; second moments that weigh every element alike."""
+    named = {id(p): (name, p) for name, p in unwrap_model(model).named_parameters()}
+    groups: list[AdamGroup] = []
+    group_of: dict[str, int] = {}
+    moments: dict[str, ParameterMoments] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        rate = real_number(group.get("lr"))
+        if rate is None:
+            raise LearningRateError(
+                f"learning rate: group {index} of the {type(optimizer).__name__} has {shown(group.get('lr'))}.",
+                fix="set one; an optimizer that finds its own cannot be forecast yet.",
+            )
+        check_learning_rate(rate, f"the optimizer's group {index} has", or_zero=True)
+        groups.append(AdamGroup(rate, 0.0, 0.0, amsgrad=False, maximize=bool(group.get("maximize", False))))
+        for parameter in group["params"]:
+            found = named.get(id(parameter))
+            if found is not None:
+                group_of[found[0]] = index
+                moments[found[0]] = _ones(found[1])
+    if not group_of:
+        raise OptimizerStateError(
+            "the optimizer holds none of the model's parameters (they are matched by identity).",
+            fix="build the optimizer from this model's parameters, after adapters were added and wrappers applied.",
+        )
+    return AdamState(tuple(groups), group_of, moments, maximize_notes(groups))
+
+
+def _ones(parameter: Tensor) -> ParameterMoments:
+    return ParameterMoments(
+        torch.ones_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)).detach(), 1.0
+    )
