@@ -20,7 +20,7 @@ from entropy_fast.estimates.result import DeltaH1Result
 
 ONE_PASS, TWO_PASS, ALPHA, FROZEN, PLAIN = "one_pass", "two_pass", "alpha", "frozen", "plain_step"
 # What every contender can give: two columns, by sequence.
-SCORES = EstimateOptions(entropy_estimator="score_function")
+SCORES = EstimateOptions(entropy_estimator="score_function", step="adam_static")
 PROMPTS_AT_A_TIME = 4  # of the two-pass engine; the one-pass engine plans its own
 
 

@@ -77,18 +77,20 @@ def _eight(setting: Setting) -> dict[str, Tensor]:
     return {f"number {n}": torch.randn(setting.update.n_sequences, generator=generator) for n in range(8)}
 
 
-SCORES = EstimateOptions(entropy_estimator="score_function")
+SCORES = EstimateOptions(entropy_estimator="score_function", step="adam_static")
+BOTH = EstimateOptions(step="adam_static")
 QUESTIONS = (
     Question(PLAIN, lambda s: {"estimate": SCORES}),
-    Question("direct part", lambda s: {"estimate": EstimateOptions(parts=("direct",))}),
-    Question("both parts", lambda s: {"estimate": EstimateOptions()}, 1.6),
+    Question("direct part", lambda s: {"estimate": EstimateOptions(parts=("direct",), step="adam_static")}),
+    Question("both parts", lambda s: {"estimate": BOTH}, 1.6),
+    Question("both parts, the whole next step", lambda s: {"estimate": EstimateOptions(step="next")}),
     Question("log-probs, eight numbers", lambda s: {"estimate": SCORES, "functionals": _eight(s)}, 1.25),
     Question("log-probs, a loss", lambda s: {"estimate": SCORES, "update": _loss(s, moved=0.0)}, 1.35),
     Question("log-probs, a loss off policy", lambda s: {"estimate": SCORES, "update": _loss(s, moved=0.2)}),
     Question(
         "both parts, two updates more",
         lambda s: {
-            "estimate": EstimateOptions(),
+            "estimate": BOTH,
             "updates": {"bonus": candidates.entropy_bonus(0.01), "negatives": candidates.reweighted(positive=0.0)},
         },
     ),

@@ -13,7 +13,7 @@ from types import FrameType
 import typer
 from rich.text import Text
 
-from entropy_fast.cli import demo_command, doctor_command, probe_command, sample_command
+from entropy_fast.cli import demo_command, doctor_command, probe_command, sample_command, validate_command
 from entropy_fast.cli.console import errors, lenient_streams, output
 from entropy_fast.errors import EntropyFastError
 from entropy_fast.run_folder.interrupts import ENDING
@@ -29,6 +29,7 @@ application.command("demo")(demo_command.demo)
 application.command("probe")(probe_command.probe)
 application.command("sample")(sample_command.sample)
 application.command("doctor")(doctor_command.doctor)
+application.command("validate")(validate_command.validate)
 
 
 @application.callback(invoke_without_command=True)

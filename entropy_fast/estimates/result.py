@@ -15,7 +15,8 @@ from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, W
 from entropy_fast.estimates.attribution import Role, SequenceContributions
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
 from entropy_fast.estimates.explain import explanation
-from entropy_fast.estimates.forecast import LEVEL, Forecast, half_width
+from entropy_fast.estimates.forecast import Forecast
+from entropy_fast.estimates.intervals import LEVEL
 from entropy_fast.estimates.measured import GradientAgreement, Plan
 from entropy_fast.estimates.split import Split, UpdateForecasts
 from entropy_fast.rollouts import EmptyResponseReport
@@ -212,7 +213,7 @@ class DeltaH1Result:
     step_parts: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """Confidence interval δH₁ ± t · std_error, with Student's t on (units - 1) degrees of freedom.
+        """Confidence interval δH₁ ± t · std_error, with Student's t on Satterthwaite's degrees of freedom.
 
         Args:
             level: coverage aimed at, between 0 and 1.
@@ -223,8 +224,7 @@ class DeltaH1Result:
         Raises:
             ConfigError: ``level`` is not between 0 and 1.
         """
-        half = half_width(self.std_error, self.row_sums.shape[0], level)
-        return self.delta_h1 - half, self.delta_h1 + half
+        return dataclasses.replace(self.forecast, value=self.delta_h1, std_error=self.std_error).interval(level)
 
     @property
     def by_parameter(self) -> dict[str, float] | None:

@@ -86,19 +86,22 @@ def forecast_of(sums: KernelSums, scale: Scale, part: str | None = None) -> Fore
     terms = terms_of(sums, scale.learning_rate, scale.n_update)
     used = list(terms.values()) if part is None else [terms[part]]
     one_batch = sums.diagonal is not None
-    this, population = errors_of(used, one_batch=one_batch)
+    errors = errors_of(used, one_batch=one_batch)
     factors = _factors(sums, scale)
     whole = part is None
     return Forecast(
         sum(term.value for term in used),
-        this,
-        population,
+        errors.std_error,
+        errors.population_std_error,
         len(sums.row_sums),
         torch.stack([term.shares for term in used]).sum(0),
         by_parameter(scale.parameters, _by_parameter(sums, part, factors), 1.0),
         _by_sequence(sums, scale, factors) if whole else None,
         _by_token(sums, scale, factors.entropy) if whole else None,
         sums.kernel if whole or part == FRESH else None,
+        errors.degrees,
+        errors.population_degrees,
+        errors.largest_share,
     )
 
 

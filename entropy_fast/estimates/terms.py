@@ -17,11 +17,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from entropy_fast.estimates.intervals import degrees_of_freedom, largest_share
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.two_batch import two_batch_estimate
 from entropy_fast.estimates.u_statistic import jackknife, u_estimate
 
-__all__ = ["FRESH", "Term", "errors_of", "terms_of"]
+__all__ = ["FRESH", "Errors", "Term", "errors_of", "terms_of"]
 
 FRESH = "fresh"
 
@@ -70,20 +71,41 @@ def terms_of(sums: KernelSums, learning_rate: float, n_update: int) -> Mapping[s
     return found
 
 
-def errors_of(terms: Sequence[Term], *, one_batch: bool) -> tuple[float, float]:
-    """Standard errors of a sum of terms, for this update and for such updates; NaN where they are not defined."""
-    rows = [term.kept_rows for term in terms]
-    if any(kept is None for kept in rows):
-        this = math.nan
-    else:
-        this = jackknife(torch.stack([kept for kept in rows if kept is not None]).sum(0))
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """Of a sum of terms; NaN where they are not defined. Fields as of `Forecast`."""
+
+    std_error: float
+    population_std_error: float
+    degrees: float | None
+    population_degrees: float | None
+    largest_share: float
+
+
+def errors_of(terms: Sequence[Term], *, one_batch: bool) -> Errors:
+    """Standard errors of a sum of terms, for this update and for such updates, and how far each is to be trusted."""
+    kept = _summed([term.kept_rows for term in terms])
+    this, degrees, _ = _of_kept(kept)
     if one_batch:
-        units = [term.kept_units for term in terms if term.kept_units is not None]
-        return this, jackknife(torch.stack(units).sum(0)) if len(units) == len(terms) else math.nan
-    variances = [term.update_variance for term in terms]
-    if any(variance is None for variance in variances):
-        return this, math.nan
-    return this, math.sqrt(this * this + sum(variance for variance in variances if variance is not None))
+        population, population_degrees, share = _of_kept(_summed([term.kept_units for term in terms]))
+        return Errors(this, population, degrees, population_degrees, share)
+    variances = [term.update_variance for term in terms if term.update_variance is not None]
+    population = math.sqrt(this * this + sum(variances)) if len(variances) == len(terms) else math.nan
+    return Errors(this, population, degrees, degrees, math.nan)
+
+
+def _summed(kept: Sequence[Tensor | None]) -> Tensor | None:
+    known = [values for values in kept if values is not None]
+    return torch.stack(known).sum(0) if len(known) == len(kept) else None
+
+
+def _of_kept(kept: Tensor | None) -> tuple[float, float | None, float]:
+    """Standard error, degrees of freedom and the largest share of the variance, from delete-one values."""
+    if kept is None:
+        return math.nan, None, math.nan
+    # Pseudo-values but for a constant, which none of the three depends on.
+    rows = -(len(kept) - 1) * kept
+    return jackknife(kept), float(degrees_of_freedom(rows)), float(largest_share(rows))
 
 
 def _of_kernel(sums: KernelSums, lr: float, n_update: int) -> Term:

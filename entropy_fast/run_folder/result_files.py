@@ -39,15 +39,18 @@ MAY_BE_UNKNOWN = (
     "sequences",
     "functionals",
     "updates",
+    "step_parts",
     "std_error",
     "forecast.std_error",
     "forecast.population_std_error",
+    "forecast.largest_share",
+    "diagnostics.live_gradient",
     "diagnostics.standard_errors",
     "diagnostics.unbiased_variance",
     *(
         f"split.{part}.{error}"
         for part in ("total", "direct", "visitation")
-        for error in ("value", "std_error", "population_std_error", "by_unit")
+        for error in ("value", "std_error", "population_std_error", "by_unit", "largest_share")
     ),
 )
 
@@ -162,6 +165,8 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
     left_out = {"derivatives"}
     if result.estimate_options.wanted_parts == ("direct",):
         left_out |= {"delta_h1"}  # nobody asked for the whole
+    if result.geometry == "next_step" and result.diagonal is None and math.isnan(result.x_dot_y):
+        left_out |= {"x_dot_y", "row_sums"}  # of no part of the step
     fields = {name: None if name in left_out else _plain(getattr(result, name), name) for name in names}
     if result.derivatives is not None:
         of_sequences = {

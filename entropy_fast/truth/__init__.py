@@ -1,6 +1,20 @@
 """What really happens when a step is taken, found by taking it and putting it back. What estimates never looks at it."""
 
+from entropy_fast.truth.importance import Reweighted, reweighted
 from entropy_fast.truth.ledger import Calibration, EntropyLedger, LedgerEntry
-from entropy_fast.truth.rescoring import Rescored, rescored_entropy
+from entropy_fast.truth.measuring import RealisedChange, RealisedChanges, Symmetric, measure_delta_h
+from entropy_fast.truth.validation import Validation, validation_of
 
-__all__ = ["Calibration", "EntropyLedger", "LedgerEntry", "Rescored", "rescored_entropy"]
+__all__ = [
+    "Calibration",
+    "EntropyLedger",
+    "LedgerEntry",
+    "RealisedChange",
+    "RealisedChanges",
+    "Reweighted",
+    "Symmetric",
+    "Validation",
+    "measure_delta_h",
+    "reweighted",
+    "validation_of",
+]

@@ -29,7 +29,8 @@ from scipy.stats import binomtest
 
 from entropy_fast.atomic import atomic_path
 from entropy_fast.errors import LedgerError, RolloutsFileError
-from entropy_fast.estimates.forecast import LEVEL, half_width
+from entropy_fast.estimates.forecast import half_width
+from entropy_fast.estimates.intervals import LEVEL
 from entropy_fast.rollouts.fields import RowSource, open_regular
 from entropy_fast.rollouts.parquet_metadata import check_size
 from entropy_fast.scalars import as_number
@@ -104,7 +105,7 @@ class Calibration:
     @property
     def slope_interval(self) -> tuple[float, float]:
         """95 % confidence interval of the slope, with Student's t on n - 1 degrees of freedom."""
-        half = half_width(self.slope_error, self.n, LEVEL)
+        half = half_width(self.slope_error, self.n - 1, LEVEL)
         return self.slope - half, self.slope + half
 
     @property

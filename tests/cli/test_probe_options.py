@@ -67,7 +67,14 @@ def test_what_is_typed_is_what_the_field_gets(name):
 
 def test_every_field_is_tried():
     switches = {field.name for field in FIELDS if field.kind is bool}
-    assert {field.name for field in FIELDS} == {*TYPED, *switches, "clip_range", "dual_clip", "sample", "relative_error"}
+    assert {field.name for field in FIELDS} == {
+        *TYPED,
+        *switches,
+        "clip_range",
+        "dual_clip",
+        "sample",
+        "relative_error",
+    }
     for name in switches:
         assert changed(**{name: True})[1] == dataclasses.replace(RunOptions(), **{name: True})
 

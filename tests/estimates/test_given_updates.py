@@ -273,7 +273,7 @@ def test_refusals(setups: dict[str, Setup]) -> None:
 
 def test_weights_by_token_are_in_whatever_is_made_of_the_update(setups: dict[str, Setup]) -> None:
     """Advantages by token of both signs: in candidates, and in a step that is taken to score it again."""
-    from entropy_fast.truth import rescored_entropy
+    from entropy_fast.truth import measure_delta_h
 
     setup, plain = setups["tiny"], batch()
     by_token = tables(plain, 5)[0]
@@ -288,9 +288,9 @@ def test_weights_by_token_are_in_whatever_is_made_of_the_update(setups: dict[str
     negatives = Rollouts(**fields, advantages=by_token.clamp_max(0.0), temperature=1.0, top_p=1.0)
     close(result.updates["negatives"].forecast.value, forecast(setup, negatives, **options).delta_h1)
     estimate = options_of(entropy_estimator="rao_blackwell")["estimate"]
-    (found,) = rescored_entropy(*setup, rollouts, [1e-6], estimate=estimate)
+    found = measure_delta_h(*setup, rollouts, etas=[1e-3], estimate=estimate)
     assert result.split is not None
-    close(found.symmetric, 1e-6 * result.split.on_batch, 1e-5)
+    close(found.points[0].symmetric.direct, 1e-3 * found.learning_rate * result.split.on_batch, 1e-5)
 
 
 def test_a_candidate_leaves_a_kl_term_alone(setups: dict[str, Setup]) -> None:

@@ -57,15 +57,17 @@ def test_a_sign_is_established_where_the_interval_leaves_out_0_too() -> None:
     """With few units Student's t is wider than two standard errors."""
     case = lora_case()
     result = case.probe().compute_delta_h1(case.rollouts)
-    units, error = len(result.per_prompt), result.std_error
-    t = float(student_t.ppf(0.975, units - 1))
+    degrees, error = result.forecast.degrees, result.std_error
+    assert degrees is not None and degrees <= len(result.per_prompt) - 1
+    t = float(student_t.ppf(0.975, degrees))
     assert t > 2.5
     for times, established in ((1.9, False), (2.1, False), (t - 0.01, False), (t + 0.01, True)):
         for sign in (1, -1):
             moved = dataclasses.replace(result, delta_h1=sign * times * error)
             assert moved.sign_established is established
             assert ("sign is established" in verdict(moved)) is established
-    many = dataclasses.replace(result, delta_h1=1.99 * error, row_sums=torch.zeros(1000, dtype=torch.float64))
+    known = dataclasses.replace(result.forecast, degrees=999.0)
+    many = dataclasses.replace(result, delta_h1=1.99 * error, forecast=known)
     assert many.sign_established is False  # 1.96 standard errors are not two
 
 

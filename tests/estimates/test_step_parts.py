@@ -1,7 +1,7 @@
 """The optimizer's whole next step: its forecast and parts, against loops in which the real optimizer steps.
 
-Legend: X_n entropy gradient of prompt n, g_n its ascent gradient, B prompts, Δθ(g) what the optimizer adds to the parameters when it
-sees the loss gradient g. The forecast is the mean over prompts of X_n · Δθ(-mean of the other prompts' g, clipped).
+Legend: X_n entropy gradient of prompt n, g_n its ascent gradient, B prompts, Δθ(g) what the optimizer adds to the parameters
+when it sees the loss gradient g. The forecast is the mean over prompts of X_n · Δθ(-mean of the other prompts' g, clipped).
 """
 
 from __future__ import annotations
@@ -65,7 +65,10 @@ def forecast(setup: tuple[nn.Module, torch.optim.Optimizer], **options: Any) -> 
     entropy = options.pop("entropy", None)
     rollouts = options.pop("rollouts", None)
     return fast_delta_h1(
-        *setup, batch() if rollouts is None else rollouts, entropy_rollouts=entropy, **options_of(step="next", **options)
+        *setup,
+        batch() if rollouts is None else rollouts,
+        entropy_rollouts=entropy,
+        **options_of(step="next", **options),
     )
 
 
@@ -306,7 +309,10 @@ class TestLive:
                 forecast(setup, gradient="live", **options)
         with pytest.raises(ConfigError, match="what stands in"):
             fast_delta_h1(
-                *setup, batch(), coefficients=torch.ones(batch().n_sequences), **options_of(step="next", gradient="live")
+                *setup,
+                batch(),
+                coefficients=torch.ones(batch().n_sequences),
+                **options_of(step="next", gradient="live"),
             )
 
     def test_another_loss_is_seen(self) -> None:

@@ -262,12 +262,15 @@ class OnePassEngine:
         Raises:
             GradientCoverageError: see `Engine.same_batch`.
         """
-        assert_grad_context("OnePassEngine.update_sum")
+        return finish_update(self._context, self.gradient_sum(rollouts), rollouts)[0]
+
+    def gradient_sum(self, rollouts: Rollouts) -> GradientSum:
+        """g_sum of the update over a batch, raw."""
+        assert_grad_context("OnePassEngine.gradient_sum")
         self._resolve(rollouts, rollouts)
         updates = Columns(self._context.columns.of_side(Side.UPDATE).members[:1])
         units = prompt_units(rollouts.n_prompts, None)
-        totals, _ = self._sums_of(rollouts, units, updates, self._table(rollouts, updates))
-        return finish_update(self._context, totals[0], rollouts)[0]
+        return self._sums_of(rollouts, units, updates, self._table(rollouts, updates))[0][0]
 
     def score(self, rollouts: Rollouts) -> TokenScores:
         """Log-probs and entropies of every response token of a batch, by forwards without a graph."""

@@ -1,0 +1,123 @@
+"""``entropy-fast validate``: take the step that was forecast, look, put it back, and say whether the forecast came true."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from entropy_fast.cli.console import errors, output, progress, quiet_libraries
+from entropy_fast.cli.model_options import given_path
+from entropy_fast.errors import ConfigError
+
+__all__ = ["validate"]
+
+SCHEMA = "entropy_fast.validation/1"
+HELD_OUT = "held_out.jsonl"
+
+
+def validate(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(parser=given_path, metavar="RUN...", help="Run folders with run.json.", show_default=False),
+    ],
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="FILE",
+            help=f"Other responses of the same policy, for the total; {HELD_OUT} of the run folder where it is there.",
+            show_default=False,
+        ),
+    ] = None,
+    etas: Annotated[str, typer.Option(help="Multiples of the optimizer's step.")] = "0.01,0.03,0.1,0.3,1,3,10",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="FOLDER",
+            help="Folder for validation.json and validation.png; the (first) run folder by default.",
+            show_default=False,
+        ),
+    ] = None,
+    picture: Annotated[bool, typer.Option("--picture/--no-picture", help="validation.png.")] = True,
+) -> None:
+    """Hold forecasts of run folders against what their steps really do to the entropy."""
+    quiet_libraries()
+    from entropy_fast.report.picture import require_matplotlib
+    from entropy_fast.report.validation import print_validation, write_validation_picture
+    from entropy_fast.run_folder.placing import check_folder
+
+    multiples = _numbers(etas)
+    if held_out is not None and len(runs) > 1:
+        raise ConfigError("validate: --held-out with several run folders.", fix=f"put a {HELD_OUT} into each of them.")
+    undrawn = require_matplotlib(quiet=True) if picture else None
+    target = out or runs[0]
+    check_folder(target)
+    console, found = output(), {}
+    for run in runs:
+        found[str(run)] = one = _validated(run, held_out, multiples)
+        print_validation(str(run), one, console)
+    document = {"schema": SCHEMA, "runs": {name: _plain(dataclasses.asdict(one)) for name, one in found.items()}}
+    from entropy_fast.atomic import atomic_path
+
+    target.mkdir(parents=True, exist_ok=True)
+    with atomic_path(target / "validation.json") as temporary:
+        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    written = [target / "validation.json"]
+    if picture and undrawn is None:
+        written.append(write_validation_picture(found, target / "validation.png"))
+    elif undrawn is not None:
+        console.print(Text(f"note: validation.png was not drawn: {undrawn}", style="yellow"))
+    console.print(Text("written: " + ", ".join(map(str, written))), soft_wrap=True)
+
+
+def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
+    from entropy_fast.api import fast_delta_h1
+    from entropy_fast.cli.inputs import resolve
+    from entropy_fast.rollouts import read_rollouts
+    from entropy_fast.truth import measure_delta_h, validation_of
+
+    inputs = resolve(run, {}, None, None, None, None, {})
+    update, entropy = inputs.read_rollouts()
+    if entropy is not None:
+        raise ConfigError(
+            f"validate: {run} is of the two-batch estimate.",
+            fix=f"name its entropy rollouts {HELD_OUT}, and not in run.json.",
+        )
+    apart = held_out or (run / HELD_OUT if (run / HELD_OUT).is_file() else None)
+    others = None if apart is None else read_rollouts(apart)
+    estimate = inputs.estimate
+    if estimate.step is None:
+        estimate = dataclasses.replace(estimate, step="next")
+    with errors().status(Text(f"Loading {inputs.model.name}")):
+        policy, state = inputs.load()
+    with progress() as report:
+        result = fast_delta_h1(policy, state, update, estimate=estimate, run=inputs.run, on_progress=report)
+    with errors().status(Text("Taking the step, scoring, and putting it back")):
+        found = measure_delta_h(policy, state, update, held_out=others, etas=etas, estimate=estimate)
+    return validation_of(result, found)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"validate: --etas is {text!r}.", fix="pass numbers with commas between.") from error
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: what is not known is null, what is never reached is a text."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "infinite"
+    return value

@@ -1,0 +1,128 @@
+"""A validation as a table and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from entropy_fast.atomic import atomic_path
+from entropy_fast.report.picture import require_matplotlib
+from entropy_fast.report.text import printable
+from entropy_fast.truth import RealisedChange, Validation
+
+__all__ = ["print_validation", "summary", "write_validation_picture"]
+
+
+def print_validation(name: str, found: Validation, console: Console) -> None:
+    """What was forecast and what was found, multiple by multiple, and what follows."""
+    direct, total, error = found.forecast
+    console.print(Text(f"{printable(name, 200)}, {found.unit}", style="bold"), soft_wrap=True)
+    columns: tuple[str, ...] = ("step", "forecast", "found, halved", "ratio", "found, one way", "with 2nd order")
+    rows = [_direct(point, direct) for point in found.points]
+    console.print(_table("direct: at the prefixes of the batch", columns, rows))
+    if not math.isnan(found.points[0].total):
+        rows = [_total(point, total, error) for point in found.points]
+        columns = ("step", "forecast", "found, one way", "ESS", "Pareto k")
+        console.print(_table("total: on held-out responses", columns, rows))
+    console.print(Text(summary(found)))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _direct(point: RealisedChange, direct: float) -> list[str]:
+    forecast = direct * point.eta
+    ratios = ["below floor", "below floor"]
+    if not point.below_floor and forecast:
+        ratios = [f"{point.symmetric.direct / forecast:.5f}", f"{point.direct / (forecast + point.second_order):.5f}"]
+    return [
+        f"{point.eta:g}",
+        f"{forecast:+.5g}",
+        f"{point.symmetric.direct:+.5g}",
+        ratios[0],
+        f"{point.direct:+.5g}",
+        ratios[1],
+    ]
+
+
+def _total(point: RealisedChange, total: float, error: float) -> list[str]:
+    return [
+        f"{point.eta:g}",
+        f"{total * point.eta:+.3g} ± {error * point.eta:.2g}",
+        f"{point.total:+.3g} ± {point.total_std_error:.2g}" + (" (fresh)" if point.fresh else ""),
+        f"{point.ess:.0%}",
+        "unknown" if math.isnan(point.pareto_k) else f"{point.pareto_k:.2f}",
+    ]
+
+
+def summary(found: Validation) -> str:
+    """In sentences."""
+    if math.isnan(found.slope):
+        return f"Every change is below what rounding leaves ({found.floor:.2g}): nothing can be said; use larger multiples."
+    limit = found.ten_percent_off
+    reach = f"the first order is 10 % off at learning rate {limit:.3g}"
+    if math.isinf(limit):
+        reach = "the first order is nowhere 10 % off"
+    elif math.isnan(limit):
+        reach = "the first order is more than 10 % off from the smallest multiple on"
+    said = (
+        f"Direct: slope {found.slope:.5f} of found on forecast, R² {found.r_squared:.4f} one way; {reach} (the run's own is "
+        f"{found.learning_rate:.3g}); at the run's own step found / (forecast + second order) is {found.own_ratio:.4f}."
+    )
+    if math.isnan(found.total_slope):
+        return said
+    return f"{said} Total: slope {found.total_slope:.3g} ± {found.total_slope_error:.2g} at the run's own step."
+
+
+def write_validation_picture(found: Mapping[str, Validation], path: Path) -> Path:
+    """Direct change over forecast by learning rate, and total found over total forecast, of several checkpoints.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = FigureCanvasAgg(figure).figure.subplots(1, 2)
+    for name, one in found.items():
+        direct, total, error = one.forecast
+        seen = [p for p in one.points if not p.below_floor and direct]
+        rates = [p.eta * one.learning_rate for p in seen]
+        (line,) = left.plot(rates, [p.direct / (p.eta * direct) for p in seen], "o-", label=printable(name, 40))
+        left.plot(rates, [p.symmetric.direct / (p.eta * direct) for p in seen], ":", color=line.get_color())
+        own = min(one.points, key=lambda p: abs(math.log(p.eta)))
+        if not math.isnan(own.total):
+            right.errorbar(
+                total,
+                own.total / own.eta,
+                xerr=error,
+                yerr=own.total_std_error / own.eta,
+                fmt="o",
+                color=line.get_color(),
+            )
+    left.set_xscale("log")
+    left.axhline(1, color="black", linewidth=0.8)
+    left.axhspan(0.9, 1.1, color="0.9", zorder=0)
+    left.set_xlabel("learning rate")
+    left.set_ylabel("direct change found / forecast (dotted: both ways, halved)")
+    left.legend(fontsize=8)
+    ends = [*right.get_xlim(), *right.get_ylim()]
+    right.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8)
+    right.set_xlabel("total change forecast at the run's own step, ± standard error")
+    right.set_ylabel("found on held-out responses, ± standard error")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    return path
