@@ -4,8 +4,8 @@
     python -m benchmarks.probe.live --quick    # tiny sizes, to see that everything runs
 
 The step's own forward and backward leave their gradient in ``.grad``; the direct part of the entropy change along the whole
-next step is then forecast from a sample of the prompts. Times are in units of that forward and backward, taken in turns with it.
-Before a speed is printed, the forecast from all prompts is held against the one whose gradient comes from the rollouts.
+next step is then forecast from a sample of the prompts. Times are in units of that forward and backward, taken in turns with
+it. Before a speed is printed, the forecast from all prompts is held against the one whose gradient comes from the rollouts.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Validation:
         learning_rate: of the step at η = 1.
         geometry: which step.
         slope: mean of (direct change, both ways halved) / (ηf), over multiples above the floor up to 1.
-        r_squared: of the line through the direct change one way, over all multiples above the floor.
+        r_squared: of the line through the direct change one way, over the same multiples.
         smallest_ratio: r/(ηf) at the smallest multiple above the floor, both ways halved.
         own_ratio: (change one way) / (ηf + second order) at η = 1, or the multiple nearest to it.
         total_slope: r/(ηF) of the total at that multiple, both ways halved.
@@ -97,7 +97,7 @@ def validation_of(result: DeltaH1Result, found: RealisedChanges) -> Validation:
         found.learning_rate,
         found.geometry,
         slope,
-        _r_squared([p.eta * direct for p in seen], [p.direct for p in seen]),
+        _r_squared([p.eta * direct for p in small], [p.direct for p in small]),
         seen[0].symmetric.direct / (seen[0].eta * direct) if seen and direct else math.nan,
         _ratio(own.direct, own.eta * direct + own.second_order) if not own.below_floor else math.nan,
         total_slope,

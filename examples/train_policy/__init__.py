@@ -9,13 +9,13 @@ products from reasoning-gym; its entropy falls to a tenth within 16 steps (about
 
 A checkpoint such as ``step-0020`` holds the policy after 20 steps, before the next: model or adapter, ``optimizer.pt``,
 ``run.json``, the very ``rollouts.jsonl`` that the next step is made from, ``held_out.jsonl`` (responses of the same policy to
-other prompts), and ``training.json`` with what the real step has and a forecast leaves out: clipping, momentum, weight decay.
+other prompts), and ``training.json`` with the optimizer's settings. ``run.json`` asks for the whole next step, clipped.
 
 A folder is complete when it has ``complete.json``, which also holds the log of the steps; whoever asks for the same settings is
 then given what is there. It cannot be moved: where all of a model is trained, ``run.json`` has its absolute path.
 """
 
 from examples.train_policy.settings import SMALL, SMOLLM2, Settings, default_folder
-from examples.train_policy.training import train
+from examples.train_policy.training import policy_at, sampled, take_step, train
 
-__all__ = ["SMALL", "SMOLLM2", "Settings", "default_folder", "train"]
+__all__ = ["SMALL", "SMOLLM2", "Settings", "default_folder", "policy_at", "sampled", "take_step", "train"]

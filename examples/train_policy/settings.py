@@ -13,7 +13,7 @@ from entropy_fast.errors import ConfigError
 
 __all__ = ["RECIPE", "SMALL", "SMOLLM2", "Settings", "default_folder", "seed_for"]
 
-RECIPE = 1  # another number wherever the same settings would give another policy: what is kept is not used then
+RECIPE = 2  # another number wherever the same settings would give another policy: what is kept is not used then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Settings:
     responses: int = 8
     held_out_prompts: int = 64
     max_new_tokens: int = 6
-    learning_rate: float = 2e-4
+    learning_rate: float = 5e-5
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     prompts_per_microbatch: int = 16
@@ -78,6 +78,7 @@ SMOLLM2 = Settings(
     max_new_tokens=16,
     prompts_per_microbatch=2,
     digits=1,
+    learning_rate=2e-4,
 )
 
 

@@ -26,7 +26,7 @@ from entropy_fast.run_folder.model_source import ModelSource, load_model, load_t
 from entropy_fast.sampling import PromptTask
 from examples.train_policy.settings import Settings, seed_for
 
-__all__ = ["Start", "start_of"]
+__all__ = ["Start", "additions", "start_of"]
 
 BEGIN, END, PAD, UNKNOWN = "<begin>", "<end>", "<pad>", "<unk>"
 VOCABULARY = [*map(str, range(10)), "+", "=", BEGIN, END, PAD, UNKNOWN]
@@ -63,6 +63,17 @@ def start_of(settings: Settings, announce: Callable[[str], None]) -> Start:
     return _small(settings, announce) if settings.policy == "small" else _smollm2(settings)
 
 
+def additions(digits: int) -> Callable[[int, int], list[PromptTask]]:
+    """Sums of two numbers of at most so many digits: ``count`` of them from a seed."""
+
+    def tasks(count: int, seed: int) -> list[PromptTask]:
+        numbers = random.Random(seed)
+        pairs = [(numbers.randrange(10**digits), numbers.randrange(10**digits)) for _ in range(count)]
+        return [PromptTask(f"{a}+{b}=", str(a + b)) for a, b in pairs]
+
+    return tasks
+
+
 def _small(settings: Settings, announce: Callable[[str], None]) -> Start:
     """A transformer from scratch that adds, right in a share of its sampled answers."""
     config = LlamaConfig(
@@ -77,16 +88,11 @@ def _small(settings: Settings, announce: Callable[[str], None]) -> Start:
         eos_token_id=VOCABULARY.index(END),
         pad_token_id=VOCABULARY.index(PAD),
     )
-    model, tokenizer = LlamaForCausalLM(config), _small_tokenizer()
+    model, tokenizer, tasks = LlamaForCausalLM(config), _small_tokenizer(), additions(settings.digits)
 
-    def additions(count: int, seed: int) -> list[PromptTask]:
-        numbers = random.Random(seed)
-        pairs = [(numbers.randrange(10**settings.digits), numbers.randrange(10**settings.digits)) for _ in range(count)]
-        return [PromptTask(f"{a}+{b}=", str(a + b)) for a, b in pairs]
-
-    def answer_logprobs(tasks: list[PromptTask]) -> tuple[Tensor, int]:
+    def answer_logprobs(asked: list[PromptTask]) -> tuple[Tensor, int]:
         """[n] log-prob of the right answer with its end, and the number of tokens in all of them."""
-        texts = [f"{task.prompt}{task.answer}{END}" for task in tasks]
+        texts = [f"{task.prompt}{task.answer}{END}" for task in asked]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logprobs = model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
@@ -95,15 +101,15 @@ def _small(settings: Settings, announce: Callable[[str], None]) -> Start:
         return (chosen * answered).sum(-1), int(answered.sum())
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_UP_RATE)
-    tried = additions(512, seed_for(settings, "warm-up", "tried"))
+    tried = tasks(512, seed_for(settings, "warm-up", "tried"))
     for step in range(WARM_UP_LIMIT + 1):
         if step % WARM_UP_CHECK == 0:
             with torch.no_grad():
                 right = float(answer_logprobs(tried)[0].exp().mean())
             if right >= settings.warm_up_share:
                 announce(f"warm-up: {right:.0%} of sampled answers right after {step} steps")
-                return Start(model, tokenizer, None, "exact-text", additions)
-        logprobs, tokens = answer_logprobs(additions(WARM_UP_BATCH, seed_for(settings, "warm-up", step)))
+                return Start(model, tokenizer, None, "exact-text", tasks)
+        logprobs, tokens = answer_logprobs(tasks(WARM_UP_BATCH, seed_for(settings, "warm-up", step)))
         optimizer.zero_grad()
         torch.autograd.backward(-logprobs.sum() / tokens)
         optimizer.step()

@@ -24,13 +24,13 @@ from entropy_fast.errors import RunFolderError
 from entropy_fast.rollouts import Rollouts, write_rollouts
 from entropy_fast.rollouts.units import iter_microbatches
 from entropy_fast.run_folder.manifest import RunManifest, read_manifest, write_manifest
-from entropy_fast.run_folder.model_source import ModelSource
+from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer
 from entropy_fast.sampling import VERIFIERS, SamplingSettings, sample_rollouts
 from entropy_fast.ways.teacher_forcing import align_logprobs, model_logits, pad_rows
 from examples.train_policy.settings import RECIPE, Settings, default_folder, seed_for
-from examples.train_policy.starts import Start, start_of
+from examples.train_policy.starts import Start, additions, start_of
 
-__all__ = ["train"]
+__all__ = ["policy_at", "sampled", "take_step", "train"]
 
 SETTINGS, MARKER = "settings.json", "complete.json"
 Announce = Callable[[str], None]
@@ -82,6 +82,16 @@ def train(settings: Settings, folder: Path | None = None, announce: Announce = p
     return checkpoints
 
 
+def policy_at(checkpoint: Path, settings: Settings) -> tuple[Start, torch.optim.Optimizer]:
+    """The small policy of a checkpoint, and its optimizer as it was."""
+    source = read_manifest(checkpoint).model
+    start = Start(load_model(source), load_tokenizer(source), None, "exact-text", additions(settings.digits))
+    trained = [p for p in start.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer.load_state_dict(torch.load(checkpoint / "optimizer.pt", weights_only=True))
+    return start, optimizer
+
+
 def _train(settings: Settings, folder: Path, announce: Announce) -> list[dict[str, float]]:
     torch.manual_seed(seed_for(settings, "start"))
     start = start_of(settings, announce)
@@ -91,13 +101,13 @@ def _train(settings: Settings, folder: Path, announce: Announce) -> list[dict[st
     for step in range(settings.steps + 1):
         if step == settings.steps and step not in settings.checkpoints:
             break
-        rollouts = _sample(start, settings, settings.prompts, "update", step)
+        rollouts = sampled(start, settings, settings.prompts, "update", step)
         assert rollouts.rewards is not None
         if step in settings.checkpoints:
-            held_out = _sample(start, settings, settings.held_out_prompts, "held out", step)
+            held_out = sampled(start, settings, settings.held_out_prompts, "held out", step)
             _save(folder / f"step-{step:04}", start, optimizer, {"rollouts": rollouts, "held_out": held_out}, settings)
         if step < settings.steps:
-            entropy, norm = _take_step(start.model, optimizer, rollouts, settings)
+            entropy, norm = take_step(start.model, optimizer, rollouts, settings)
             reward = float(rollouts.rewards.mean())
             log.append({"step": step + 1, "reward": reward, "entropy_per_token": entropy, "gradient_norm": norm})
             announce(
@@ -106,7 +116,8 @@ def _train(settings: Settings, folder: Path, announce: Announce) -> list[dict[st
     return log
 
 
-def _sample(start: Start, settings: Settings, prompts: int, purpose: str, step: int) -> Rollouts:
+def sampled(start: Start, settings: Settings, prompts: int, purpose: str, step: int) -> Rollouts:
+    """Responses to fresh prompts, with a seed of their own for every purpose and step."""
     tasks = start.tasks(prompts, seed_for(settings, purpose, "tasks", step))
     sampling = SamplingSettings(
         responses_per_prompt=settings.responses,
@@ -117,7 +128,7 @@ def _sample(start: Start, settings: Settings, prompts: int, purpose: str, step: 
     return sample_rollouts(start.model, start.tokenizer, tasks, VERIFIERS[start.verifier], sampling)
 
 
-def _take_step(
+def take_step(
     model: PreTrainedModel | PeftModel, optimizer: torch.optim.Optimizer, rollouts: Rollouts, settings: Settings
 ) -> tuple[float, float]:
     """One on-policy step of Dr. GRPO; the entropy per token it was made at, and the gradient's norm before clipping."""
@@ -158,7 +169,7 @@ def _save(
     (group,) = optimizer.state_dict()["param_groups"]
     real_step = {"learning_rate": group["lr"], **{name: group[name] for name in ("betas", "eps", "weight_decay")}}
     _write_json(folder / "training.json", {**real_step, "max_grad_norm": settings.max_grad_norm})
-    estimate = EstimateOptions(weighting="dr_grpo")
+    estimate = EstimateOptions(weighting="dr_grpo", step="next", max_grad_norm=settings.max_grad_norm)
     write_manifest(RunManifest(source, "rollouts.jsonl", "optimizer.pt", adapter, estimate=estimate), folder)
 
 

@@ -114,7 +114,7 @@ def test_checkpoint_leads_to_the_next(training: ModuleType, settings, checkpoint
     real_step = json.loads((before / "training.json").read_text())
     assert real_step["max_grad_norm"] == settings.max_grad_norm
     assert real_step["learning_rate"] == settings.learning_rate == optimizer.param_groups[0]["lr"]
-    training._take_step(model, optimizer, read_rollouts(before / "rollouts.jsonl"), settings)
+    training.take_step(model, optimizer, read_rollouts(before / "rollouts.jsonl"), settings)
     expected = load_model(read_manifest(after).model).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
