@@ -135,6 +135,32 @@ def rows_of(records: Sequence[dict[str, float]]) -> list[list[str]]:
     return rows
 
 
+def draw(records: Sequence[dict[str, float]], path: Path) -> None:
+    """What happened against what was said, the exact forecasts beside token-local ones."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = ("direct, next", "direct, adam_static", "covariance", "π(1-π)(ln π+H)")
+    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots(1, len(shown), sharey=True)
+    for one, name in zip(axes, shown, strict=True):
+        for place in sorted({record["checkpoint"] for record in records}):
+            own = [record for record in records if record["checkpoint"] == place]
+            one.plot(
+                [r[name] for r in own],
+                [r["direct"] for r in own],
+                "o",
+                markersize=4,
+                label=f"checkpoint {place + 1:.0f}",
+            )
+        one.axhline(0, color="0.8", linewidth=0.8)
+        one.axvline(0, color="0.8", linewidth=0.8)
+        one.set_xlabel(name)
+    axes[0].set_ylabel("direct change found, nats per token of budget")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110, format="png")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(
@@ -161,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     share = statistics.median(record["crossing"] for record in records)
     console.print(f"Of the direct change {share:.0%} crosses from one prompt to another (median over steps).")
     text = json.dumps({"machine": description("cpu"), "records": records}, indent=1)
-    console.print(f"Written: {report.write(options.out, 'token_formulas.json', text)}", highlight=False, soft_wrap=True)
+    written = report.write(options.out, "token_formulas.json", text)
+    draw(records, options.out / "token_formulas.png")
+    console.print(f"Written: {written}, and a picture", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -49,8 +49,9 @@ def fast_delta_h1(
 
     Args:
         model: a causal language model (LoRA or not, quantised base or not, DDP-wrapped or not).
-        optimizer: the live ``torch.optim.Adam``/``AdamW`` that trains it, the path of an ``optimizer.pt``, or an
-            `AdamState`. It must have stepped: the geometry comes from its second moments.
+        optimizer: the live optimizer that trains it, of any kind (then the step is the whole one that it will take next); or
+            the path of an Adam's ``optimizer.pt``, or an `AdamState` (then it is Adam's static geometry, which comes from
+            second moments, unless ``EstimateOptions(step="next")`` asks for the whole).
         rollouts: the batch the update will be made from. Alone, it is also where the entropy gradient is estimated.
         entropy_rollouts: an independent batch for the entropy gradient; then the two-batch estimate is returned, with
             the error conditional on the update.

@@ -173,6 +173,11 @@ class EstimateOptions(Options):
             )
 
     @property
+    def samples(self) -> bool:
+        """Whether the entropy side may be from a part of the batch."""
+        return self.sample is not None or self.relative_error is not None
+
+    @property
     def of_entropy(self) -> Weighting:
         """The length weight of the entropy."""
         return self.entropy_weighting or self.weighting

@@ -90,10 +90,8 @@ class OfflineEntropyProbe:
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
         wanted = wanted or Wanted()
-        live = self.context.next_step is not None and self.context.next_step.live is not None
-        if live:
-            refuse_other_updates(wanted, self.context.run)
-        if live and not {"sample", "relative_error"}.isdisjoint(self.context.estimate.changed()):
+        self._check_live(wanted)
+        if self.context.estimate.samples:
             return self._sampled(rollouts, wanted)
         return self._asked(wanted, rollouts, rollouts)._same_batch(rollouts)
 
@@ -149,6 +147,13 @@ class OfflineEntropyProbe:
             ForwardDerivativeError: the engine is ``jvp``, and the model has an operation that it cannot go through.
         """
         assert_grad_context("OfflineEntropyProbe.run_mixed_probe")
+        self._check_live(wanted or Wanted())
+        if self.context.estimate.samples:
+            raise ConfigError(
+                "sample and relative_error are about the batch of a live gradient, and an entropy batch was given, all of "
+                "which is gone through.",
+                fix="leave them out, or the entropy batch.",
+            )
         probe = self._asked(wanted, entropy_rollouts, update_rollouts)
         return probe._two_batch(entropy_rollouts, update_rollouts)
 
@@ -172,6 +177,10 @@ class OfflineEntropyProbe:
         measured = self._alone(lambda: engine.two_batch(entropy, update))
         self._check_scores(measured)
         return two_batch_result(measured, self._setting(), entropy, update, empty)
+
+    def _check_live(self, wanted: Wanted) -> None:
+        if self.context.next_step is not None and self.context.next_step.live is not None:
+            refuse_other_updates(wanted, self.context.run)
 
     def _asked(self, wanted: Wanted | None, entropy: Rollouts, update: Rollouts) -> OfflineEntropyProbe:
         """The same probe with the columns of one call."""

@@ -1,10 +1,10 @@
-"""Forecast before each step of a small GRPO loop, from the third on (random tokens and rewards; seconds on a CPU)."""
+"""Forecast before each step of a small GRPO loop what that very step will do (random tokens and rewards; seconds on a CPU)."""
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from entropy_fast import Rollouts, fast_delta_h1
+from entropy_fast import EstimateOptions, Rollouts, fast_delta_h1
 
 PROMPTS, RESPONSES, PROMPT_LENGTH, BUDGET, VOCABULARY = 6, 4, 5, 12, 64
 
@@ -45,12 +45,13 @@ def sample() -> Rollouts:
 
 for step in range(5):
     rollouts = sample()
-    if step >= 2:  # the forecast needs second moments; LoRA's A gets its first gradient in the second step
-        print(f"before step {step}: {fast_delta_h1(model, optimizer, rollouts)}")
     logits = model(rollouts.input_ids).logits[:, :-1]
     logprobs = torch.log_softmax(logits, -1).gather(-1, rollouts.input_ids[:, 1:, None]).squeeze(-1)
     sequence_logprobs = (logprobs * rollouts.loss_mask[:, 1:]).sum(-1)
     loss = -(rollouts.advantages * sequence_logprobs / BUDGET).mean()
     optimizer.zero_grad()
     loss.backward()
+    # The gradient is there, of whatever loss: the forecast is of the step that optimizer.step() takes from it.
+    result = fast_delta_h1(model, optimizer, rollouts, estimate=EstimateOptions(gradient="live"))
+    print(f"before step {step}: {result}")
     optimizer.step()

@@ -87,7 +87,7 @@ def measure(workload: Workload, sizes: Sequence[int], rounds: int, file: Path) -
     options = {str(size): {"sample": size} for size in sizes} | {f"until {AIMED:.0%}": {"relative_error": AIMED}}
     for name, own in options.items():
         calls[name] = lambda own=own: forecast(setting, gradient="live", **own)
-    times = interleaved(calls, "cpu", rounds)
+    times = interleaved(calls, "cpu", rounds, warm_up=0)  # what came before has warmed all of it up
     rows = []
     for name, own in options.items():
         found = forecast(setting, gradient="live", **own)

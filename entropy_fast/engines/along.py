@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.context import ProbeContext
-from entropy_fast.engines.gradient_sum import GradientSum, inner_product
+from entropy_fast.engines.gradient_sum import GradientSum, inner_product, row_products
 from entropy_fast.engines.unit_dots import Stack
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.kernel_sums import AlongStep, KernelSums
@@ -145,7 +145,7 @@ def along_step(
                 if own is None:
                     continue
                 x = own.reshape(n_units, -1)
-                found = _product(x, flat.to(x.device).expand_as(x))
+                found = row_products(x, flat.to(x.dtype))
                 whole[column][part] += float(found.sum())
                 if not by_itself:
                     rows[column][part][place] = found
@@ -179,14 +179,9 @@ def _rows_of_others(
         for column, own in enumerate(x):
             if own is None:
                 continue
-            rows[column][part][place, span] = _product(own[span].reshape(len(moved), -1), moved.reshape(len(moved), -1))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """[n] inner products of rows, in fp64 on the CPU."""
-    return torch.stack(
-        [torch.dot(a.double(), b.double()) for a, b in zip(left, right.to(left.device), strict=True)]
-    ).cpu()
+            rows[column][part][place, span] = row_products(
+                own[span].reshape(len(moved), -1), moved.reshape(len(moved), -1)
+            )
 
 
 def along_sums(

@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["GradientSum", "inner_product", "parameter_products"]
+__all__ = ["GradientSum", "inner_product", "parameter_products", "row_products"]
+
+# Elements whose products are added up in the tensors' dtype; beyond that in fp64.
+_COLUMNS = 4096
 
 
 @dataclasses.dataclass
@@ -54,6 +57,19 @@ def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:
 def parameter_products(left: GradientSum, right: GradientSum) -> Tensor:
     """[parameters] inner products of two sums parameter by parameter, fp64 on the CPU."""
     return _products(left.tensors, right.tensors)
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """[n] inner products of rows ``[n, d]`` with one vector ``[d]``, or with rows ``[n, d]`` of their own; fp64 on the CPU."""
+    right = right.to(left.device)
+    if right.dim() == 2:
+        return (left * right).sum(1, dtype=torch.float64).cpu()
+    whole = len(right) // _COLUMNS * _COLUMNS
+    found = left[:, whole:].double() @ right[whole:].double()
+    if whole:
+        blocks = left[:, :whole].view(len(left), -1, _COLUMNS).transpose(0, 1) @ right[:whole].view(-1, _COLUMNS, 1)
+        found = found + blocks.double().sum(0)[:, 0]
+    return found.cpu()
 
 
 def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -72,6 +72,8 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     if result.split is not None:
         console.print(_parts(result.split))
         console.print(Text(split_verdict(result.split)))
+    if result.step_parts:
+        console.print(_step_parts(result))
     if result.functionals:
         console.print(_functionals(result.functionals))
     if result.updates:
@@ -102,6 +104,28 @@ def _parts(split: Split) -> Table:
         Text(""),
         Text("its own responses scored again"),
     )
+    return table
+
+
+STEP_PARTS = {
+    "momentum": "older gradients",
+    "decay": "weight decay",
+    "fresh": "this batch's gradient",
+    "scale": "what it does to the optimizer's scale",
+}
+
+
+def _step_parts(result: DeltaH1Result) -> Table:
+    """What each part of the optimizer's step does, ± its standard error for this update."""
+    table = Table(title="What each part of the optimizer's step does", title_justify="left")
+    whole = not math.isnan(result.delta_h1)
+    for column in ("part", *(["total"] if whole else []), *(["direct"] if result.split else []), "about"):
+        table.add_column(column)
+    for name, found in result.step_parts.items():
+        cells = [found.forecast] if whole else []
+        cells += [found.split.direct] if found.split else []
+        shown = [f"{_known(cell.value, '+.3g')} ± {_known(cell.std_error, '.2g')}" for cell in cells]
+        table.add_row(Text(name), *map(Text, shown), Text(STEP_PARTS[name]))
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -114,10 +115,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "two_pass": {"engine": "two_pass"},
 }
 
+USUAL = {("adamw", way, MOST) for way in WAYS} | {(name, "one_pass", None) for name in OPTIMIZERS}
+COMBINATIONS = [
+    pytest.param(*case, marks=[] if case in USUAL else pytest.mark.exhaustive)
+    for case in itertools.product(OPTIMIZERS, WAYS, (None, MOST))
+]
 
-@pytest.mark.parametrize("most", [None, MOST])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+
+@pytest.mark.parametrize(("name", "way", "most"), COMBINATIONS)
 def test_one_batch_is_the_mean_over_prompts_of_the_others_step(
     setups: dict[str, tuple[nn.Module, torch.optim.Optimizer]], name: str, way: str, most: float | None
 ) -> None:
@@ -241,8 +246,15 @@ class TestLive:
             p.grad = own.view_as(p).clone()
         return loss
 
-    @pytest.mark.parametrize("factor", [1.0, 0.25])
-    @pytest.mark.parametrize("name", OPTIMIZERS)
+    @pytest.mark.parametrize(
+        ("name", "factor"),
+        [
+            ("adamw", 1.0),
+            ("adamw", 0.25),
+            ("rmsprop", 0.25),
+            *(pytest.param(name, 1.0, marks=pytest.mark.exhaustive) for name in OPTIMIZERS if name != "adamw"),
+        ],
+    )
     def test_of_the_whole_batch_it_is_what_the_rollouts_say(self, name: str, factor: float) -> None:
         model = models.tiny_transformer().train()
         setup = stepped(OPTIMIZERS[name]) if name != "never stepped" else (model, OPTIMIZERS[name](model))
@@ -307,6 +319,8 @@ class TestLive:
         ):
             with pytest.raises(ConfigError, match=message):
                 forecast(setup, gradient="live", **options)
+        with pytest.raises(ConfigError, match="all of which is gone through"):
+            forecast(setup, gradient="live", sample=2, entropy=batch(1))
         with pytest.raises(ConfigError, match="what stands in"):
             fast_delta_h1(
                 *setup,

@@ -163,7 +163,7 @@ def test_derivatives_predict_what_a_small_step_does() -> None:
     optimizer = stepped_adamw(model)
     entropy, update = make_rollouts(GROUPS, seed=1), make_rollouts((3, 2, 2), seed=51)
     (result,) = two_batches(model, optimizer, batches=(entropy, update), engines=("jvp",))
-    components = components_of(OfflineEntropyProbe(model, optimizer))
+    components = components_of(OfflineEntropyProbe(model, optimizer, **options_of()))
     y_sum = components.accumulate_sum_Y(update).tensors
     step, values = 1e-6, []
     for sign in (1, -1):
