@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"sampling", "run_folder"}),
     frozenset({"report", "integrations", "demo"}),
     frozenset({"cli"}),
+    frozenset({"__main__"}),
 )
 COMPILED = ("_native", "kernels")  # reached through ops alone
 NEVER_TRUTH = ("engines", "estimates", "api", "probe_components", "offline_entropy_probe")

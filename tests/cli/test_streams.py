@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from small_policy import saved_run
 
+import entropy_fast
 from entropy_fast.cli import app
 from entropy_fast.cli.app import run
 from entropy_fast.cli.console import lenient_streams
@@ -201,3 +202,10 @@ def test_a_picture_that_cannot_be_drawn_is_said_and_the_result_is_there(folder, 
     with pytest.raises(ResultError):
         read_result_document(tmp_path)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["delta_h1"]
+
+
+def test_the_package_runs_as_a_module():
+    found = subprocess.run(
+        [sys.executable, "-m", "entropy_fast", "--version"], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == entropy_fast.__version__
