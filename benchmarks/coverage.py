@@ -1,6 +1,7 @@
-"""How often intervals cover what they are to cover: simulated on a policy whose every response can be enumerated.
+"""How often intervals cover what they are to cover: simulated on policies whose every response can be enumerated.
 
-    python -m benchmarks.coverage                      # several minutes on one core
+    python -m benchmarks.coverage                      # about ten minutes on one core
+    python -m benchmarks.coverage --policy transformer # on the small trained transformer only
     python -m benchmarks.coverage --quick              # one setting, rough
 
 Legend: B prompts (drawn with replacement) with G responses each, X_n and Y_n their gradients [D], K_nm = X_n · Y_m; P prompts
@@ -8,8 +9,8 @@ and R responses of at most T tokens that there are; N replications.
 
 Every interval of `entropy_fast.estimates.intervals`, for *this update*, which is to cover the population's gradient times this
 very batch's update, and for *such updates*, which is to cover the population's gradient times the population's update; both
-truths by summing over all responses. Three kinds of rewards: ordinary ones; a jackpot, where a prompt's least likely response
-(0.3 to 1.4 %) has 30 times the mean reward of the others; and rewards that are all equal within six of the eight prompts.
+truths by summing over all responses. The toy policy and the transformer, and their kinds of rewards, are those of
+`benchmarks.small_transformer`; a jackpot is a response of 0.3 to 1.4 % of the first, of hardly more than 0.3 % of the other.
 
 X and Y of many batches at once are sums over counts of responses. That these are what the package's own columns give, and that
 rows are what its statistics make of them, is checked on some batches of every setting before a number is printed.
@@ -21,7 +22,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.error_bars import SUPPORT, Simulation
+from benchmarks.error_bars import Simulation
+from benchmarks.small_transformer import POLICIES, REWARDS, jackpot_responses, policy_with
 from entropy_fast.columns import ScoredTokens
 from entropy_fast.columns.baselines import RIDGE
 from entropy_fast.columns.entropy import ScoreFunctionEntropy
@@ -38,18 +39,20 @@ from entropy_fast.estimates import intervals
 from entropy_fast.estimates.u_statistic import u_estimate
 from entropy_fast.rollouts import Rollouts
 
-REWARDS = ("ordinary", "jackpot", "mostly equal")
 SCORE = "score function"
 QUANTITIES = (SCORE, "total", "direct", "visitation")
 TARGETS = ("this update", "such updates")
-SETTINGS = (
-    *((prompts, 8) for prompts in (4, 8, 16, 32, 64, 128)),
-    *((prompts, size) for size in (2, 4, 16) for prompts in (8, 32)),
-)
+# Of every policy, its kinds of rewards and its settings.
+WORLDS = {"toy": REWARDS, "transformer": ("ordinary", "jackpot")}
+SETTINGS = {
+    "toy": (
+        *((prompts, 8) for prompts in (4, 8, 16, 32, 64, 128)),
+        *((prompts, size) for size in (2, 4, 16) for prompts in (8, 32)),
+    ),
+    "transformer": (*((prompts, 8) for prompts in (8, 16, 32, 64)), (16, 4)),
+}
 QUICK = ((8, 4),)
 LEVEL = 0.95
-JACKPOT = 30.0
-EQUAL = 6  # of the prompts
 RESAMPLES = 999
 AT_ONCE = 1 << 14  # prompts whose gradients are formed together
 CHECKED = 3  # batches of every setting that go through the package's columns
@@ -58,28 +61,6 @@ ALLOWED = 1e-9
 EDGES = (0.5, 1.0, 2.0)
 SHARES = ("up to 1/2 of what is by chance", "up to that", "up to twice that", "more", "no update")
 MANY = 3  # jackpots, and more
-
-
-def policy_with(rewards: str) -> Any:
-    """A `probe_oracle.toy_policy.ToyPolicy`."""
-    sys.path.insert(0, str(SUPPORT))
-    from probe_oracle.toy_policy import ToyPolicy
-
-    policy = ToyPolicy(prompts=8, seed=3)
-    table = policy.rewards.clone()
-    if rewards == "jackpot":
-        rare = jackpot_responses(policy)
-        others = (table.sum(1) - table.gather(1, rare[:, None])[:, 0]) / (table.shape[1] - 1)
-        table.scatter_(1, rare[:, None], JACKPOT * others[:, None])
-    elif rewards == "mostly equal":
-        table[:EQUAL] = 1.0
-    vars(policy)["rewards"] = table  # where a cached property keeps its value
-    return policy
-
-
-def jackpot_responses(policy: Any) -> Tensor:
-    """[P] the least likely response to every prompt."""
-    return policy.logprob_table.argmin(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,18 +313,25 @@ def cell(method: Mapping[str, float]) -> str:
 
 
 def show(found: Sequence[Mapping[str, Any]]) -> None:
-    """As Markdown: coverage by setting, and by how much of the variance is in one unit."""
+    """As Markdown: coverage by setting, and by how much of the variance is in one unit; policy by policy."""
+    for policy in dict.fromkeys(of["policy"] for of in found):
+        show_policy(policy, [of for of in found if of["policy"] == policy])
+
+
+def show_policy(policy: str, found: Sequence[Mapping[str, Any]]) -> None:
+    """What was found of one policy."""
     for rewards in dict.fromkeys(of["rewards"] for of in found):
         for target in TARGETS:
             rows = [of for of in found if of["rewards"] == rewards and of["target"] == target]
             names = list(rows[0]["methods"])
-            print(f"\n**Rewards {rewards}, {target}**\n\n| | B | G | {' | '.join(names)} |")
+            print(f"\n**Policy {policy}, rewards {rewards}, {target}**\n\n| | B | G | {' | '.join(names)} |")
             print(f"|---|{'---|' * (2 + len(names))}")
             for of in sorted(rows, key=lambda of: QUANTITIES.index(of["quantity"])):
                 cells = " | ".join(cell(of["methods"][name]) for name in names)
                 print(f"| {of['quantity']} | {of['prompts']} | {of['size']} | {cells} |")
-    show_within("largest share of one unit in the variance", "by_share", SHARES, found)
-    show_within("jackpots in the batch", "by_jackpots", [*map(str, range(MANY)), f"{MANY} and more"], found)
+    of = f", policy {policy}"
+    show_within(f"largest share of one unit in the variance{of}", "by_share", SHARES, found)
+    show_within(f"jackpots in the batch{of}", "by_jackpots", [*map(str, range(MANY)), f"{MANY} and more"], found)
 
 
 def show_within(what: str, key: str, labels: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:
@@ -371,19 +359,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--replications", type=int, default=2000, help="batches of every setting")
     parser.add_argument("--quick", action="store_true", help="one setting, at most 200 replications")
+    parser.add_argument("--policy", choices=(*POLICIES, "both"), default="both", help="whose responses are drawn")
     parser.add_argument("--out", type=Path, help="folder for JSON")
     options = parser.parse_args(arguments)
     replications = min(options.replications, 200) if options.quick else options.replications
     found: list[dict[str, Any]] = []
     begin = time.monotonic()
-    for rewards in REWARDS:
-        tables = Tables(Simulation(policy_with(rewards), fitted=True))
-        for prompts, size in QUICK if options.quick else SETTINGS:
+    chosen = POLICIES if options.policy == "both" else (options.policy,)
+    for policy, rewards in [(of, rewards) for of in chosen for rewards in WORLDS[of]]:
+        tables = Tables(Simulation(policy_with(rewards, policy), fitted=True))
+        for prompts, size in QUICK if options.quick else SETTINGS[policy]:
             sentences = wrong(tables, prompts, size)
             if sentences:
-                print("\n".join(f"WRONG: {sentence}" for sentence in sentences))
+                print("\n".join(f"WRONG: policy {policy}, {sentence}" for sentence in sentences))
                 return 1
-            here = {"rewards": rewards, "prompts": prompts, "size": size}
+            here = {"policy": policy, "rewards": rewards, "prompts": prompts, "size": size}
             found += [here | of for of in measured(tables, prompts, size, replications)]
     print(f"{replications} replications of every setting in {time.monotonic() - begin:.0f} s; intervals at {LEVEL:.0%}")
     print("coverage in % ± its Monte-Carlo error · mean half width (of those with bounds) over the true spread")

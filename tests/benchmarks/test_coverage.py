@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -23,6 +24,17 @@ def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="module")
+def transformer() -> Any:
+    """A simulation with it; its gradients take some seconds."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_importable(monkeypatch)
+        from benchmarks.error_bars import Simulation
+        from benchmarks.small_transformer import policy_with
+
+        return Simulation(policy_with("ordinary", "transformer"), fitted=True)
+
+
 def tables(rewards: str) -> Any:
     from benchmarks import coverage
     from benchmarks.error_bars import Simulation
@@ -30,6 +42,7 @@ def tables(rewards: str) -> Any:
     return coverage.Tables(Simulation(coverage.policy_with(rewards), fitted=True))
 
 
+@pytest.mark.slow
 def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import coverage
 
@@ -38,7 +51,9 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "WRONG" not in shown and "12 replications" in shown
     written = json.loads((tmp_path / "coverage.json").read_text())
     found = written["found"]
-    assert len(found) == len(coverage.REWARDS) * len(coverage.QUICK) * len(coverage.QUANTITIES) * len(coverage.TARGETS)
+    worlds = [(policy, rewards) for policy in coverage.POLICIES for rewards in coverage.WORLDS[policy]]
+    assert list(dict.fromkeys((of["policy"], of["rewards"]) for of in found)) == worlds and len(worlds) == 5
+    assert len(found) == len(worlds) * len(coverage.QUICK) * len(coverage.QUANTITIES) * len(coverage.TARGETS)
     for of in found:
         assert (" of rows" in "".join(of["methods"])) == (of["target"] == "such updates")
         for method in of["methods"].values():
@@ -47,10 +62,21 @@ def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert sum(kind["cases"] for kind in of["by_share"].values()) == 12
         assert sum(kind["cases"] for kind in of["by_jackpots"].values()) == 12
     # Every row of the tables is there.
-    for rewards in coverage.REWARDS:
+    for policy, rewards in worlds:
         for target in coverage.TARGETS:
-            assert f"**Rewards {rewards}, {target}**" in shown
-    assert shown.count("| visitation | 8 | 4 |") == 6
+            assert f"**Policy {policy}, rewards {rewards}, {target}**" in shown
+    assert shown.count("| visitation | 8 | 4 |") == 10
+    for policy in coverage.POLICIES:
+        assert shown.count(f"policy {policy}; all settings with B >= 8 together") == 2
+
+
+def test_one_policy_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import coverage
+
+    monkeypatch.setattr(coverage, "WORLDS", {"toy": ("ordinary",)})
+    assert coverage.main(["--quick", "--policy", "toy", "--replications", "12", "--out", str(tmp_path)]) == 0
+    assert "transformer" not in capsys.readouterr().out
+    assert {of["policy"] for of in json.loads((tmp_path / "coverage.json").read_text())["found"]} == {"toy"}
 
 
 @pytest.mark.parametrize("rewards", ["ordinary", "jackpot", "mostly equal"])
@@ -90,7 +116,7 @@ def test_what_is_wrong_gets_no_number(
         monkeypatch.setattr(coverage.Tables, "__init__", off)
     assert coverage.main(["--quick", "--replications", "2"]) == 1
     shown = capsys.readouterr().out
-    assert "WRONG: B 8, G 4: " in shown and "replications" not in shown
+    assert "WRONG: policy toy, B 8, G 4: " in shown and "replications" not in shown
 
 
 def known_intervals() -> dict[str, Tensor]:
@@ -167,3 +193,73 @@ def test_coverage_in_a_world_of_normal_rows(monkeypatch: pytest.MonkeyPatch) -> 
     # E s = c₄(6) σ
     half = scipy.stats.t(5).ppf(0.975) * math.sqrt(2 / 5) * math.gamma(3) / math.gamma(2.5)
     assert math.isclose(this["methods"]["student"]["half_width"], half, rel_tol=0.05)
+
+
+def test_the_transformer_is_one(transformer: Any) -> None:
+    """Every response to every prompt, run through the network on its own with an ordinary causal mask."""
+    policy = transformer.policy
+    prompts, responses = policy.prompt_tokens, policy.responses
+    assert len(set(prompts)) == policy.prompts == 8 and {len(prompt) for prompt in prompts} == {2, 3}
+    assert len(set(responses)) == 85 and all(0 not in response[:-1] for response in responses)
+    s, h = torch.zeros(2, 8, len(responses), 3, dtype=torch.float64)
+    for p, prompt in enumerate(prompts):
+        for r, response in enumerate(responses):
+            tokens = torch.tensor([prompt + response[:-1]])
+            count = tokens.shape[1]
+            sees = torch.ones(1, count, count).tril().bool()
+            following = policy.following(policy.theta, tokens, torch.arange(count)[None], sees)[0, len(prompt) - 1 :]
+            s[p, r, : len(response)] = following[range(len(response)), list(response)]
+            h[p, r, : len(response)] = torch.distributions.Categorical(logits=following).entropy()
+    torch.testing.assert_close(transformer.s, s, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(transformer.h, h, rtol=1e-12, atol=1e-12)
+    probability = policy.logprob_table.exp()
+    torch.testing.assert_close(probability.sum(1), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+def test_gradients_of_the_transformer(transformer: Any) -> None:
+    policy = transformer.policy
+    theta = policy.theta.clone().requires_grad_()
+    s, h = policy.token_values(theta)
+    response = policy.responses.index((2, 3, 1))
+    for values, gradients in ((s, transformer.ds), (h, transformer.dh)):
+        for token in range(3):
+            (row,) = torch.autograd.grad(values[4, response, token], theta, retain_graph=True)
+            assert float(row.abs().max()) > 0
+            torch.testing.assert_close(gradients[4, response, token], row, rtol=1e-11, atol=1e-13)
+    # Of everything, in some direction.
+    direction = torch.randn(len(theta), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    step = 1e-6 * direction
+    above, below = (policy.token_values(policy.theta + sign * step) for sign in (1, -1))
+    for up, down, gradients in zip(above, below, (transformer.ds, transformer.dh), strict=True):
+        torch.testing.assert_close((up - down) / 2e-6, gradients @ direction, rtol=1e-6, atol=1e-7)
+
+
+def test_how_the_transformer_was_trained(transformer: Any) -> None:
+    from benchmarks import small_transformer
+
+    policy = transformer.policy
+    state = torch.get_rng_state()
+    again = small_transformer.policy_with("jackpot", "transformer")
+    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers
+    assert torch.equal(again.theta, policy.theta)  # whatever a jackpot is worth
+    probability = policy.logprob_table.exp()
+    for p, q in itertools.combinations(probability, 2):
+        assert float((p - q).abs().sum() / 2) > 0.1  # prompts differ
+    untrained = policy.logprobs(torch.nn.utils.parameters_to_vector(policy.network.parameters())).detach().exp()
+    gained = ((probability - untrained) * policy.rewards).sum(1)
+    assert float(gained.min()) > 0 and float(gained.mean()) > 0.3
+    assert float(probability.max()) < 0.8  # it is far from having decided everywhere
+    rare = small_transformer.jackpot_responses(again)
+    share = probability.gather(1, rare[:, None])
+    assert float(share.min()) >= 0.003 and float(share.max()) < 0.004
+    changed = again.rewards != policy.rewards
+    assert torch.equal(changed, torch.nn.functional.one_hot(rare, 85).bool())
+
+
+def test_the_transformers_batches_are_what_the_package_makes_of_them(transformer: Any) -> None:
+    from benchmarks import coverage
+
+    here = coverage.Tables(transformer)
+    assert coverage.wrong(here, 6, 3) == []
+    here.direct = 1.001 * here.direct
+    assert any("X of direct" in sentence for sentence in coverage.wrong(here, 6, 3))
