@@ -17,7 +17,7 @@ from entropy_fast.rollouts import Rollouts
 __all__ = ["PromptChunks", "of_rows", "refuse_other_updates"]
 
 FIRST_CHUNK = 8  # prompts, where how many are needed is not known yet
-MARGIN = 1.2  # of prompts over what the error so far asks for
+MARGIN = 1.05  # of prompts over what the error so far asks for
 
 
 class PromptChunks:
