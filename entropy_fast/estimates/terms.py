@@ -5,7 +5,8 @@ of the optimizer's step, whose mean Σ_b r_b / B is that part's forecast.
 
 The delete-one values of terms add up, so the jackknife of a sum is that of the sum of theirs. A part that does not depend on
 the batch's samples (momentum, decay) has rows alone: the average over such updates is no less certain than this one. How the
-step's scale varies from batch to batch is not in the error for such updates.
+step's scale varies from batch to batch is not in the error for such updates; and where the fresh gradient is measured along the
+step (a live one, or an optimizer whose step has no linear part) that error is not known.
 """
 
 from __future__ import annotations
@@ -67,7 +68,11 @@ def terms_of(sums: KernelSums, learning_rate: float, n_update: int) -> Mapping[s
         kept = None
         if len(rows) >= least:
             kept = (rows.sum() - rows) / (prompts - sizes.double())
-        found[part] = Term(float(rows.sum()) / prompts, rows / prompts, kept, kept)
+        # Of a fresh gradient that is not in the kernel nothing is known of other batches'.
+        own = part == FRESH
+        found[part] = Term(
+            float(rows.sum()) / prompts, rows / prompts, kept, None if own else kept, None if own else 0.0
+        )
     return found
 
 

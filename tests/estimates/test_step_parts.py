@@ -158,6 +158,7 @@ def test_parts_add_up(setups: dict[str, tuple[nn.Module, torch.optim.Optimizer]]
     # Momentum and decay are no sample's: such updates are as well known as this one.
     for fixed in ("momentum", "decay"):
         assert parts[fixed].forecast.std_error == parts[fixed].forecast.population_std_error
+    assert math.isnan(result.forecast.population_std_error) == (name == "rmsprop")
     if name == "never stepped":
         assert parts["momentum"].forecast.value == parts["fresh"].forecast.value == 0.0
 
@@ -271,6 +272,7 @@ class TestLive:
         close(agreement.scale, factor, 1.0)
         kept = torch.cat([p.grad.flatten() for p in setup[0].parameters() if p.grad is not None])
         assert torch.equal(kept, loss)
+        assert math.isnan(found.forecast.population_std_error) and not math.isnan(found.std_error)
         assert math.isnan(found.x_dot_y) and found.kernel is None and found.diagonal is None
 
     def test_a_sample_is_the_mean_over_the_sampled_prompts(self) -> None:
