@@ -161,11 +161,17 @@ class EstimateOptions(Options):
             ("gradient", self.step != "adam_static", "step='adam_static', which is of a described update"),
             ("sample", live, "gradient='rollouts', which takes every prompt of the batch"),
             ("relative_error", live, "gradient='rollouts', which takes every prompt of the batch"),
+            ("blocks", not live, "gradient='live', which takes single prompts' parts out of .grad"),
         ):
             if name in self.changed() and not wants:
                 raise ConfigError(
                     f"EstimateOptions: {name}={getattr(self, name)!r} with {reason}.", fix="leave one of the two out."
                 )
+        if self.relative_error is not None and "pooled" in (self.of_entropy, self.of_update):
+            raise ConfigError(
+                "EstimateOptions: relative_error goes on in chunks of prompts, and weighting 'pooled' is over the whole batch.",
+                fix="pass sample, which takes one chunk, or another weighting.",
+            )
         if self.relative_error is not None and not self.wanted_parts:
             raise ConfigError(
                 "EstimateOptions: relative_error is about the direct part, and entropy_estimator='score_function' has none.",

@@ -112,7 +112,9 @@ class OfflineEntropyProbe:
             probe.context = dataclasses.replace(probe.context, prompts_of_batch=kept.n_prompts)
             measured, _, _ = probe._measured(part)
             measured = measured if found is None else merged(found[0], measured)
-            batch, empty = rollouts.select_rows(rows).for_autograd().without_empty_responses()
+            taken = rollouts.select_rows(rows)
+            probe._measure = entropy_measure(estimate, of_rows(wanted, rows), taken)
+            batch, empty = taken.for_autograd().without_empty_responses()
             found = measured, same_batch_result(measured, probe._setting(), batch, empty)
         assert found is not None
         return found[1]

@@ -100,7 +100,8 @@ def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
     with progress() as report:
         result = fast_delta_h1(policy, state, update, estimate=estimate, run=inputs.run, on_progress=report)
     with errors().status(Text("Taking the step, scoring, and putting it back")):
-        found = measure_delta_h(policy, state, update, held_out=others, etas=etas, estimate=estimate)
+        plain = dataclasses.replace(inputs.run, engine="one_pass", full_kernel=False, by_sequence=False, by_token=False)
+        found = measure_delta_h(policy, state, update, held_out=others, etas=etas, estimate=estimate, run=plain)
     return validation_of(result, found)
 
 

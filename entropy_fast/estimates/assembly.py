@@ -33,6 +33,7 @@ from entropy_fast.rollouts.units import prompt_units
 
 __all__ = ["Setting", "empty_response_message", "same_batch_result", "two_batch_result"]
 
+OUTSIDE = 0.01  # share of ‖g‖² without a second moment, from which the error for such updates is not known
 ADDS_UP = 1e-6  # relative; what shares may miss without a note
 ENTROPY, UPDATE = Side.FUNCTIONAL.value, Side.UPDATE.value
 
@@ -50,6 +51,7 @@ def same_batch_result(
         setting.parameters,
         {"both": empty},
         setting.estimate.wanted_parts,
+        _population_known(measured),
     )
     forecast = forecast_of(sums, scale)
     estimate = u_estimate(sums.x_dot_y, sums.diagonal, sums.row_sums, sums.column_sums, sums.unit_sizes, sums.kernel)
@@ -101,6 +103,7 @@ def two_batch_result(
         setting.parameters,
         empty,
         setting.estimate.wanted_parts,
+        _population_known(measured),
     )
     forecast = forecast_of(sums, scale)
     errors = (
@@ -153,10 +156,14 @@ def _result(
         for of, forecast in (("entropy", own.forecast), *own.functionals.items()):
             _refuse_overflow(f"{of} under {name}", forecast)
     notes = [*notes_of(measured, setting, batches, empty), *told.notes]
-    notes += of_intervals(found.forecast, sums)
+    notes += of_intervals(found.forecast, sums, setting)
     for role, shares_of in (found.forecast.by_sequence or {}).items():
-        gap = abs(float(shares_of.delta_h1.sum()) - found.forecast.value)
-        if gap > ADDS_UP * abs(found.forecast.value):
+        # Momentum and decay are no sequence's update.
+        whole = found.forecast.value
+        if role == "update" and parts:
+            whole = parts[FRESH].forecast.value
+        gap = abs(float(shares_of.delta_h1.sum()) - whole)
+        if gap > ADDS_UP * abs(whole):
             notes.append(
                 f"the shares of sequences ({role}) add up to δH₁ but for {gap:.2g}, which rounding leaves where large shares "
                 "cancel."
@@ -203,6 +210,10 @@ def _result(
         updates=updates,
         step_parts=parts,
     )
+
+
+def _population_known(measured: Measured) -> bool:
+    return measured.sums.along is None or measured.excluded.share < OUTSIDE
 
 
 def _known(values: Tensor | None, setting: Setting) -> Tensor | None:

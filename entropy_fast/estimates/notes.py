@@ -79,7 +79,9 @@ def _of_gradients(measured: Measured) -> list[str]:
     if measured.coverage[ENTROPY].norm == 0:
         notes.append("the entropy gradient is exactly 0, since all of its coefficients are: so is the forecast.")
     whole = measured.sums.along is not None
-    if measured.coverage[UPDATE].norm == 0 and whole:
+    if measured.coverage[UPDATE].norm == 0 and measured.agreement is not None:
+        notes.append("the described update of these rollouts is exactly 0; the step is what .grad makes of it.")
+    elif measured.coverage[UPDATE].norm == 0 and whole:
         notes.append(
             "this batch's own update is exactly 0, since all of its coefficients (advantages) are: the rest is momentum's."
         )
@@ -101,7 +103,7 @@ def _of_gradients(measured: Measured) -> list[str]:
     return notes
 
 
-def of_intervals(forecast: Forecast, sums: KernelSums) -> list[str]:
+def of_intervals(forecast: Forecast, sums: KernelSums, setting: Setting) -> list[str]:
     """Where the interval for such updates may not cover what it says, as far as a batch can show it (docs/validation.md)."""
     notes = []
     if not math.isnan(forecast.largest_share) and forecast.largest_share > share_by_chance(forecast.n_units):
@@ -109,7 +111,8 @@ def of_intervals(forecast: Forecast, sums: KernelSums) -> list[str]:
             f"one prompt carries {forecast.largest_share:.0%} of the variance between prompts: the error for such updates, and "
             "its interval, may not cover. That for this update is not concerned."
         )
-    if sums.diagonal is not None and sums.column_sums is not None:
+    kernel = setting.linear and not math.isnan(forecast.population_std_error)
+    if kernel and sums.diagonal is not None and sums.column_sums is not None:
         updating = int((sums.column_sums != sums.diagonal).sum())
         if updating < min(FEW_UPDATES, forecast.n_units / 2):
             notes.append(
@@ -129,8 +132,9 @@ def _of_live_gradient(measured: Measured) -> list[str]:
             f"the gradient in .grad has cosine {found.cosine:.3g} with what these rollouts' advantages make: its loss is "
             "another one (a KL term, other masks, weights or advantages). The forecast follows .grad."
         )
-    if found.prompts == found.of and abs(found.scale - 1) > 1 - ALIKE and found.cosine >= ALIKE:
-        notes.append(f"the gradient in .grad is {found.scale:.3g} times the rollouts' own: clipped, or scaled.")
+    scale = found.scale / measured.sums.clip
+    if found.prompts == found.of and abs(scale - 1) > 1 - ALIKE and found.cosine >= ALIKE:
+        notes.append(f"the gradient in .grad is {scale:.3g} times the rollouts' own: clipped, or scaled.")
     return notes
 
 

@@ -37,7 +37,9 @@ class PromptChunks:
         self._prompt_of_row = rollouts.prompt_index
         self._relative_error = relative_error
         self._taken = 0
-        self._wanted = len(self._order) if relative_error is None else min(FIRST_CHUNK, len(self._order))
+        # One prompt alone would have no others to be compared with.
+        at_once = relative_error is None or len(self._order) < FIRST_CHUNK + 2
+        self._wanted = len(self._order) if at_once else FIRST_CHUNK
 
     def go_on(self, result: DeltaH1Result | None) -> bool:
         """Whether there is another chunk to take, given what came of those before."""

@@ -23,6 +23,7 @@ from entropy_fast.rollouts import EmptyResponseReport
 __all__ = ["Scale", "Split", "UpdateForecasts", "forecast_of", "forecasts_of", "step_parts_of"]
 
 DIRECT = "direct"
+FIXED = ("momentum", "decay")  # parts that no batch has a hand in
 PARTS = ("momentum", "decay", "fresh", "scale")  # of the optimizer's step, in the order in which results have them
 
 
@@ -71,6 +72,8 @@ class Scale:
         parameters: names, in registry order.
         empty: what was left out of each batch, by its role.
         parts: of the entropy change that were asked for.
+        population_known: whether the error for such updates is known: not where much of the step is of elements without a
+            second moment, which other batches would move otherwise.
     """
 
     learning_rate: float
@@ -79,6 +82,7 @@ class Scale:
     parameters: tuple[str, ...]
     empty: Mapping[Role, EmptyResponseReport]
     parts: tuple[Part, ...]
+    population_known: bool = True
 
 
 def forecast_of(sums: KernelSums, scale: Scale, part: str | None = None) -> Forecast:
@@ -92,7 +96,7 @@ def forecast_of(sums: KernelSums, scale: Scale, part: str | None = None) -> Fore
     return Forecast(
         sum(term.value for term in used),
         errors.std_error,
-        errors.population_std_error,
+        errors.population_std_error if scale.population_known or part in FIXED else math.nan,
         len(sums.row_sums),
         torch.stack([term.shares for term in used]).sum(0),
         by_parameter(scale.parameters, _by_parameter(sums, part, factors), 1.0),

@@ -56,6 +56,10 @@ class AdamState:
         refuse_sharding(model)
         module = unwrap_model(model)
         groups = read_groups(optimizer.param_groups)
+        if isinstance(optimizer, torch.optim.AdamW) or type(optimizer) is torch.optim.Adam:
+            # Older versions of torch do not say so in the group.
+            decoupled = isinstance(optimizer, torch.optim.AdamW)
+            groups = tuple(dataclasses.replace(g, decoupled=decoupled) if g.decoupled is None else g for g in groups)
         name_of = {id(p): name for name, p in module.named_parameters()}
         group_of: dict[str, int] = {}
         moments: dict[str, ParameterMoments] = {}

@@ -97,7 +97,13 @@ class DryRun:
         optimizer = self.optimizer
         scratch = object.__new__(type(optimizer))
         # Not a scheduler's wrapped step, and no hooks of the user's.
-        kept = {key: value for key, value in optimizer.__dict__.items() if key != "step" and "_hooks" not in key}
+        left_out = {"step", "state", "param_groups"}
+        kept = {
+            # What a step may change beside the state is its own.
+            key: copy.deepcopy(value) if isinstance(value, (dict, list, set, Tensor)) else value
+            for key, value in optimizer.__dict__.items()
+            if key not in left_out and "_hooks" not in key
+        }
         hooks: dict[str, Any] = {key: collections.OrderedDict() for key in optimizer.__dict__ if "_hooks" in key}
         scratch.__dict__.update(kept, **hooks)
         copies: dict[int, Tensor] = {}

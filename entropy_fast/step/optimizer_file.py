@@ -73,7 +73,13 @@ def _read(saved: SavedOptimizer, module: nn.Module) -> AdamState:
                 moments[name] = found
     check_moments(moments)
     notes += maximize_notes(groups)
-    if any("state2" in plain_entry(entry) for entry in saved.state.values()):
+    bitsandbytes = any("state2" in plain_entry(entry) for entry in saved.state.values())
+    if not bitsandbytes and any(group.decoupled is None and group.weight_decay for group in groups):
+        notes += (
+            "the optimizer file does not say whether its weight decay is AdamW's or added to the gradient, as Adam has it; "
+            "along the whole next step AdamW's is taken.",
+        )
+    if bitsandbytes:
         notes += (
             "the optimizer file is bitsandbytes', which does not say whether Adam, AdamW or LAMB wrote it: Adam or AdamW is "
             "taken, and LAMB's scale per layer is not applied.",

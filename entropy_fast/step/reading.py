@@ -119,6 +119,7 @@ def _rule(at_hand: OptimizerAtHand, registry: ParameterRegistry, step: AdamPreco
         return SgdRule(registry.tensors, buffers, of_group, [step.rates[place] for place in places])
     if live is not None and type(live) not in (torch.optim.Adam, torch.optim.AdamW):
         found = state.groups[0].learning_rate
+        check_learning_rate(found, f"the {type(live).__name__}'s first group has")  # its steps are scaled from there
         return DryRunRule(DryRun(live, registry.tensors), registry.tensors, step.learning_rate / found)
     return AdamRule(
         registry.tensors,

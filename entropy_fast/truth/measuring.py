@@ -23,7 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.checks.exclusive import one_probe_at_a_time, raise_if_interrupted
+from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.columns import TokenScores, Wanted, columns_of
+from entropy_fast.columns.caller import as_caller
 from entropy_fast.columns.entropy import EntropyMeasure
 from entropy_fast.columns.given import LossFunction
 from entropy_fast.columns.wanted import entropy_measure
@@ -150,6 +152,7 @@ def measure_delta_h(
     Raises:
         LearningRateError: a multiple is not above 0, or a step is too small to move any parameter.
         RolloutsError: ``held_out`` are the batch's own responses.
+        ConfigError: a mask beside ``held_out``, an update given twice, or another engine.
         GradientCoverageError, RolloutsError, ModelStateError, OptimizerStateError: see `fast_delta_h1`.
     """
     if not etas or not all(0 < eta < math.inf for eta in etas):
@@ -160,14 +163,26 @@ def measure_delta_h(
             "agrees with the importance-weighted change however wrong both are.",
             fix="sample other responses from the same policy, or leave held_out out: the direct change is exact without.",
         )
+    if entropy_mask is not None and held_out is not None:
+        raise ConfigError(
+            "measure_delta_h: entropy_mask is of `rollouts`, and nothing says which tokens of `held_out` count.",
+            fix="leave one of them out.",
+        )
+    if update is not None and coefficients is not None:
+        raise ConfigError(
+            "measure_delta_h: `update` and `coefficients` both give the update.", fix="leave one of them out."
+        )
     estimate, run = estimate or EstimateOptions(), dataclasses.replace(run or RunOptions(), autocast_dtype=None)
     if run.engine not in ("auto", "one_pass"):
         raise ConfigError(f"measure_delta_h: engine is {run.engine!r}.", fix="use engine='one_pass'.")
     at_hand = read_optimizer(optimizer, model, any_kind=estimate.step != "adam_static")
     context = ProbeContext.of(model, at_hand, estimate, run)
     given = coefficients if update is None else update
-    wanted = Wanted(update=given, entropy_mask=entropy_mask)
+    wanted = as_caller(Wanted(update=given, entropy_mask=entropy_mask), context.registry.module)
     context = dataclasses.replace(context, columns=columns_of(estimate, wanted, rollouts, rollouts))
+    context.columns.check(rollouts.without_empty_responses()[0])
+    for responses in (rollouts, *([] if held_out is None else [held_out])):
+        check_rollouts_fit_model(responses, context.registry.module)
     kind = context.registry.tensors[0].device.type
     with one_probe_at_a_time(wait=run.when_busy == "wait"), torch.autocast(kind, enabled=False):
         batch = _Scored.of(context, rollouts, entropy_measure(estimate, wanted, rollouts))

@@ -158,7 +158,8 @@ def test_parts_add_up(setups: dict[str, tuple[nn.Module, torch.optim.Optimizer]]
     # Momentum and decay are no sample's: such updates are as well known as this one.
     for fixed in ("momentum", "decay"):
         assert parts[fixed].forecast.std_error == parts[fixed].forecast.population_std_error
-    assert math.isnan(result.forecast.population_std_error) == (name == "rmsprop")
+    # Of other batches' steps nothing is known where none of it is linear, or no element has a scale yet.
+    assert math.isnan(result.forecast.population_std_error) == (name in ("rmsprop", "never stepped"))
     if name == "never stepped":
         assert parts["momentum"].forecast.value == parts["fresh"].forecast.value == 0.0
 
@@ -210,6 +211,15 @@ def test_momentum_moves_the_entropy_where_no_advantage_does(
     assert any("exactly 0" in note for note in result.diagnostics.warnings)
     with pytest.raises(ConfigError, match="one direction"):
         forecast(setups["adamw"], engine="jvp", entropy=batch(1))
+
+
+def test_unequal_blocks_have_no_shares_along_the_step(
+    setups: dict[str, tuple[nn.Module, torch.optim.Optimizer]],
+) -> None:
+    result = forecast(setups["adamw"], blocks=2)
+    assert [p.n_responses for p in result.per_prompt] and math.isfinite(result.delta_h1)
+    with pytest.raises(ConfigError, match="unequal blocks"):
+        forecast(setups["adamw"], blocks=2, by_sequence=True)
 
 
 def test_the_step_is_chosen_by_what_is_given(
@@ -330,6 +340,29 @@ class TestLive:
                 coefficients=torch.ones(batch().n_sequences),
                 **options_of(step="next", gradient="live"),
             )
+
+    def test_chunks_are_never_one_prompt_and_keep_the_mask(self) -> None:
+        setup = stepped(OPTIMIZERS["adamw"])
+        self.filled(setup)
+        rollouts = make_rollouts(Shape(sizes=(3,) * 9, budget=2), models.VOCABULARY, 0)
+        options = {"entropy_estimator": "rao_blackwell", "gradient": "live", "rollouts": rollouts}
+        assert len(forecast(setup, relative_error=1e-6, **options).per_prompt) == 9
+        rollouts = make_rollouts(Shape(sizes=(3,) * 20, budget=2), models.VOCABULARY, 0)
+        mask = rollouts.loss_mask.clone()
+        mask[::2, -3:] = 0
+        chosen = options_of(step="next", entropy_estimator="rao_blackwell", gradient="live", relative_error=1e-6)
+        chunked = fast_delta_h1(*setup, rollouts, entropy_mask=mask, **chosen)
+        whole = fast_delta_h1(
+            *setup,
+            rollouts,
+            entropy_mask=mask,
+            **options_of(step="next", entropy_estimator="rao_blackwell", gradient="live"),
+        )
+        assert len(chunked.per_prompt) == 20
+        assert chunked.entropy_level == pytest.approx(whole.entropy_level, rel=1e-12)
+        for options, message in (({"blocks": 2}, "single prompts"), ({"weighting": "pooled"}, "whole batch")):
+            with pytest.raises(ConfigError, match=message):
+                forecast(setup, gradient="live", entropy_estimator="rao_blackwell", relative_error=0.1, **options)
 
     def test_another_loss_is_seen(self) -> None:
         setup = stepped(OPTIMIZERS["adamw"])

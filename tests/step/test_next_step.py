@@ -278,6 +278,31 @@ def test_what_cannot_step_says_so() -> None:
         read(model, transformers_adafactor(model, lr=None, relative_step=True, warmup_init=True))
 
 
+def test_what_a_step_changes_beside_its_state_stays() -> None:
+    class Counting(torch.optim.SGD):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
+            self.counts = {"steps": 0}
+
+        def step(self, closure: Any = None) -> Any:
+            self.counts["steps"] += 1
+            return super().step(closure)
+
+    model = Model()
+    optimizer = Counting(model.parameters(), lr=0.1)
+    gradients = fill(model, torch.Generator().manual_seed(3))
+    read(model, optimizer).of(gradients)
+    assert optimizer.counts == {"steps": 0}
+
+
+def test_a_rate_of_nothing_cannot_be_scaled() -> None:
+    model, optimizer = stepped(OTHERS["rmsprop"])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    with pytest.raises(LearningRateError, match="RMSprop's first group has 0"):
+        read(model, optimizer, learning_rate=1e-3)
+
+
 def test_a_live_gradient_has_to_be_there() -> None:
     model, optimizer = stepped(LINEAR["adamw"])
     with pytest.raises(ConfigError, match="no trainable parameter has a"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from entropy_fast import EstimateOptions, Rollouts, fast_delta_h1
 from entropy_fast.engines.one_pass import OnePassEngine
-from entropy_fast.errors import LearningRateError, RolloutsError
+from entropy_fast.errors import ConfigError, LearningRateError, RolloutsError
 from entropy_fast.truth import measure_delta_h
 
 SHAPE = Shape(budget=2, empty=1)
@@ -181,6 +181,28 @@ def test_its_own_responses_are_no_held_out_ones() -> None:
     for held_out in (rollouts, shuffled):
         with pytest.raises(RolloutsError, match="that the forecast was made from"):
             measure_delta_h(model, optimizer, rollouts, held_out=held_out)
+
+
+def test_what_is_ambiguous_is_refused() -> None:
+    model, optimizer, rollouts = case()
+    other = make_rollouts(SHAPE, models.VOCABULARY, 4)
+    with pytest.raises(ConfigError, match="which tokens of `held_out` count"):
+        measure_delta_h(model, optimizer, rollouts, held_out=other, entropy_mask=rollouts.loss_mask)
+    numbers = torch.zeros(rollouts.n_sequences)
+    with pytest.raises(ConfigError, match="both give the update"):
+        measure_delta_h(model, optimizer, rollouts, update=lambda s, h: s.sum(), coefficients=numbers)
+
+
+def test_a_loss_sees_the_model_as_its_caller_left_it() -> None:
+    model, optimizer, rollouts = case()
+    seen: list[bool] = []
+
+    def loss(s: Tensor, h: Tensor) -> Tensor:
+        seen.append(model.training)
+        return -(s * rollouts.loss_mask).mean()
+
+    measure_delta_h(model, optimizer, rollouts, update=loss, etas=[1.0])
+    assert seen == [True]
 
 
 @pytest.mark.parametrize("etas", [[], [0.0], [1.0, -1.0], [math.inf]])

@@ -52,9 +52,18 @@ def met_by_unit(
     """The first update's step by the other units, where shares of sequences or tokens along it are asked for; else None.
 
     It keeps a copy of the units' raw gradients ``g_stack``, which become P g afterwards.
+
+    Raises:
+        ConfigError: units are of several sizes.
     """
     if not along or not (context.run.by_sequence or context.run.by_token):
         return None
+    if len(set(sizes.tolist())) > 1:
+        raise ConfigError(
+            f"by_sequence and by_token along the whole next step with blocks of {sorted(set(sizes.tolist()))} prompts: shares "
+            "of unequal blocks do not add up.",
+            fix="pass a number of blocks that divides the prompts, or step='adam_static'.",
+        )
     kept, seen = [g.clone() for g in g_stack], along[0].seen
     return lambda place, unit: step_of_others(seen, place, kept[place][unit], int(sizes[unit]))
 
