@@ -42,6 +42,7 @@ def tables(rewards: str) -> Any:
     return coverage.Tables(Simulation(coverage.policy_with(rewards), fitted=True))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_whole_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import coverage

@@ -229,6 +229,7 @@ def test_missing_package_is_named(training: ModuleType, monkeypatch: pytest.Monk
     assert not (tmp_path / "complete.json").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(
