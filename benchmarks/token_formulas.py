@@ -185,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console, f"{len(records)} steps of AdamW at learning rate {settings.learning_rate:g}", HEADER, rows_of(records)
     )
     share = statistics.median(record["crossing"] for record in records)
-    console.print(f"Of the direct change {share:.0%} crosses from one prompt to another (median over steps).")
+    what = "what the fresh gradient does to the direct part (static geometry)"
+    console.print(f"Of {what} {share:.0%} crosses from one prompt to another (median over steps).")
     text = json.dumps({"machine": description("cpu"), "records": records}, indent=1)
     written = report.write(options.out, "token_formulas.json", text)
     draw(records, options.out / "token_formulas.png")
