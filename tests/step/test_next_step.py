@@ -162,8 +162,6 @@ def test_parts_add_up_to_the_real_step(name: str, steps: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [*LINEAR, *OTHERS, *QUANTIZED])
 def test_a_dry_run_has_the_bits_of_the_real_step(name: str, dtype: torch.dtype) -> None:
-    if dtype == torch.bfloat16 and name in ("fused", *QUANTIZED):
-        pytest.skip("not for this dtype")
     model, optimizer = stepped({**LINEAR, **OTHERS, **QUANTIZED}[name], dtype=dtype)
     gradients = fill(model, torch.Generator().manual_seed(3))
     found = read(model, optimizer).exactly(gradients)
