@@ -108,7 +108,8 @@ class OfflineEntropyProbe:
         while chunks.go_on(None if found is None else found[1]):
             own = chunks.next_rows()
             part, rows = rollouts.select_rows(own), torch.cat([rows, own])
-            probe = self._asked(of_rows(wanted, own), part, part)
+            share = part.without_empty_responses()[0].n_prompts / kept.n_prompts
+            probe = self._asked(of_rows(wanted, own, share), part, part)
             probe.context = dataclasses.replace(probe.context, prompts_of_batch=kept.n_prompts)
             measured, _, _ = probe._measured(part)
             measured = measured if found is None else merged(found[0], measured)

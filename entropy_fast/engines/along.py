@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from entropy_fast.columns import Side
+from entropy_fast.columns.given import GivenUpdate
 from entropy_fast.context import ProbeContext
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, row_products
 from entropy_fast.engines.unit_dots import Stack
@@ -81,7 +83,12 @@ class SeenGradient:
 
 
 def seen_gradient(
-    step: NextStep, total: GradientSum, prompts: int, units: Sequence[Tensor] | None = None
+    step: NextStep,
+    total: GradientSum,
+    prompts: int,
+    units: Sequence[Tensor] | None = None,
+    *,
+    exactly: bool = False,
 ) -> SeenGradient:
     """From Σ g over a batch, or from what stands in ``.grad``.
 
@@ -90,6 +97,7 @@ def seen_gradient(
         total: Σ_u g_u, raw.
         prompts: B; with a live gradient those of the whole batch, of which ``total`` may be a sample.
         units: with a live gradient g of every unit per parameter, ``[units, *shape]``; None where they are of another batch.
+        exactly: with a live gradient, whether g is what is in it (coefficients were given), so that σ need not be estimated.
 
     Raises:
         OptimizerStateError: the gradient's norm is not finite and is to be clipped.
@@ -110,6 +118,8 @@ def seen_gradient(
     if units is None:
         return SeenGradient(step, live, total.tensors, math.nan, prompts, clip)
     agreement, scale = _agreement(live, total, units, prompts, sign)
+    if exactly:
+        scale = clip
     return SeenGradient(step, live, total.tensors, sign * scale, prompts, clip, agreement)
 
 
@@ -217,8 +227,9 @@ def along_sums(
             )
     stacks = [None] * len(g_totals) if g_stacks is None else g_stacks
     prompts = context.prompts_of_batch or update.n_prompts
+    exactly = isinstance(next(iter(context.columns.of_side(Side.UPDATE))), GivenUpdate)
     return [
-        AlongSums(seen_gradient(step, total, prompts, stack), n_functionals, n_units)
+        AlongSums(seen_gradient(step, total, prompts, stack, exactly=exactly), n_functionals, n_units)
         for total, stack in zip(g_totals, stacks, strict=True)
     ]
 
@@ -250,15 +261,17 @@ def _agreement(
     """How a live gradient compares with what the rollouts say.
 
     With n sampled prompts of B and L = σ Σ_m g_m / B, a sampled prompt's product with L is σ (‖g_n‖² / B + (B - 1)/B g·g) on
-    average. g·g is estimated without its diagonal, so that σ is not pulled towards 0 by the sample's noise; where noise
-    makes it negative there is nothing but the first term. Returns that, and the scale of a prompt's own part (0 where it
-    has none).
+    average. g·g is estimated without its diagonal, so that σ is not pulled towards 0 by the sample's noise; where a sample's
+    noise makes it negative there is nothing but the first term. With all prompts it is ‖Σ g‖² / B², and σ is exact. Returns
+    that, and the scale of a prompt's own part (0 where it has none).
     """
     pairs = [(own, t, u) for own, t, u in zip(live, total.tensors, units, strict=True) if own is not None]
     lives, totals = [own for own, _, _ in pairs], [t for _, t, _ in pairs]
     cross, squares = inner_product(lives, totals), inner_product(totals, totals)
     n, own_squares = len(units[0]), sum(float(u.double().square().sum()) for _, _, u in pairs)
-    shared = max(0.0, (squares - own_squares) / (n * (n - 1))) if n > 1 else 0.0
+    shared = (squares - own_squares) / (n * (n - 1)) if n > 1 else 0.0
+    if n < prompts:
+        shared = max(0.0, shared)
     expected = own_squares / n / prompts + (prompts - 1) / prompts * shared
     norms = math.sqrt(squares * inner_product(lives, lives))
     cosine = sign * cross / norms if norms else math.nan

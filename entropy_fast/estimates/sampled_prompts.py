@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from entropy_fast.columns import Wanted
+from entropy_fast.columns import TokenScores, Wanted
 from entropy_fast.config import RunOptions
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.result import DeltaH1Result
@@ -68,11 +68,25 @@ class PromptChunks:
         return torch.isin(self._prompt_of_row, chosen).nonzero().squeeze(-1)
 
 
-def of_rows(wanted: Wanted, rows: Tensor) -> Wanted:
-    """What is asked for, of some rows of the batch."""
+def of_rows(wanted: Wanted, rows: Tensor, share: float = 1.0) -> Wanted:
+    """What is asked for, of some rows of the batch.
+
+    Args:
+        wanted: of the whole batch.
+        rows: [n] their numbers.
+        share: prompts of these rows over prompts of the batch: coefficients of an update are of the whole batch's gradient.
+    """
     functionals = {name: torch.as_tensor(numbers)[rows] for name, numbers in wanted.functionals.items()}
     mask = None if wanted.entropy_mask is None else torch.as_tensor(wanted.entropy_mask)[rows]
-    return dataclasses.replace(wanted, functionals=functionals, entropy_mask=mask, scores=None)
+    update = wanted.update
+    if isinstance(update, tuple):
+        update = (torch.as_tensor(update[0])[rows] / share, torch.as_tensor(update[1])[rows] / share)
+    elif isinstance(update, Tensor):
+        update = update[rows] / share
+    scores = wanted.scores
+    if scores is not None:
+        scores = TokenScores(*(torch.as_tensor(table).cpu()[rows] for table in (scores.logprobs, scores.entropies)))
+    return dataclasses.replace(wanted, functionals=functionals, entropy_mask=mask, update=update, scores=scores)
 
 
 def refuse_other_updates(wanted: Wanted, run: RunOptions) -> None:
@@ -81,11 +95,12 @@ def refuse_other_updates(wanted: Wanted, run: RunOptions) -> None:
     Raises:
         ConfigError: it is.
     """
-    for name, given in (("update", wanted.update), ("updates", wanted.candidates)):
-        if given is not None and not (name == "updates" and not wanted.candidates):
+    loss = callable(wanted.update) and not isinstance(wanted.update, Tensor)
+    for name, given in (("update", loss), ("updates", bool(wanted.candidates))):
+        if given:
             raise ConfigError(
                 f"`{name}` with gradient='live', whose update is what stands in .grad.",
-                fix="leave it out, or take gradient='rollouts'.",
+                fix="leave it out, or take gradient='rollouts'; coefficients that say how .grad weighs tokens can be given.",
             )
     if run.by_sequence or run.by_token:
         raise ConfigError(

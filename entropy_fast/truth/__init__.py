@@ -3,6 +3,7 @@
 from entropy_fast.truth.importance import Reweighted, reweighted
 from entropy_fast.truth.ledger import Calibration, EntropyLedger, LedgerEntry
 from entropy_fast.truth.measuring import RealisedChange, RealisedChanges, Symmetric, measure_delta_h
+from entropy_fast.truth.scored import Scored, scored
 from entropy_fast.truth.validation import Validation, validation_of
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "RealisedChange",
     "RealisedChanges",
     "Reweighted",
+    "Scored",
     "Symmetric",
     "Validation",
     "measure_delta_h",
     "reweighted",
+    "scored",
     "validation_of",
 ]

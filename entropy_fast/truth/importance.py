@@ -34,6 +34,7 @@ class Reweighted:
         total: of the expectation of the functional.
         total_std_error: of that, from the sampled prompts and responses; NaN for fewer than two prompts.
         direct: of the same responses at their own prefixes.
+        direct_std_error: of that, from the sampled prompts; NaN for fewer than two.
         by_prompt: [B] each prompt's part; their mean is ``total`` unless the functional is a ratio.
         kept: [B] the total with each prompt left out.
         ess: share of the responses that are worth something after weighting: Σ_n 1/Σ ŵ² over their number.
@@ -44,6 +45,7 @@ class Reweighted:
     total: float
     total_std_error: float
     direct: float
+    direct_std_error: float
     by_prompt: Tensor
     kept: Tensor
     ess: float
@@ -93,13 +95,17 @@ def reweighted(
     total = _ratio_change(old.mean(), (same + visit).mean(), length.mean(), (length + longer).mean())
     others = n_prompts - 1
     kept = torch.full((n_prompts,), torch.nan, dtype=torch.float64)
+    kept_direct = kept
     if others:
         means = [(t.sum() - t) / others for t in (old, same + visit, length, length + longer)]
         kept = torch.stack([_ratio_change(*(m[n] for m in means)) for n in range(n_prompts)])
+        kept_direct = (same - old).sum() - (same - old)
+        kept_direct = kept_direct / (length.sum() - length)
     return Reweighted(
         float(total),
         jackknife(kept) if others else math.nan,
         float(same.mean() / length.mean() - old.mean() / length.mean()),
+        jackknife(kept_direct) if others else math.nan,
         same + visit - old,
         kept,
         effective / len(prompt),

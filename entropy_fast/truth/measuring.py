@@ -22,11 +22,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from entropy_fast.checks.exclusive import one_probe_at_a_time, raise_if_interrupted
+from entropy_fast.checks.exclusive import one_probe_at_a_time
 from entropy_fast.checks.fit import check_rollouts_fit_model
-from entropy_fast.columns import TokenScores, Wanted, columns_of
+from entropy_fast.columns import Wanted, columns_of
 from entropy_fast.columns.caller import as_caller
-from entropy_fast.columns.entropy import EntropyMeasure
 from entropy_fast.columns.given import LossFunction
 from entropy_fast.columns.wanted import entropy_measure
 from entropy_fast.config import EstimateOptions, RunOptions
@@ -37,11 +36,11 @@ from entropy_fast.errors import ConfigError, LearningRateError, RolloutsError
 from entropy_fast.estimates.u_statistic import jackknife
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.step import AdamState, read_optimizer
-from entropy_fast.truth.importance import Reweighted, reweighted
+from entropy_fast.truth.importance import Reweighted
+from entropy_fast.truth.scored import Scored
 
 __all__ = ["RealisedChange", "RealisedChanges", "Symmetric", "measure_delta_h"]
 
-ROUNDINGS = 4  # of a mean entropy, in units of the narrowest type that it goes through: below that nothing is seen
 TRUSTED_ESS = 0.5
 
 Fresh = Callable[[nn.Module], Rollouts]
@@ -185,8 +184,8 @@ def measure_delta_h(
         check_rollouts_fit_model(responses, context.registry.module)
     kind = context.registry.tensors[0].device.type
     with one_probe_at_a_time(wait=run.when_busy == "wait"), torch.autocast(kind, enabled=False):
-        batch = _Scored.of(context, rollouts, entropy_measure(estimate, wanted, rollouts))
-        apart = None if held_out is None else _Scored.of(context, held_out, entropy_measure(estimate, Wanted(), None))
+        batch = Scored.of(context, rollouts, entropy_measure(estimate, wanted, rollouts))
+        apart = None if held_out is None else Scored.of(context, held_out, entropy_measure(estimate, Wanted(), None))
         step = _step_of(context, batch.rollouts)
         moving = _Moving(context, step)
         try:
@@ -207,51 +206,6 @@ def _step_of(context: ProbeContext, rollouts: Rollouts) -> list[Tensor | None]:
     return context.next_step.exactly(
         seen_gradient(context.next_step, engine.gradient_sum(rollouts), rollouts.n_prompts).loss
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scored:
-    """A batch, and what the policy before the step says of it."""
-
-    context: ProbeContext
-    rollouts: Rollouts
-    measure: EntropyMeasure
-    scores: TokenScores
-    level: float
-
-    @classmethod
-    def of(cls, context: ProbeContext, rollouts: Rollouts, measure: EntropyMeasure) -> _Scored:
-        batch = rollouts.for_autograd().without_empty_responses()[0]
-        scores = OnePassEngine(context).score(batch)
-        return cls(context, batch, measure, scores, measure.level(batch, _sums(batch, scores, measure)))
-
-    @property
-    def floor(self) -> float:
-        """Nats below which a change of the level is rounding."""
-        narrowest = max(torch.finfo(dtype).eps for dtype in self.context.compute_dtypes)
-        return ROUNDINGS * narrowest * abs(self.level)
-
-    def again(self) -> tuple[float, TokenScores]:
-        """Level and scores of the model as it is now."""
-        scores = OnePassEngine(self.context).score(self.rollouts)
-        raise_if_interrupted()
-        return self.measure.level(self.rollouts, _sums(self.rollouts, scores, self.measure)), scores
-
-    def change_to(self, scores: TokenScores) -> Reweighted:
-        """The expectation's change, if these are the scores after a step."""
-        rows = torch.arange(self.rollouts.n_sequences)
-        pooled = self.measure.weighting == "pooled"
-        weights = torch.ones(len(rows), dtype=torch.float64) if pooled else self.measure.weights(self.rollouts, rows)
-        before, after = (weights * _sums(self.rollouts, own, self.measure) for own in (self.scores, scores))
-        logprobs = [own.logprobs.double().cpu().sum(-1) for own in (self.scores, scores)]
-        lengths = self.measure.lengths(self.rollouts) if pooled else None
-        return reweighted(self.rollouts.prompt_index, logprobs[1] - logprobs[0], before, after, lengths)
-
-
-def _sums(rollouts: Rollouts, scores: TokenScores, measure: EntropyMeasure) -> Tensor:
-    """[N] entropy of every response's tokens that count, fp64."""
-    entropies = scores.entropies.double().cpu()
-    return (entropies if measure.mask is None else entropies * measure.mask).sum(-1)
 
 
 class _Moving:
@@ -288,7 +242,7 @@ class _Moving:
                 parameter.copy_(own)
 
 
-def _point(moving: _Moving, eta: float, batch: _Scored, apart: _Scored | None, fresh: Fresh | None) -> RealisedChange:
+def _point(moving: _Moving, eta: float, batch: Scored, apart: Scored | None, fresh: Fresh | None) -> RealisedChange:
     found: list[tuple[float, Reweighted | None]] = []
     drawn: tuple[float, float] | None = None
     for signed in (eta, -eta):
@@ -329,16 +283,9 @@ def _point(moving: _Moving, eta: float, batch: _Scored, apart: _Scored | None, f
     )
 
 
-def _from_fresh(before: _Scored, responses: Rollouts) -> tuple[float, float]:
+def _from_fresh(before: Scored, responses: Rollouts) -> tuple[float, float]:
     """The change of the expectation, and its error, from responses that the moved policy has drawn itself."""
-    after = _Scored.of(before.context, responses, before.measure)
-    means = [_by_prompt(own) for own in (before, after)]
+    after = Scored.of(before.context, responses, before.measure)
+    means = [own.by_prompt() for own in (before, after)]
     variance = sum(float(own.var()) / len(own) if len(own) > 1 else math.nan for own in means)
     return after.level - before.level, math.sqrt(variance)
-
-
-def _by_prompt(scored: _Scored) -> Tensor:
-    """[B] every prompt's level."""
-    rows, rollouts = torch.arange(scored.rollouts.n_sequences), scored.rollouts
-    values = scored.measure.weights(rollouts, rows) * _sums(rollouts, scored.scores, scored.measure)
-    return torch.stack([values[rollouts.rows_of_prompt(n)].mean() for n in range(rollouts.n_prompts)])

@@ -1,0 +1,1 @@
+"""Where users are: forecasts inside trainers and training loops."""

@@ -1,0 +1,151 @@
+"""A warning before the entropy has fallen, from forecasts of the steps so far.
+
+Legend: H entropy now, δ_i forecast of step i with standard error σ_i, m forecasts looked back on, k steps ahead.
+
+The fall a step is taken to go on as it was over the last m forecasts: δ̄ = Σ δ_i / m. Its error is the larger of two, what the
+forecasts know of themselves, √(Σ σ_i²) / m, and how much they differ from step to step, sd(δ) / √m. The warning is given where
+
+    H + k (δ̄ + t_95 · error) < floor
+
+with t_95 Student's one-sided 95 % quantile on m - 1 degrees of freedom: where even the upper bound of where entropy goes lies
+below the floor within k steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from entropy_fast.errors import ConfigError
+from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.integrations.forecast import StepForecast
+
+__all__ = ["EntropyFloor", "EntropyWarning"]
+
+FEWEST = 3  # forecasts that a warning is made from
+NAMED = 3  # prompts that are named
+SHOWN = 60  # characters of a prompt
+SURE = 0.95
+
+log = logging.getLogger("entropy_fast")
+
+
+@dataclasses.dataclass(frozen=True)
+class EntropyWarning:
+    """Why entropy is expected to fall below the floor.
+
+    Attributes:
+        step: before which the warning is given.
+        level: entropy now, nats in the forecasts' unit.
+        floor: what it is expected to fall below.
+        within: steps.
+        change: mean forecast of a step; change_error: its standard error.
+        prompts: which prompts lower it most by the last forecast, and by how much each.
+        unit: of all of them.
+    """
+
+    step: int
+    level: float
+    floor: float
+    within: int
+    change: float
+    change_error: float
+    prompts: tuple[tuple[str, float], ...]
+    unit: str
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{name} ({share:+.2g})" for name, share in self.prompts) or "none by itself"
+        return (
+            f"before step {self.step}: entropy is {self.level:.3g} {self.unit} and is forecast to change by "
+            f"{self.change:+.3g} ± {self.change_error:.2g} a step, so at 95 % it falls below {self.floor:g} within "
+            f"{self.within} steps. Prompts that lower it most: {named}."
+        )
+
+
+class EntropyFloor:
+    """Warns when forecasts say that entropy falls below a level soon; one of `StepForecaster`'s ``on_forecast``.
+
+    Args:
+        floor: nats, in the forecasts' unit.
+        within: k, steps.
+        part: ``direct``, which is known far better, or ``total``.
+        last: m, forecasts looked back on.
+        on_warning: called with every warning; None logs it (logger ``entropy_fast``).
+        again_after: steps without another warning after one.
+
+    Attributes:
+        warnings: given so far.
+
+    Raises:
+        ConfigError: an option cannot be used.
+    """
+
+    def __init__(
+        self,
+        floor: float,
+        within: int = 50,
+        *,
+        part: Literal["direct", "total"] = "direct",
+        last: int = 8,
+        on_warning: Callable[[EntropyWarning], None] | None = None,
+        again_after: int = 50,
+    ) -> None:
+        if not 0 <= floor < math.inf or within < 1 or last < FEWEST or part not in ("direct", "total"):
+            raise ConfigError(
+                f"EntropyFloor: floor={floor!r}, within={within!r}, last={last!r}, part={part!r}.",
+                fix=f"use a floor from 0, whole numbers from 1 (within) and from {FEWEST} (last), and 'direct' or 'total'.",
+            )
+        self.floor, self.within, self.part = float(floor), within, part
+        self.warnings: list[EntropyWarning] = []
+        self._seen: deque[tuple[float, float]] = deque(maxlen=last)
+        self._on_warning, self._again_after = on_warning, again_after
+
+    def __call__(self, forecast: StepForecast) -> None:
+        """Look at one more forecast."""
+        result = forecast.result
+        if result is None:
+            return
+        own = result.split.direct if self.part == "direct" and result.split is not None else result.forecast
+        if math.isnan(own.value) or math.isnan(own.std_error):
+            return
+        self._seen.append((own.value, own.std_error))
+        found = self._warning(forecast.step, result)
+        silent = self.warnings and forecast.step - self.warnings[-1].step < self._again_after
+        if found is None or silent:
+            return
+        self.warnings.append(found)
+        if self._on_warning is not None:
+            self._on_warning(found)
+        else:
+            log.warning("%s", found)
+
+    def _warning(self, step: int, result: DeltaH1Result) -> EntropyWarning | None:
+        count = len(self._seen)
+        if count < FEWEST:
+            return None
+        values, errors = (np.array(own) for own in zip(*self._seen, strict=True))
+        mean = float(values.mean())
+        error = max(float(np.sqrt((errors**2).sum())) / count, float(values.std(ddof=1)) / math.sqrt(count))
+        bound = result.entropy_level + self.within * (mean + float(student_t.ppf(SURE, count - 1)) * error)
+        if not bound < self.floor:
+            return None
+        return EntropyWarning(
+            step, result.entropy_level, self.floor, self.within, mean, error, lowering_most(result), result.unit
+        )
+
+
+def lowering_most(result: DeltaH1Result, count: int = NAMED) -> tuple[tuple[str, float], ...]:
+    """The prompts whose entropy the step lowers most, with their shares."""
+    ranked: Sequence[tuple[float, str]] = sorted(
+        (p.delta_h1, repr(p.prompt[:SHOWN]) if p.prompt else f"group {', '.join(map(str, p.group_ids))}")
+        for p in result.per_prompt
+        if p.role != "update" and p.delta_h1 < 0
+    )
+    return tuple((name, share) for share, name in ranked[:count])

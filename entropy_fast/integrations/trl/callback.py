@@ -1,0 +1,176 @@
+"""Forecasts inside TRL: `EntropyForecastCallback` on a trainer, or `EntropyForecastMixin` in a class of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from transformers import TrainerCallback
+
+from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.errors import ConfigError
+from entropy_fast.integrations.forecaster import OnForecast, StepForecaster, Verify
+from entropy_fast.integrations.trl.batches import NUMBERS, window_of
+from entropy_fast.integrations.trl.hooks import TrainerHooks
+
+__all__ = ["EntropyForecastCallback", "EntropyForecastMixin"]
+
+PREFIX = "entropy_fast/"
+
+
+class EntropyForecastCallback(TrainerCallback):
+    """Says before every step of a GRPO trainer what it will do to the entropy, and after it what it did.
+
+        trainer = GRPOTrainer(...)
+        trainer.add_callback(EntropyForecastCallback(trainer))
+
+    Add it last: a callback that changes gradients after this one changes the step. Forecasts are of the policy that the
+    trainer itself means, softmax(logits/T) at its sampling temperature, and of the mean entropy over all response tokens, which
+    it logs. Metrics stand beside the trainer's own under ``entropy_fast/``. What fails is a warning, once, and NaN; the
+    training goes on as it would without.
+
+    Args:
+        trainer: a ``trl.GRPOTrainer`` (tried with TRL 1.16), in one process.
+        every_n_steps: see `StepForecaster`, as the next five.
+        budget: likewise.
+        sample: likewise.
+        verify: likewise.
+        ledger: likewise.
+        on_forecast: likewise.
+        functionals: what else is forecast: ``reward`` and ``length``.
+        estimate: another entropy than the mean over all tokens; the policy's temperature is always the trainer's.
+        run: how it is run; None takes the trainer's autocast.
+
+    Attributes:
+        forecaster: with the ledger and the last forecast; None before the training begins.
+
+    Raises:
+        ConfigError: the trainer cannot be listened to, or trains in a way whose steps cannot be forecast.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        *,
+        every_n_steps: int = 1,
+        budget: float | None = 0.1,
+        sample: int | Literal["auto"] = "auto",
+        verify: Verify = "previous",
+        ledger: str | os.PathLike[str] | None = None,
+        on_forecast: Sequence[OnForecast] = (),
+        functionals: Sequence[str] = NUMBERS,
+        estimate: EstimateOptions | None = None,
+        run: RunOptions | None = None,
+    ) -> None:
+        _refuse(trainer)
+        unknown = [name for name in functionals if name not in NUMBERS]
+        if unknown:
+            raise ConfigError(f"functionals: {unknown[0]!r} is not known.", fix=f"use some of {', '.join(NUMBERS)}.")
+        self.forecaster = StepForecaster(
+            trainer.model,
+            trainer.optimizer,  # None until the training begins
+            estimate=_estimate(trainer, estimate),
+            run=run or RunOptions(autocast_dtype=_autocast(trainer)),
+            every_n_steps=every_n_steps,
+            budget=budget,
+            sample=sample,
+            verify=verify,
+            ledger=ledger,
+            on_forecast=on_forecast,
+        )
+        self._trainer, self._functionals = trainer, tuple(functionals)
+        self._hooks = TrainerHooks(trainer)
+        self._since: float | None = None  # when training time was last counted
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Listen."""
+        self._hooks.patch()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Begin a new window."""
+        self._hooks.begin()
+        self._since = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forecast: gradients are clipped, and the learning rate is the one about to be used."""
+        forecaster, trainer = self.forecaster, self._trainer
+        if not forecaster.wants(state.global_step):
+            return
+        self._count()
+        forecaster.model, forecaster.optimizer = trainer.model, trainer.optimizer
+        window, factor = self._hooks.window, self._hooks.clip_factor
+        forecast = forecaster.before_step(
+            state.global_step, lambda: window_of(trainer, window, self._functionals, factor)
+        )
+        for name, value in forecast.metrics().items():
+            trainer._metrics["train"][PREFIX + name].append(float(value))
+        self._since = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Let go of the batch."""
+        self._count()
+        self._hooks.begin()
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leave the trainer as it was."""
+        self._hooks.unpatch()
+
+    def _count(self) -> None:
+        now = time.perf_counter()
+        if self._since is not None:
+            self.forecaster.time.train(now - self._since)
+        self._since = now
+
+
+class EntropyForecastMixin:
+    """For trainers of one's own: ``class MyTrainer(EntropyForecastMixin, GRPOTrainer)``.
+
+    Args:
+        *args: of the trainer.
+        entropy_forecast: options of `EntropyForecastCallback`; None for its defaults.
+        **kwargs: of the trainer.
+
+    Attributes:
+        entropy_forecast: the callback.
+
+    Raises:
+        ConfigError: see `EntropyForecastCallback`.
+    """
+
+    def __init__(self, *args: Any, entropy_forecast: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.entropy_forecast = EntropyForecastCallback(self, **(entropy_forecast or {}))
+        self.add_callback(self.entropy_forecast)  # type: ignore[attr-defined]
+
+
+def _refuse(trainer: Any) -> None:
+    """Ways of training whose steps cannot be forecast."""
+    accelerator = getattr(trainer, "accelerator", None)
+    if accelerator is None:
+        raise ConfigError(
+            f"a {type(trainer).__name__} is no trainer.", fix="pass the GRPOTrainer that the callback is added to."
+        )
+    for name, what in (
+        ("is_deepspeed_enabled", "DeepSpeed steps inside the backward, so that no gradient stands before its step"),
+        ("is_fsdp_enabled", "FSDP keeps every rank's shard of a parameter alone"),
+    ):
+        if getattr(trainer, name, False):
+            raise ConfigError(f"EntropyForecastCallback: {what}.", fix="train without it to have forecasts.")
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"EntropyForecastCallback: {accelerator.num_processes} processes, whose batches would have to be put together.",
+            fix="train in one process to have forecasts.",
+        )
+
+
+def _estimate(trainer: Any, given: EstimateOptions | None) -> EstimateOptions:
+    return dataclasses.replace(
+        given or EstimateOptions(weighting="pooled"), policy_temperature=float(trainer.temperature)
+    )
+
+
+def _autocast(trainer: Any) -> Literal["bfloat16", "float16"] | None:
+    return "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None

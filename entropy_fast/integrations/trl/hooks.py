@@ -1,0 +1,194 @@
+"""What a TRL trainer says while it makes a step, by patches on that one trainer, taken back when the training ends.
+
+Legend: L the loss that is backpropagated, s_t log-prob and H_t entropy of completion token t.
+
+    _generate_and_score_completions      every response is told its prompt's number, the step it was born at, and its reward
+    _calculate_rewards                   the rewards that go into the advantages
+    _compute_loss                        which micro-batches make up the step
+    accelerator.clip_grad_norm_          what the gradient is multiplied by
+    _get_per_token_logps_and_entropies   s_t and H_t, and hooks on both that see ∂L/∂s_t and ∂L/∂H_t in its own backward
+
+Neither values nor random draws change: a hook that returns nothing leaves the gradient as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from entropy_fast.errors import ConfigError
+from entropy_fast.step.next_step import CLIP_EPS
+
+__all__ = ["BORN", "GROUP", "REWARD", "MicroBatch", "TrainerHooks"]
+
+GROUP, BORN, REWARD = TAGS = ("entropy_fast_group", "entropy_fast_born", "entropy_fast_reward")
+CLIP = "clip_grad_norm_"
+PATCHED = (
+    "_generate_and_score_completions",
+    "_calculate_rewards",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+)
+
+
+@dataclasses.dataclass(eq=False)
+class MicroBatch:
+    """One micro-batch of the window, of n rows and C completion tokens.
+
+    Attributes:
+        inputs: as the trainer's loss gets them, with our tags.
+        logprobs: [n, C] s_t, detached; None until they are computed.
+        entropies: [n, C] H_t, likewise; None also where the trainer does not compute them.
+        by_logprob: [n, C] ∂L/∂s_t; None until the backward.
+        by_entropy: [n, C] ∂L/∂H_t; None where the loss has no gradient by entropies.
+    """
+
+    inputs: dict[str, Any]
+    logprobs: Tensor | None = None
+    entropies: Tensor | None = None
+    by_logprob: Tensor | None = None
+    by_entropy: Tensor | None = None
+
+
+class TrainerHooks:
+    """Collects the micro-batches of every step of a trainer.
+
+    Args:
+        trainer: a ``trl.GRPOTrainer``, or one of a class made from it.
+
+    Attributes:
+        window: of the step that is being made.
+        clip_factor: what clipping multiplied its gradient by; 1 until it was clipped.
+
+    Raises:
+        ConfigError: the trainer has not the methods that are listened to.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        missing = [name for name in PATCHED if not callable(getattr(trainer, name, None))]
+        if missing:
+            raise ConfigError(
+                f"a {type(trainer).__name__} has no {', '.join(missing)}, which a forecast listens to.",
+                fix="use trl.GRPOTrainer or a class made from it (tried with TRL 1.16); for other trainers, "
+                "entropy_fast.integrations.loops.forecast_step.",
+            )
+        self.window: list[MicroBatch] = []
+        self.clip_factor = 1.0
+        self._trainer = trainer
+        self._current: MicroBatch | None = None
+        self._rewards: list[Tensor] = []  # of the generation that is being made
+        self._groups = 0
+        self._clip_before: object | None = None
+        self._before: dict[str, object] | None = None  # what the instance itself had under the patched names
+
+    def patch(self) -> None:
+        """Put the patches on; nothing where they are on."""
+        if self._before is not None:
+            return
+        trainer = self._trainer
+        self._before = {name: trainer.__dict__[name] for name in PATCHED if name in trainer.__dict__}
+        makers = (self._generating, self._rewarding, self._losing, self._scoring)
+        for name, maker in zip(PATCHED, makers, strict=True):
+            setattr(trainer, name, maker(getattr(trainer, name)))
+        self._clip_before = trainer.accelerator.__dict__.get(CLIP)
+        setattr(trainer.accelerator, CLIP, self._clipping(getattr(trainer.accelerator, CLIP)))
+
+    def begin(self) -> None:
+        """A new step."""
+        self.window, self.clip_factor = [], 1.0
+
+    def unpatch(self) -> None:
+        """Take them off, and forget the window."""
+        before, self._before = self._before, None
+        self.begin()
+        self._current = None
+        if before is None:
+            return
+        self._trainer.accelerator.__dict__.pop(CLIP, None)
+        if self._clip_before is not None:
+            setattr(self._trainer.accelerator, CLIP, self._clip_before)
+        for name in PATCHED:
+            self._trainer.__dict__.pop(name, None)
+            if name in before:
+                setattr(self._trainer, name, before[name])
+
+    def _generating(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def generate(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            trainer = self._trainer
+            self._rewards.clear()
+            found = original(inputs, *args, **kwargs)
+            if trainer.model.training and isinstance(found, dict):
+                ids = found["completion_ids"]
+                # One process: the rows are the whole batch, prompt by prompt.
+                rows = torch.arange(len(ids), device=ids.device)
+                found[GROUP] = rows // trainer.num_generations + self._groups
+                found[BORN] = torch.full_like(rows, trainer.state.global_step)
+                self._groups += -(-len(ids) // trainer.num_generations)
+                if self._rewards and len(self._rewards[-1]) == len(ids):
+                    found[REWARD] = self._rewards[-1].to(ids.device)
+            return found
+
+        return generate
+
+    def _rewarding(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def calculate(*args: Any, **kwargs: Any) -> Any:
+            found = original(*args, **kwargs)
+            if isinstance(found, Tensor):
+                weights = torch.as_tensor(self._trainer.reward_weights, dtype=torch.float64, device=found.device)
+                self._rewards.append((found.detach().double() * weights).nansum(1))
+            return found
+
+        return calculate
+
+    def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def clip(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+            norm = original(parameters, max_norm, *args, **kwargs)
+            if norm is not None:
+                self.clip_factor *= min(1.0, float(max_norm) / (float(norm) + CLIP_EPS))
+            return norm
+
+        return clip
+
+    def _losing(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            if not (self._trainer.model.training and torch.is_grad_enabled()):
+                return original(model, inputs, *args, **kwargs)
+            self._current = MicroBatch(inputs)
+            self.window.append(self._current)
+            try:
+                return original(model, inputs, *args, **kwargs)
+            finally:
+                self._current = None
+
+        return compute_loss
+
+    def _scoring(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def score(*args: Any, **kwargs: Any) -> Any:
+            found = original(*args, **kwargs)
+            batch = self._current
+            if batch is not None and batch.logprobs is None and torch.is_grad_enabled():
+                logprobs, entropies = found[0], found[1]
+                batch.logprobs = logprobs.detach()
+                if logprobs.requires_grad:
+                    logprobs.register_hook(_keeping(batch, "by_logprob"))
+                if entropies is not None:
+                    batch.entropies = entropies.detach()
+                    if entropies.requires_grad:
+                        entropies.register_hook(_keeping(batch, "by_entropy"))
+            return found
+
+        return score
+
+
+def _keeping(batch: MicroBatch, name: str) -> Callable[[Tensor], None]:
+    """A hook that keeps a gradient, added up where there are several backwards."""
+
+    def keep(gradient: Tensor) -> None:
+        own, before = gradient.detach().double(), getattr(batch, name)
+        setattr(batch, name, own if before is None else before + own)
+
+    return keep
