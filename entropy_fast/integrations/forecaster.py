@@ -115,9 +115,13 @@ class StepForecaster:
             own = window()
             with_responses = set(own.rollouts.prompt_index[own.rollouts.response_lengths > 0].tolist())
             prompts = self._prompts(len(with_responses))
-            if len(with_responses) < 2:
+            if len(with_responses) < 2 or not self._moves():
                 prompts = None
-                reason = f"{len(with_responses)} prompts of the step have responses that count in its loss"
+                reason = (
+                    f"{len(with_responses)} prompts of the step have responses that count in its loss"
+                    if self._moves()
+                    else "the learning rate is 0"
+                )
                 realised, back = self._look_back(step, kept, own, 2)
             elif prompts is None:
                 reason = back = "the time budget does not allow one yet"
@@ -151,6 +155,10 @@ class StepForecaster:
             with self._never_breaks():
                 hook(forecast)
         return forecast
+
+    def _moves(self) -> bool:
+        """Whether some learning rate is not 0: schedulers begin, and end, there."""
+        return any(float(group["lr"]) != 0 for group in self.optimizer.param_groups)
 
     def _prompts(self, available: int) -> int | None:
         allowed = self.time.prompts(available)
