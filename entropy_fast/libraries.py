@@ -17,11 +17,11 @@ from torch import Tensor, nn
 __all__ = [
     "attention_configurations",
     "attention_function",
-    "casts_outputs_alone",
     "dequantized_weight",
     "embedding_scale",
     "is_exactly",
     "prompt_learning",
+    "runs_its_own_forward",
     "trainer_decay_names",
     "transformers_base",
 ]
@@ -99,9 +99,29 @@ def prompt_learning(module: nn.Module) -> bool:
     return bool(getattr(config, "is_prompt_learning", False))
 
 
-def casts_outputs_alone(module: nn.Module) -> bool:
-    """Whether a module's own forward is the one that accelerate places: autocast around it, and outputs in float32."""
+def runs_its_own_forward(module: nn.Module) -> bool:
+    """Whether what stands in place of a module's forward comes down to its class's own, but for casts of what it returns.
+
+    Two libraries put something there: accelerate, autocast around it and outputs in float32; TRL, a forward that scores tokens
+    where it is asked to (``fused_lm_head=True``) and calls the one before elsewhere. They may stand on top of each other.
+    """
     placed = module.__dict__.get("forward")
-    inner = getattr(getattr(placed, "__func__", placed), "__wrapped__", None)
-    before = getattr(getattr(module, "_original_forward", None), "__func__", None)
-    return type(inner).__module__.startswith("accelerate.") and before is type(module).forward
+    while placed is not None:
+        function = getattr(placed, "__func__", placed)
+        if function is type(module).forward:
+            return True
+        inner = getattr(function, "__wrapped__", None)
+        if type(inner).__module__.startswith("accelerate."):
+            placed = getattr(module, "_original_forward", None)
+        else:
+            placed = _before_fused_head(function)
+    return False
+
+
+def _before_fused_head(function: Any) -> Any:
+    """The forward that TRL's calls unless it is asked to score tokens; None where the function is not TRL's."""
+    code = getattr(function, "__code__", None)
+    if code is None or function.__globals__.get("__name__") != "trl.trainer.utils" or code.co_name != "_fused_forward":
+        return None
+    cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
+    return cells["original_forward"].cell_contents if "original_forward" in cells else None

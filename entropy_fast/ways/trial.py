@@ -20,7 +20,7 @@ from entropy_fast.checks.model_state import reentrant_checkpointing
 from entropy_fast.checks.repeatability import check_repeatable
 from entropy_fast.context import ProbeContext
 from entropy_fast.errors import ModelStateError
-from entropy_fast.libraries import casts_outputs_alone, prompt_learning
+from entropy_fast.libraries import prompt_learning, runs_its_own_forward
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways.teacher_forcing import OutputHead, align_logprobs, find_output_head, model_logits, pad_rows
 
@@ -175,8 +175,8 @@ class Trial:
 def skipped_modules_do_more(context: ProbeContext) -> str | None:
     """Why the decoder and the output layer are not all that the model's forward is; None where they are.
 
-    Looked at: hooks, forwards of the instance's own, and adapters that put tokens of their own in front. A forward that
-    accelerate has placed, which casts outputs, changes nothing before them.
+    Looked at: hooks, forwards of the instance's own, and adapters that put tokens of their own in front. What accelerate
+    and TRL place there, which calls the class's own, changes nothing before outputs.
     """
     found = find_output_head(context.registry.module)
     if found is None:
@@ -190,7 +190,7 @@ def skipped_modules_do_more(context: ProbeContext) -> str | None:
         called = name or type(module).__name__
         if module._forward_hooks or module._forward_pre_hooks:
             return f"'{called}' has forward hooks, which would not run"
-        if "forward" in module.__dict__ and not casts_outputs_alone(module):
+        if "forward" in module.__dict__ and not runs_its_own_forward(module):
             return f"'{called}' has a forward of its own, which would not run"
     return None
 

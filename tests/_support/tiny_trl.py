@@ -61,7 +61,9 @@ def tiny_trainer(
         "use_cpu": True, "bf16": False, "seed": 7, "disable_tqdm": True, "gradient_checkpointing": False,
     }  # fmt: skip
     rows = [
-        {"prompt": f"{a} plus {b} is" if (a + b) % 2 else f"{a} plus {b} plus {b} is"} for a in range(5) for b in range(5)
+        {"prompt": f"{a} plus {b} is" if (a + b) % 2 else f"{a} plus {b} plus {b} is"}
+        for a in range(5)
+        for b in range(5)
     ]
     return (kind or GRPOTrainer)(
         model=tiny_model() if model is None else model,

@@ -21,7 +21,11 @@ def forecast(step: int, level: float, change: float, error: float) -> Any:
         SimpleNamespace(delta_h1=0.2, prompt="up", group_ids=(9,), role="both"),
     ]
     result = SimpleNamespace(
-        split=SimpleNamespace(direct=part), forecast=part, entropy_level=level, unit="nats per token", per_prompt=prompts
+        split=SimpleNamespace(direct=part),
+        forecast=part,
+        entropy_level=level,
+        unit="nats per token",
+        per_prompt=prompts,
     )
     return SimpleNamespace(step=step, result=result)
 
