@@ -102,13 +102,14 @@ class OfflineEntropyProbe:
     def _sampled(self, rollouts: Rollouts, wanted: Wanted) -> DeltaH1Result:
         """From chunks of prompts, until there are as many as asked for or the direct part is known well enough."""
         estimate, kept = self.context.estimate, rollouts.without_empty_responses()[0]
+        columns_of(estimate, wanted, rollouts, rollouts)  # says what does not fit the whole batch
         chunks = PromptChunks(rollouts, estimate.sample, estimate.relative_error)
         found: tuple[Measured, DeltaH1Result] | None = None
         rows = torch.zeros(0, dtype=torch.int64)
         while chunks.go_on(None if found is None else found[1]):
             own = chunks.next_rows()
             part, rows = rollouts.select_rows(own), torch.cat([rows, own])
-            probe = self._asked(of_rows(wanted, own), part, part)
+            probe = self._asked(of_rows(wanted, own, part.n_prompts / kept.n_prompts), part, part)
             probe.context = dataclasses.replace(probe.context, prompts_of_batch=kept.n_prompts)
             measured, _, _ = probe._measured(part)
             measured = measured if found is None else merged(found[0], measured)

@@ -111,6 +111,7 @@ def probe(
             state,
             update,
             entropy_rollouts=entropy,
+            coefficients=inputs.coefficients(update),
             functionals=usual_functionals(update if entropy is None else entropy),
             estimate=inputs.estimate,
             run=inputs.run,

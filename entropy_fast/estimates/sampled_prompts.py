@@ -68,11 +68,23 @@ class PromptChunks:
         return torch.isin(self._prompt_of_row, chosen).nonzero().squeeze(-1)
 
 
-def of_rows(wanted: Wanted, rows: Tensor) -> Wanted:
-    """What is asked for, of some rows of the batch."""
+def of_rows(wanted: Wanted, rows: Tensor, share: float = 1.0) -> Wanted:
+    """What is asked for, of some rows of the batch.
+
+    Args:
+        wanted: of the whole batch.
+        rows: which.
+        share: their prompts of all prompts of the batch. Coefficients are of the whole batch's loss, and would be taken for
+            those of these prompts' alone.
+    """
     functionals = {name: torch.as_tensor(numbers)[rows] for name, numbers in wanted.functionals.items()}
     mask = None if wanted.entropy_mask is None else torch.as_tensor(wanted.entropy_mask)[rows]
-    return dataclasses.replace(wanted, functionals=functionals, entropy_mask=mask, scores=None)
+    update = wanted.update
+    if update is not None and (isinstance(update, Tensor) or not callable(update)):
+        given = update if isinstance(update, tuple) else (update,)
+        own = [torch.as_tensor(table)[rows].double() / share for table in given]
+        update = own[0] if len(own) == 1 else (own[0], own[1])
+    return dataclasses.replace(wanted, functionals=functionals, entropy_mask=mask, update=update, scores=None)
 
 
 def refuse_other_updates(wanted: Wanted, run: RunOptions) -> None:
@@ -81,11 +93,12 @@ def refuse_other_updates(wanted: Wanted, run: RunOptions) -> None:
     Raises:
         ConfigError: it is.
     """
-    for name, given in (("update", wanted.update), ("updates", wanted.candidates)):
-        if given is not None and not (name == "updates" and not wanted.candidates):
+    loss = callable(wanted.update) and not isinstance(wanted.update, Tensor)
+    for name, given in (("update", loss), ("updates", bool(wanted.candidates))):
+        if given:
             raise ConfigError(
                 f"`{name}` with gradient='live', whose update is what stands in .grad.",
-                fix="leave it out, or take gradient='rollouts'.",
+                fix="leave it out (coefficients may say what every token's part in .grad is), or take gradient='rollouts'.",
             )
     if run.by_sequence or run.by_token:
         raise ConfigError(
