@@ -263,6 +263,14 @@ def test_what_a_killed_writer_left_is_removed_and_a_folder_is_not_replaced(steps
     read_bundle(folder)
 
 
+def test_a_base_that_has_changed_is_said(steps, stored, base, tmp_path, capsys):
+    probed(stored["adapter"], tmp_path / "out")
+    assert "online: " in (shown := capsys.readouterr().out) and "has the base model changed" not in shown
+    build_model("qwen2", seed=1).save_pretrained(str(tmp_path / "other"))
+    probed(stored["adapter"], tmp_path / "out", "--model", str(tmp_path / "other"))
+    assert "has the base model changed" in capsys.readouterr().out
+
+
 def test_what_could_not_be_repeated_is_refused(steps, tmp_path):
     step, folder = steps["adapter"], tmp_path / "step"
     named = [p for p in step.model.parameters() if p.requires_grad]
