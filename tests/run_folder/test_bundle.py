@@ -34,7 +34,7 @@ def batch() -> Rollouts:
     longest, shortest = int(rollouts.response_lengths.argmax()), int(rollouts.response_lengths.argmin())
     mask[longest, mask[longest].nonzero()[1]] = 0
     mask[shortest] = 0
-    old = torch.where(mask == 1, -torch.rand(mask.shape) - 0.1, 0.0)
+    old = torch.where(mask == 1, -torch.rand(mask.shape) - 4, 0.0)
     texts = [f"prompt {k}" for k in range(rollouts.n_prompts)]
     return dataclasses.replace(rollouts, loss_mask=mask, old_logprobs=old, prompts=texts)
 
@@ -53,7 +53,7 @@ def scored(model: nn.Module, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
 
 def grpo(s: Tensor, h: Tensor, rollouts: Rollouts) -> Tensor:
     mask = rollouts.loss_mask
-    ratios = (s - rollouts.old_logprobs).clamp(-2, 2).exp()
+    ratios = (s - rollouts.old_logprobs).clamp(-2, 2).exp()  # some are clipped
     advantages = rollouts.advantages[:, None].to(s)
     return -((ratios * advantages + 0.05 * h) * mask).sum() / mask.sum()
 
@@ -76,6 +76,7 @@ class Step:
             nn.utils.clip_grad_norm_(trainable, 0.5)
             if not last:
                 self.optimizer.step()
+        assert 4 < len(self.coefficients[0].unique()) < int(self.rollouts.loss_mask.sum())
         self.scores = TokenScores(s.detach(), h.detach())
         self.base = base
 
