@@ -120,6 +120,11 @@ def _source(base: PreTrainedModel, name: str) -> ModelSource:
                 fix="load it as NF4 without double quantisation, or in 16 or 32 bits.",
             )
         dtype = str(settings["bnb_4bit_compute_dtype"]).removeprefix("torch.")
+    elif not all(p.is_floating_point() for p in base.parameters()):
+        raise BundleError(
+            "the base has weights in whole numbers, and its configuration does not say how they were quantised.",
+            fix="load it with from_pretrained and a quantization_config.",
+        )
     checkpointing = bool(getattr(base, "is_gradient_checkpointing", False))
     return ModelSource(name, _dtype_name(dtype), bool(settings), checkpointing, device)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from probe_models.architectures import add_lora, build_model
+from probe_models.architectures import add_lora, build_model, quantize_nf4
 from probe_models.batches import make_rollouts
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -237,6 +237,15 @@ def test_a_folder_without_its_manifest_is_refused(stored, tmp_path, capsys):
     assert "manifest.json" in capsys.readouterr().err
 
 
+def test_the_other_commands_take_it(stored, tmp_path):
+    folder = str(stored["adapter"])
+    assert run(["doctor", folder]) == 0
+    out = tmp_path / "out"
+    assert run(["validate", folder, "--etas", "0.1", "--no-picture", "--out", str(out)]) == 0
+    (found,) = json.loads((out / "validation.json").read_text())["runs"].values()
+    assert found["slope"] == pytest.approx(1, abs=0.05)
+
+
 def test_files_of_another_step_are_refused(stored, tmp_path, capsys):
     other = str(stored["model"] / "rollouts.parquet")
     assert run(["probe", str(stored["adapter"]), "--rollouts", other, "--out", str(tmp_path / "out")]) != 0
@@ -291,6 +300,11 @@ def test_what_could_not_be_repeated_is_refused(steps, tmp_path):
     other.get_base_model().model.norm.requires_grad_(False)
     with pytest.raises(BundleError, match=r"no trainable parameter has a \.grad"):
         step.keep(folder, model=other, optimizer=torch.optim.AdamW(p for p in other.parameters() if p.requires_grad))
+    quantised = add_lora(quantize_nf4(build_model("qwen2")))
+    with pytest.raises(BundleError, match="how they were quantised"):
+        step.keep(
+            folder, model=quantised, optimizer=torch.optim.AdamW(p for p in quantised.parameters() if p.requires_grad)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
