@@ -62,7 +62,7 @@ def fast_delta_h1(
             and entropies [N, T] of ``rollouts`` (in column t those of the token in column t; 0 where no response token stands)
             that returns a scalar of the whole batch with its graph. It is called once, after a sweep that finds them.
         coefficients: the update as -∂L/∂(log-prob), [N] by sequence or [N, T] by token; or a pair of that and -∂L/∂(entropy)
-            [N, T].
+            [N, T]. With ``gradient="live"`` those of the loss that ``.grad`` is of: a prompt's own part in it is known by them.
         updates: other updates to compare with it, by name: a ready one of `entropy_fast.candidates`, a loss or coefficients.
             See ``result.updates``.
         scores: log-probs and entropies [N, T] of ``rollouts`` under the model as it is now, which saves that sweep; they are

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 __all__ = [
     "BackendUnavailableError",
+    "BundleError",
     "CheckpointingError",
     "ConfigError",
     "EntropyFastError",
@@ -93,6 +94,10 @@ class OutputFileError(EntropyFastError, OSError):
 
 class RunFolderError(EntropyFastError, ValueError):
     """A run folder misses a file, or its ``run.json`` cannot be understood."""
+
+
+class BundleError(RunFolderError):
+    """A training step cannot be kept whole, or what was kept of one is no longer what was written."""
 
 
 class ResultError(EntropyFastError, ValueError):

@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from entropy_fast.cli.model_options import model_source
 from entropy_fast.cli.probe_options import changed_options
 from entropy_fast.config import EstimateOptions, RunOptions
-from entropy_fast.errors import MissingTokenizerError, RunFolderError
+from entropy_fast.errors import ConfigError, MissingTokenizerError, RunFolderError
 from entropy_fast.rollouts import Rollouts, read_rollouts
-from entropy_fast.run_folder.adapter import attach_adapter
+from entropy_fast.run_folder.adapter import load_policy
+from entropy_fast.run_folder.bundle_reading import BUNDLE_NAME, Bundle, read_bundle
 from entropy_fast.run_folder.manifest import read_manifest
-from entropy_fast.run_folder.model_source import ModelSource, load_model, load_tokenizer
+from entropy_fast.run_folder.model_source import ModelSource, load_tokenizer
 from entropy_fast.step import AdamState, adam_state_from_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 __all__ = ["Inputs", "load_policy", "read_batch", "require_no_pipe", "resolve"]
@@ -35,14 +37,21 @@ class Inputs:
     entropy_rollouts: Path | None
     estimate: EstimateOptions
     run: RunOptions
+    bundle: Bundle | None = None
 
     def read_rollouts(self) -> tuple[Rollouts, Rollouts | None]:
         """Update batch and, where there is one, entropy batch."""
         entropy = None if self.entropy_rollouts is None else read_batch(self.entropy_rollouts, self.model)
         return read_batch(self.rollouts, self.model), entropy
 
+    def coefficients(self, update: Rollouts) -> Tensor | tuple[Tensor, Tensor] | None:
+        """The update by token, of a bundle; None where options describe it."""
+        return None if self.bundle is None else self.bundle.coefficients(update)
+
     def load(self) -> tuple[PreTrainedModel | PeftModel, AdamState]:
-        """Model (with its adapter) and the optimizer state matched to it."""
+        """Model (with its adapter, and the gradient of a bundle) and the optimizer state matched to it."""
+        if self.bundle is not None:
+            return self.bundle.load(self.model)
         model = load_policy(self.model, self.adapter)
         return model, adam_state_from_file(self.optimizer, model)
 
@@ -53,12 +62,6 @@ def read_batch(path: Path, source: ModelSource) -> Rollouts:
         return read_rollouts(path)
     except MissingTokenizerError:
         return read_rollouts(path, tokenizer=load_tokenizer(source))
-
-
-def load_policy(source: ModelSource, adapter: Path | None) -> PreTrainedModel | PeftModel:
-    """The model with its adapter; without an adapter all floating-point parameters are trainable."""
-    base = load_model(source)
-    return base if adapter is None else attach_adapter(base, adapter)
 
 
 def resolve(
@@ -83,7 +86,8 @@ def resolve(
 
     Raises:
         RunFolderError: neither gives a model, an optimizer file and rollouts, or one of them is no file.
-        ConfigError: an option of the probe has a value outside what there is.
+        BundleError: the folder is a kept step that is not whole.
+        ConfigError: an option of the probe has a value outside what there is, or a kept step is given files of another.
     """
     if folder is None:
         model = model_source(None, **model_options)
@@ -101,7 +105,13 @@ def resolve(
         estimate, run = changed_options(EstimateOptions(), RunOptions(), options)
         found = Inputs(model, adapter, optimizer, rollouts, entropy_rollouts, estimate, run)
     else:
-        manifest = read_manifest(folder)
+        device = model_options.get("device")
+        bundle = read_bundle(folder, device=device) if (folder / BUNDLE_NAME).exists() else None
+        if bundle is not None:
+            refuse_others(adapter, optimizer, rollouts)
+        manifest = read_manifest(folder, device=device) if bundle is None else bundle.manifest
+        if bundle is None and (manifest.gradient is not None or manifest.coefficients is not None):
+            bundle = read_bundle(folder)  # says what is missing
         chosen = model_source(manifest.model, **model_options)
         assert chosen is not None
         stored_adapter = None if manifest.adapter is None else folder / manifest.adapter
@@ -115,10 +125,25 @@ def resolve(
             entropy_rollouts=entropy_rollouts or stored_entropy,
             estimate=estimate,
             run=run,
+            bundle=bundle,
         )
     for path in (found.optimizer, found.rollouts, found.entropy_rollouts):
         require_no_pipe(path)
     return found
+
+
+def refuse_others(adapter: Path | None, optimizer: Path | None, rollouts: Path | None) -> None:
+    """Raise where a bundle is to be probed with files of another step.
+
+    Raises:
+        ConfigError: one of them is given.
+    """
+    for name, path in (("--adapter", adapter), ("--optimizer", optimizer), ("--rollouts", rollouts)):
+        if path is not None:
+            raise ConfigError(
+                f"{name} {path} beside a kept step, whose gradient and coefficients belong to its own files.",
+                fix="leave it out, or pass all files one by one without the folder.",
+            )
 
 
 def require_no_pipe(path: Path | None) -> None:

@@ -83,7 +83,7 @@ def probe(
     quiet_libraries()
     from entropy_fast.api import fast_delta_h1
     from entropy_fast.cli.inputs import resolve
-    from entropy_fast.cli.saving import save_and_show
+    from entropy_fast.cli.saving import save_and_show, show_online
     from entropy_fast.columns.functional import usual_functionals
     from entropy_fast.report.picture import require_matplotlib
     from entropy_fast.run_folder.placing import check_folder
@@ -111,9 +111,12 @@ def probe(
             state,
             update,
             entropy_rollouts=entropy,
+            coefficients=inputs.coefficients(update),
             functionals=usual_functionals(update if entropy is None else entropy),
             estimate=inputs.estimate,
             run=inputs.run,
             on_progress=report,
         )
     save_and_show(result, target, picture=picture)
+    if inputs.bundle is not None and all(given is None for given in (entropy_rollouts, *options.values())):
+        show_online(inputs.bundle.online, result)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.text import Text
 
@@ -13,7 +15,9 @@ from entropy_fast.report.picture import require_matplotlib, write_picture
 from entropy_fast.report.terminal import print_result
 from entropy_fast.run_folder.result_files import write_result
 
-__all__ = ["save_and_show"]
+__all__ = ["save_and_show", "show_online"]
+
+FAR = 1e-4  # of the number; the same arithmetic on the same machine is within 1e-6, in 16 bits with other padding it is not
 
 
 def save_and_show(result: DeltaH1Result, folder: Path, *, picture: bool | None) -> None:
@@ -40,6 +44,25 @@ def save_and_show(result: DeltaH1Result, folder: Path, *, picture: bool | None) 
     if undrawn is not None:
         console.print(Text(f"note: contributions.png was not drawn: {undrawn}", style="yellow"))
     console.print(Text("written: " + ", ".join(map(str, paths))), soft_wrap=True)
+
+
+def show_online(online: Mapping[str, Any] | None, result: DeltaH1Result) -> None:
+    """Say how far a repeated forecast is from the one that was made online: a base that has changed shows nowhere else.
+
+    Args:
+        online: of a kept step; None where no number was kept.
+        result: the repeated one.
+    """
+    kept = None if online is None else online.get("forecast")
+    if kept is None:
+        return
+    apart = abs(result.forecast.value - kept) / abs(kept) if kept else abs(result.forecast.value)
+    text = f"online: {kept:.6g} {result.unit}; this one is {apart:.1e} of it away."
+    if apart <= FAR:
+        output().print(Text(text))
+    else:
+        fix = "Was it on another device, or has the base model changed since?"
+        output().print(Text(f"note: {text} {fix}", style="yellow"))
 
 
 def _write(result: DeltaH1Result, folder: Path, picture: bool | None) -> tuple[list[Path], str | None]:

@@ -8,6 +8,7 @@ import platform
 import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -134,7 +135,9 @@ def _run(
     tried = plain if run.engine == REFERENCE else _default_engine(plain, run)
     checks += _forward_checks(model, few, tried)
     rate_option = None if rate > 0 else 1.0
-    asked = dataclasses.replace(estimate, blocks=None, learning_rate=estimate.learning_rate or rate_option)
+    # The reference has no live gradient, and a few rows are not what one is of.
+    described: dict[str, Any] = {"blocks": None, "gradient": "rollouts", "sample": None, "relative_error": None}
+    asked = dataclasses.replace(estimate, **described, learning_rate=estimate.learning_rate or rate_option)
     start = time.perf_counter()
     result = _probe(model, known, few, asked, tried)
     seconds = time.perf_counter() - start

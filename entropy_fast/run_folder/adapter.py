@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_fast.errors import RunFolderError
 from entropy_fast.run_folder.loading import first_line, ordinary_files, require_every_weight
+from entropy_fast.run_folder.model_source import ModelSource, load_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-__all__ = ["attach_adapter"]
+__all__ = ["attach_adapter", "load_policy"]
 
 # Far above what matching takes: a pattern of PEFT's kind needs microseconds a name.
 PATTERN_SECONDS = 10.0
@@ -28,6 +29,16 @@ for pattern in patterns:
     for name in names:
         compiled.fullmatch(name)
 """
+
+
+def load_policy(source: ModelSource, adapter: Path | None) -> PreTrainedModel | PeftModel:
+    """The model with its adapter; without an adapter all floating-point parameters are trainable.
+
+    Raises:
+        RunFolderError: one of them cannot be found or loaded.
+    """
+    base = load_model(source)
+    return base if adapter is None else attach_adapter(base, adapter)
 
 
 def attach_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -13,10 +13,14 @@ from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError, RunFolderError
 from entropy_fast.run_folder.model_source import ModelSource
 
-__all__ = ["MANIFEST_NAME", "SCHEMA", "RunManifest", "read_manifest", "write_manifest"]
+__all__ = ["IN_FOLDER", "MANIFEST_NAME", "SCHEMA", "SCHEMA_OF_STEPS", "RunManifest", "read_manifest", "write_manifest"]
 
 MANIFEST_NAME = "run.json"
 SCHEMA = "entropy_fast.run/2"
+# Of one that names what a single step's update is; the fields are absent in the other.
+SCHEMA_OF_STEPS = "entropy_fast.run/3"
+OF_STEPS = ("gradient", "coefficients")
+IN_FOLDER = "folder:"  # in front of a model's name: a folder in the run folder
 LARGEST = 2**20  # bytes; far above what the fields below can take
 
 Built = TypeVar("Built")
@@ -34,6 +38,8 @@ class RunManifest:
         entropy_rollouts: entropy batch of the two-batch estimate.
         estimate: what the probe estimates.
         run: how it is run.
+        gradient: safetensors file of the gradient that stood in ``.grad``; None where none was kept.
+        coefficients: Parquet file of the update's coefficients by response token; None where options describe the update.
     """
 
     model: ModelSource
@@ -43,20 +49,31 @@ class RunManifest:
     entropy_rollouts: str | None = None
     estimate: EstimateOptions = dataclasses.field(default_factory=EstimateOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
+    gradient: str | None = None
+    coefficients: str | None = None
 
 
 def write_manifest(manifest: RunManifest, folder: Path) -> None:
     """Write ``run.json`` into the folder, atomically."""
     fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
     probe = {name: fields.pop(name).to_dict() for name in ("estimate", "run")}
-    document = {"schema": SCHEMA, **fields, "model": dataclasses.asdict(manifest.model), "probe": probe}
+    of_step = {name: found for name in OF_STEPS if (found := fields.pop(name)) is not None}
+    schema = SCHEMA_OF_STEPS if of_step else SCHEMA
+    document = {"schema": schema, **fields, **of_step, "model": dataclasses.asdict(manifest.model), "probe": probe}
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     with atomic_path(folder / MANIFEST_NAME) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> RunManifest:
+def read_manifest(folder: Path, *, device: str | None = None) -> RunManifest:
     """Read ``run.json`` and check that every file it names is there.
+
+    Args:
+        folder: the run folder.
+        device: where the model goes, in place of the device in the file, which this machine may lack.
+
+    Returns:
+        The manifest; the name of a model in the folder is its path.
 
     Raises:
         RunFolderError: missing, not JSON, another schema, unknown or missing fields, wrong types, or a named file that
@@ -64,9 +81,9 @@ def read_manifest(folder: Path) -> RunManifest:
     """
     path = folder / MANIFEST_NAME
     document = _document(folder, path)
-    if document.get("schema") != SCHEMA:
+    if document.get("schema") not in (SCHEMA, SCHEMA_OF_STEPS):
         raise RunFolderError(
-            f"{path} has schema {document.get('schema')!r}, expected {SCHEMA!r}.",
+            f"{path} has schema {document.get('schema')!r}, expected {SCHEMA!r} or {SCHEMA_OF_STEPS!r}.",
             fix="use the version that wrote it, or pass its files one by one (--model, --optimizer, --rollouts).",
         )
     fields = {key: value for key, value in document.items() if key != "schema"}
@@ -75,13 +92,23 @@ def read_manifest(folder: Path) -> RunManifest:
         raise RunFolderError(
             f"{path}: probe has unknown fields {sorted(unknown)}.", fix="the fields are estimate, run."
         )
+    if device is not None and isinstance(fields.get("model"), dict):
+        fields["model"] = {**fields["model"], "device": device}
     fields["model"] = _build(ModelSource, fields.get("model"), f"{path}: model")
     fields["estimate"] = _build(EstimateOptions, probe.get("estimate", {}), f"{path}: probe.estimate")
     fields["run"] = _build(RunOptions, probe.get("run", {}), f"{path}: probe.run")
     manifest = _build(RunManifest, fields, str(path))
-    for name in (manifest.rollouts, manifest.optimizer, manifest.adapter, manifest.entropy_rollouts):
+    files = (manifest.rollouts, manifest.optimizer, manifest.entropy_rollouts, manifest.gradient, manifest.coefficients)
+    for name in files:
         if name is not None:
-            _check_named(folder, path, name, is_folder=name is manifest.adapter)
+            _check_named(folder, path, name, is_folder=False)
+    if manifest.adapter is not None:
+        _check_named(folder, path, manifest.adapter, is_folder=True)
+    model = manifest.model
+    if model.name.startswith(IN_FOLDER):
+        inside = model.name[len(IN_FOLDER) :]
+        _check_named(folder, path, inside, is_folder=True)
+        manifest = dataclasses.replace(manifest, model=dataclasses.replace(model, name=str(folder.absolute() / inside)))
     return manifest
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from entropy_fast.errors import EntropyFastError, OutputFileError, RunFolderError
 from entropy_fast.run_folder.interrupts import signals_wait
 
-__all__ = ["check_folder", "put_in_place"]
+__all__ = ["check_folder", "new_folder", "put_in_place"]
 
 PREFIX = ".tmp-result-"
+PREFIX_OF_FOLDERS = ".tmp-folder-"
 # File systems without locks: there, two writers at once can take one another's temporary folder away, and one of them fails.
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 FIX = "pass --out with another folder."
@@ -65,7 +66,7 @@ def put_in_place(folder: Path, names: Sequence[str], fill: Callable[[Path], None
     check_folder(folder)
     try:
         with _made(folder), _alone(folder):
-            _remove_left_overs(folder)
+            _remove_left_overs(folder, PREFIX)
             temporary = folder / f"{PREFIX}{secrets.token_hex(8)}"
             try:
                 temporary.mkdir()
@@ -85,6 +86,44 @@ def put_in_place(folder: Path, names: Sequence[str], fill: Callable[[Path], None
             fix="free space there, or pass --out with another folder; what was there before is unchanged.",
         ) from error
     return written
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` to write into, which becomes it when the block ends without an exception.
+
+    On an exception it is removed, and folders above that had to be made with it. A writer that is killed leaves it under its
+    hidden name, and the next writer beside it removes it. One writer at a time in the folder above: a second waits.
+
+    Args:
+        folder: must not exist, or be empty.
+
+    Raises:
+        RunFolderError: it exists, or cannot be.
+        OutputFileError: it cannot be made, or a file in it cannot be written.
+    """
+    folder = folder.absolute()
+    check_folder(folder)
+    try:
+        with _made(folder.parent), _alone(folder.parent):
+            _remove_left_overs(folder.parent, PREFIX_OF_FOLDERS)
+            temporary = folder.parent / f"{PREFIX_OF_FOLDERS}{secrets.token_hex(8)}"
+            try:
+                if folder.is_symlink() or (folder.exists() and any(folder.iterdir())):
+                    raise RunFolderError(f"{folder} is there already.", fix="pass a folder that does not exist yet.")
+                temporary.mkdir()
+                yield temporary
+                with signals_wait():
+                    os.replace(temporary, folder)
+            finally:
+                with signals_wait():
+                    shutil.rmtree(temporary, ignore_errors=True)
+    except EntropyFastError:
+        raise  # as below
+    except OSError as error:
+        raise OutputFileError(
+            f"{folder} cannot be written: {error.strerror or error}.", fix="free space there, or pass another folder."
+        ) from error
 
 
 def _exchange(folder: Path, new: Path, names: Sequence[str], written: Sequence[str]) -> None:
@@ -142,7 +181,7 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _remove_left_overs(folder: Path) -> None:
+def _remove_left_overs(folder: Path, prefix: str) -> None:
     """Temporary folders of writers that were killed; whoever holds the lock is the only one alive."""
-    for path in folder.glob(f"{PREFIX}*"):
+    for path in folder.glob(f"{prefix}*"):
         shutil.rmtree(path, ignore_errors=True)

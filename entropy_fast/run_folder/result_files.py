@@ -7,7 +7,6 @@ names them, as a writer that was killed leaves them, are no result.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from entropy_fast._version import __version__
 from entropy_fast.errors import ResultError
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.run_folder.digests import sha256_of
 from entropy_fast.run_folder.placing import put_in_place
 
 __all__ = ["RESULT_SCHEMA", "read_result_document", "read_result_table", "result_document", "write_result"]
@@ -85,7 +85,7 @@ def write_result(
             pq.write_table(table, temporary / name, write_page_checksum=True)
         if draw is not None:
             draw(result, temporary / PICTURE)
-        files = {path.name: _sha256(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: sha256_of(path) for path in sorted(temporary.iterdir())}
         text = json.dumps({**document, "files": files}, indent=2, allow_nan=False) + "\n"
         (temporary / DOCUMENT).write_text(text, encoding="utf-8")
 
@@ -112,7 +112,7 @@ def read_result_document(folder: Path) -> dict[str, Any]:
         raise ResultError(f"{path}: `files` names none of a result's files.", fix="run the probe again.")
     for name in sorted(known):
         there = (folder / name).is_file()
-        if there != (name in files) or (there and _sha256(folder / name) != files[name]):
+        if there != (name in files) or (there and sha256_of(folder / name) != files[name]):
             problem = "is not the file it was written with" if there else "is missing"
             raise ResultError(f"{path}: {name} beside it {problem}.", fix="run the probe again.")
     found: dict[str, Any] = document
@@ -128,10 +128,6 @@ def read_result_table(folder: Path, name: str) -> pa.Table:
     if name not in read_result_document(folder)["files"] or not name.endswith(".parquet"):
         raise ResultError(f"the result in {folder} has no table {name}.", fix=f"read {PROMPTS}, or use --by-sequence.")
     return pq.read_table(folder / name, page_checksum_verification=True)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sequence_table(result: DeltaH1Result) -> pa.Table:

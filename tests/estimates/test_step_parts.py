@@ -337,9 +337,24 @@ class TestLive:
             fast_delta_h1(
                 *setup,
                 batch(),
-                coefficients=torch.ones(batch().n_sequences),
+                update=lambda logprobs, entropies: logprobs.sum(),
                 **options_of(step="next", gradient="live"),
             )
+
+    @pytest.mark.parametrize("options", [{}, {"sample": 3}, {"relative_error": 1e-6}], ids=str)
+    def test_coefficients_say_what_a_prompt_s_own_part_is(self, options: dict[str, Any]) -> None:
+        setup = stepped(OPTIMIZERS["adamw"])
+        self.filled(setup)
+        own = {"entropy_estimator": "rao_blackwell", "gradient": "live", **options}
+        expected = forecast(setup, **own)
+        described = forecast(setup, entropy_estimator="rao_blackwell").sequences["update"].coefficients
+        of_logprob = torch.as_tensor(described["update"]).double()[:, None] / len(SHAPE.sizes) * batch().loss_mask
+        for given in (of_logprob, (of_logprob, torch.zeros_like(of_logprob))):
+            found = fast_delta_h1(*setup, batch(), coefficients=given, **options_of(step="next", **own))
+            close(found.delta_h1, expected.delta_h1, float(expected.forecast.by_unit.abs().sum()))
+            one, two = found.diagnostics.live_gradient, expected.diagnostics.live_gradient
+            assert one is not None and two is not None
+            close(one.scale, two.scale, abs(two.scale))
 
     def test_chunks_are_never_one_prompt_and_keep_the_mask(self) -> None:
         setup = stepped(OPTIMIZERS["adamw"])
