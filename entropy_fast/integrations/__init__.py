@@ -1,0 +1,1 @@
+"""Batches of RL trainers, read into this package's own objects; no trainer is imported."""
