@@ -1,7 +1,7 @@
 """open-instruct's packs, as `PackedSequences` or as the `CollatedBatchData` of a worker, one or a list of them.
 
 Read from allenai/open-instruct: ``open_instruct/rl_utils.py`` at 00feb3a5, ``open_instruct/data_types.py`` at 0051d7f6;
-``open_instruct/data_loader.py`` as of both (advantages, padding, collation).
+and a stored ``open_instruct/data_loader.py`` of an unknown commit (advantages, padding, collation).
 
 Lists of packs, [L] each, or [b, L] padded on the right after collation; everything is by token, in the token's own column.
 ``attention_masks`` number the sequences of a pack from 1, and are 0 at padding. ``response_masks`` hold at response tokens the

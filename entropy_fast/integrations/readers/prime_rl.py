@@ -5,7 +5,8 @@ Read from PrimeIntellect-ai/prime-rl: ``src/prime_rl/transports/batch/types.py``
 ``src/prime_rl/trainer/batch.py`` at 004274ec (packing, padding).
 
 Everything is by token, [L] in a `MicroBatch` and [1, L] in a `TensorMicroBatch`, in the token's own column: several sequences
-one after the other, then padding. ``position_ids`` begin at 0 with every sequence; newer versions have ``sequence_lengths`` too.
+one after the other, then padding. ``position_ids`` begin at 0 with every sequence; newer versions have ``sequence_lengths``
+too. The trainer shifts its own log-probs to the tokens' columns to compare them (``shift_tensor_right``).
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def read(batch: Any, options: ReaderOptions) -> Rollouts:
 
 
 def _of_responses(fields: Fields, name: str, lengths: list[int]) -> list[Tensor]:
-    parts = [fields.tensor(name, row).reshape(-1) for row in list(fields.need(name))]
+    parts = [fields.tensor(name, row).reshape(-1) for row in fields.need(name)]
     found = [len(part) for part in parts]
     if found != lengths:
         fields.misshapen(name, found, [f"the response lengths {lengths}"])
@@ -88,13 +88,13 @@ def _rewards(fields: Fields, count: int) -> tuple[Tensor | None, bool]:
     Centring them once more would do no harm to whole groups, but a rank's share holds parts of groups.
     """
     value = fields.get("rewards")
-    if value is None or any(as_number(reward) is None for reward in list(value)):
+    if value is None or any(as_number(reward) is None for reward in value):
         return None, False
     rewards = torch.tensor([float(reward) for reward in value], dtype=torch.float64)
     if len(rewards) != count:
         fields.misshapen("rewards", rewards.shape, [count])
     raw = fields.get("raw_reward")
-    if raw is None or any(as_number(reward) is None for reward in list(raw)):
+    if raw is None or any(as_number(reward) is None for reward in raw):
         return rewards, False
     given = torch.tensor([float(reward) for reward in raw], dtype=torch.float64)
     if len(given) != count:  # a rank's share: raw rewards are of all ranks, in the order before they were shared out

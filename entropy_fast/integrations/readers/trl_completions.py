@@ -3,8 +3,8 @@
 Read from trl 1.16.0 (PyPI): ``trl/trainer/grpo_trainer.py``.
 
 Columns: ``step``, ``prompt``, ``completion``, one for every reward function, whatever `log_extra` added, and ``advantage``.
-Prompts and completions are texts, or conversations (lists of messages with ``role`` and ``content``). Completions were decoded without
-special tokens, so the end-of-sequence token that the policy sampled is not among the tokens made of them.
+Prompts and completions are texts, or conversations (lists of messages with ``role`` and ``content``). Completions were decoded
+without special tokens, so the end-of-sequence token that the policy sampled is not among the tokens made of them.
 """
 
 from __future__ import annotations
