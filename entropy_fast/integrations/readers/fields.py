@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from entropy_fast.errors import RolloutsError
@@ -69,7 +70,10 @@ class Fields:
             RolloutsError: it is missing, or no tensor.
         """
         given = self.need(name) if value is None else value
-        return as_tensor(f"{self.reader}.{name}", given, copy=False).cpu()
+        tensor = as_tensor(f"{self.reader}.{name}", given, copy=False).cpu()
+        # Python's floats are of 64 bits; torch would make 32 of them.
+        exact = isinstance(given, (list, tuple, float)) and tensor.is_floating_point()
+        return torch.as_tensor(given, dtype=torch.float64) if exact else tensor
 
     def matrix(self, name: str, rows: int | None = None, columns: int | None = None, *, value: Any = None) -> Tensor:
         """The field as a matrix of so many rows and columns; None is any number.

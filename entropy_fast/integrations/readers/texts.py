@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,16 @@ def rows_of(reader: str, batch: Any) -> list[Any]:
         return _rows_of_file(reader, Path(batch))
     if hasattr(batch, "to_dict") and hasattr(batch, "columns"):
         return list(batch.to_dict("records"))
-    if isinstance(batch, Mapping):
-        raise RolloutsError(
-            f"{reader}: the batch is one mapping; expected rows.", fix="pass a list of rows, or a path."
-        )
+    if isinstance(batch, Mapping) or not isinstance(batch, Iterable):
+        found = "one mapping" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise RolloutsError(f"{reader}: the batch is {found}; expected rows.", fix="pass a list of rows, or a path.")
     return list(batch)
 
 
 def single_step(reader: str, rows: Sequence[Fields]) -> None:
-    """Raise where rows are of several training steps: their policies differ."""
+    """Raise where there are no rows, or rows of several training steps: their policies differ."""
+    if not rows:
+        raise RolloutsError(f"{reader}: there are no rows.", fix="pass a file or a list with at least one.")
     steps = sorted({str(row.get("step")) for row in rows})
     if len(steps) > 1:
         shown = ", ".join(steps[:5]) + (", ..." if len(steps) > 5 else "")

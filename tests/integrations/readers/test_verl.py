@@ -34,9 +34,7 @@ def tensors(case: Case, *, by_token: bool = True) -> dict[str, torch.Tensor]:
 
 
 def proto(case: Case, batch: dict[str, torch.Tensor], **meta: Any) -> SimpleNamespace:
-    return SimpleNamespace(
-        batch=batch, non_tensor_batch={"uid": np.array(case.uids(), dtype=object)}, meta_info=meta
-    )
+    return SimpleNamespace(batch=batch, non_tensor_batch={"uid": np.array(case.uids(), dtype=object)}, meta_info=meta)
 
 
 @settings(deadline=None, max_examples=40)
@@ -44,9 +42,7 @@ def proto(case: Case, batch: dict[str, torch.Tensor], **meta: Any) -> SimpleName
 def test_every_number_stands_in_the_column_of_its_token(case: Case) -> None:
     rollouts = rollouts_from("verl", proto(case, tensors(case), temperature=0.7))
     assert rollouts.temperature == 0.7
-    assert_same(
-        rollouts, case, old=case.numbers(OLD), ref=case.numbers(REF), advantages=case.numbers(ADVANTAGE)
-    )
+    assert_same(rollouts, case, old=case.numbers(OLD), ref=case.numbers(REF), advantages=case.numbers(ADVANTAGE))
     assert rollouts.rewards is not None
     assert rollouts.rewards.tolist() == [float(row) for row in range(len(case))]
 
@@ -103,9 +99,7 @@ def test_the_jagged_form_of_the_workers_keeps_padded_masks(case: Case) -> None:
     batch["input_ids"] = nested(whole)
     rollouts = rollouts_from("verl", batch | {"loss_mask": batch["response_mask"]}, groups=case.groups, temperature=1.5)
     assert rollouts.temperature == 1.5
-    assert_same(
-        rollouts, case, old=case.numbers(OLD), ref=case.numbers(REF), advantages=case.numbers(ADVANTAGE)
-    )
+    assert_same(rollouts, case, old=case.numbers(OLD), ref=case.numbers(REF), advantages=case.numbers(ADVANTAGE))
 
 
 def test_without_advantages_they_are_made_of_rewards_and_without_a_mask_of_attention() -> None:
