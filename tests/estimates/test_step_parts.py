@@ -338,13 +338,15 @@ class TestLive:
 
     def test_coefficients_say_exactly_what_is_each_prompts_own(self) -> None:
         setup = stepped(OPTIMIZERS["adamw"])
-        loss, factor = self.filled(setup, 0.5), 0.5
-        given = -self.own_coefficients(factor)
-        x, g = gradients(setup[0], batch())
-        groups = list(dict.fromkeys(batch().group_ids.tolist()))
+        loss, factor, rollouts = self.filled(setup, 0.5), 0.5, batch()
+        sizes = torch.bincount(rollouts.prompt_index)
+        assert rollouts.advantages is not None
+        given = factor * rollouts.advantages / (rollouts.length_budgets * sizes * len(sizes))[rollouts.prompt_index]
+        x, g = gradients(setup[0], rollouts)
+        groups = list(dict.fromkeys(rollouts.group_ids.tolist()))
         for sample in (None, 3, 2):
             found = fast_delta_h1(
-                *setup, batch(), coefficients=-given, **options_of(step="next", gradient="live", sample=sample)
+                *setup, rollouts, coefficients=given, **options_of(step="next", gradient="live", sample=sample)
             )
             places = [groups.index(p.group_ids[0]) for p in found.per_prompt]
             # Whatever is sampled, a prompt meets the step of the others: its own part of .grad is known, not estimated.
