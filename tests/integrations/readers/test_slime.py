@@ -95,6 +95,8 @@ def test_a_rank_s_share_holds_raw_rewards_of_all_ranks() -> None:
     case = Case([[5]], [[6, 7]], [[1, 1]], [0])
     data = rollout_data(case) | {"rewards": [0.7], "raw_reward": [0.0, 2.0], "partition": range(1, 2)}
     assert_same(rollouts_from("slime", data, groups=[0]), case, old=case.numbers(-0.5), advantages=[0.7])
+    raw = rollouts_from("slime", data | {"rewards": [2.0]}, groups=[0])
+    assert raw.rewards is not None and raw.rewards.tolist() == [2.0]
     with pytest.raises(RolloutsError, match="`raw_reward` has shape"):
         rollouts_from("slime", {key: value for key, value in data.items() if key != "partition"}, groups=[0])
 
