@@ -243,12 +243,13 @@ class OfflineEntropyProbe:
             self.context.estimate.wanted_parts == ("direct",)
             and len(self.context.columns.of_side(Side.FUNCTIONAL)) == 1
         )
-        if batch.top_p not in (None, 1.0) and not alone:
+        if batch.truncated_by and not alone:
             raise RolloutsError(
-                f"Rollouts: sampled with top-p {batch.top_p}. Prefixes are then visited as often as the truncated policy does, "
-                "whose entropy is another quantity; the visitation part, and the total with it, would be of neither.",
+                f"Rollouts: sampled with {', '.join(batch.truncated_by)}. Prefixes are then visited as often as the truncated "
+                "policy does, whose entropy is another quantity; the visitation part, and the total with it, would be of "
+                "neither.",
                 fix="take the direct part alone (EstimateOptions(parts=('direct',)), --parts direct) and no functionals, which "
-                "is exact at the prefixes that were visited; or sample with top-p 1.",
+                "is exact at the prefixes that were visited; or sample with top-p 1, top-k 0 (off) and min-p 0.",
             )
 
     def _setting(self) -> Setting:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from probe_models.cases import Case, case_of, components_of, lora_case
 from torch import Tensor
 
 from entropy_fast import ProbeComponents
+from entropy_fast.columns.functional import usual_functionals
 from entropy_fast.engines.two_pass import engine as two_pass_engine
 from entropy_fast.errors import EntropyFastWarning, GraphDetachedError, RolloutsError
 from entropy_fast.step import AdamState
@@ -108,16 +111,40 @@ def test_the_sampling_temperature_is_reported_and_never_used(temperature: float 
     assert found.diagnostics.sampling == {"rollouts": (temperature, top_p)}
 
 
-def test_a_truncated_sampler_leaves_the_direct_part_alone() -> None:
+@pytest.mark.parametrize(
+    ("cut", "named"),
+    [
+        ({"top_p": 0.9}, "top-p 0.9"),
+        ({"top_k": 50}, "top-k 50"),
+        ({"min_p": 0.1}, "min-p 0.1"),
+        ({"top_p": 0.9, "top_k": 2, "min_p": 0.5}, "top-p 0.9, top-k 2, min-p 0.5"),
+        ({"temperature": None, "top_k": 2}, "top-k 2"),
+    ],
+)
+def test_a_truncated_sampler_leaves_the_direct_part_alone(cut: dict[str, Any], named: str) -> None:
     """How often prefixes are visited is then another policy's business, whose entropy is another quantity."""
-    case, odd = lora_case(), make_rollouts(temperature=1.0, top_p=0.9)
-    with pytest.raises(RolloutsError, match=r"top-p 0\.9.*another quantity") as caught:
+    case, odd = lora_case(), make_rollouts(**cut)
+    with pytest.raises(RolloutsError, match=rf"sampled with {re.escape(named)}\. .*another quantity") as caught:
         case.probe().compute_delta_h1(odd)
     assert "parts=('direct',)" in caught.value.fix
     with pytest.warns(EntropyFastWarning, match="the direct part is about the prefixes that were visited so"):
         found = case.probe(entropy_estimator="rao_blackwell", parts=("direct",)).compute_delta_h1(odd)
     expected = case.probe(entropy_estimator="rao_blackwell", parts=("direct",)).compute_delta_h1(make_rollouts())
     assert found.split.direct.value == expected.split.direct.value
+    (note,) = [note for note in found.diagnostics.warnings if "the direct part is about" in note]
+    assert named in note
+    assert found.diagnostics.sampling == {"rollouts": (odd.temperature, odd.top_p)}
+    assert found.diagnostics.truncation == {"rollouts": (cut.get("top_k"), cut.get("min_p"))}
+    assert not usual_functionals(odd)
+
+
+@pytest.mark.parametrize("off", [{"top_k": 0}, {"top_k": -1}, {"min_p": 0.0}, {"top_k": None, "min_p": None}])
+def test_a_sampler_that_cuts_nothing_is_no_news(off: dict[str, Any]) -> None:
+    case = lora_case()
+    found, expected = (case.probe().compute_delta_h1(rollouts) for rollouts in (make_rollouts(**off), make_rollouts()))
+    assert found.delta_h1 == expected.delta_h1
+    assert found.diagnostics.warnings == expected.diagnostics.warnings
+    assert usual_functionals(make_rollouts(**off))
 
 
 def test_two_batches_report_the_sampling_of_each() -> None:

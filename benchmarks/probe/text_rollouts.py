@@ -49,4 +49,6 @@ def _with_update(rollouts: Rollouts) -> Rollouts:
         max_lengths=rollouts.max_lengths,
         temperature=rollouts.temperature,
         top_p=rollouts.top_p,
+        top_k=rollouts.top_k,
+        min_p=rollouts.min_p,
     )

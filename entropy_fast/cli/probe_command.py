@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
+from entropy_fast.cli.candidate_option import CandidateOption, candidate_updates
 from entropy_fast.cli.console import errors, progress, quiet_libraries
 from entropy_fast.cli.model_options import (
     CheckpointingOption,
@@ -68,6 +69,7 @@ def probe(
     load_in_4bit: FourBitOption = None,
     gradient_checkpointing: CheckpointingOption = None,
     device: DeviceOption = None,
+    candidate: CandidateOption = None,
     picture: Annotated[
         bool | None,
         typer.Option(
@@ -101,6 +103,7 @@ def probe(
         "device": device,
     }
     inputs = resolve(run, model_options, adapter, optimizer, rollouts, entropy_rollouts, options)
+    updates = candidate_updates(candidate or (), inputs.estimate)
     update, entropy = inputs.read_rollouts()
     check_folder(target)
     with errors().status(Text(f"Loading {inputs.model.name}")):
@@ -113,6 +116,7 @@ def probe(
             entropy_rollouts=entropy,
             coefficients=inputs.coefficients(update),
             functionals=usual_functionals(update if entropy is None else entropy),
+            updates=updates,
             estimate=inputs.estimate,
             run=inputs.run,
             on_progress=report,

@@ -34,6 +34,8 @@ def sample(
     max_new_tokens: Annotated[int, typer.Option(help="Generation budget, recorded as L_max.")] = 256,
     temperature: Annotated[float, typer.Option(help="Anything but 1 biases a probe.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Anything but 1 biases a probe.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Anything but 0, which is all tokens, biases a probe.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Anything but 0 biases a probe.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(help="String that ends a response; may be repeated.")] = None,
     verifier: Annotated[
         str, typer.Option(help="Right is: last-number in the response equal to the answer, or exact-text.")
@@ -54,7 +56,7 @@ def sample(
     if verifier not in VERIFIERS:
         raise SamplingError(f"sampling: verifier is {verifier!r}.", fix=f"use one of {', '.join(VERIFIERS)}.")
     settings = SamplingSettings(
-        responses, max_new_tokens, temperature, top_p, tuple(stop or ()), seed, prompts_per_batch
+        responses, max_new_tokens, temperature, top_p, tuple(stop or ()), seed, prompts_per_batch, top_k, min_p
     )
     tasks = read_tasks(prompts)
     format_of(out)

@@ -103,7 +103,16 @@ def clip_higher(high: float = 0.28, low: float = 0.2) -> Candidate:
 
 
 def clip_cov(share: float = 2e-4, low: float = 1.0, high: float = 5.0, seed: int = 0) -> Candidate:
-    """A share of all tokens, drawn at random from those whose covariance lies between the limits, sends nothing back."""
+    """A share of all tokens, drawn at random from those whose covariance lies between the limits, sends nothing back.
+
+    Raises:
+        ConfigError: the share is not in (0, 1], or nothing lies between the limits.
+    """
+    _check_share("clip_cov", share)
+    if not low < high:
+        raise ConfigError(
+            f"updates: clip_cov has low={low} and high={high}.", fix="use limits of which the first is the lower one."
+        )
 
     def change(found: TokenUpdate) -> TokenUpdate:
         covariance = found.covariance
@@ -120,7 +129,11 @@ def kl_cov(share: float = 2e-3, coefficient: float = 1.0) -> Candidate:
     """The share of tokens with the largest covariance pays ``coefficient`` · w_i · |log πθ/π_old|; needs ``old_logprobs``.
 
     Where θ has not moved since it sampled that penalty has no gradient, and nothing changes.
+
+    Raises:
+        ConfigError: the share is not in (0, 1].
     """
+    _check_share("kl_cov", share)
 
     def change(found: TokenUpdate) -> TokenUpdate:
         log_ratios = log_ratios_of(found.scored)
@@ -137,6 +150,13 @@ def kl_cov(share: float = 2e-3, coefficient: float = 1.0) -> Candidate:
     return Candidate(
         change, None, f"a penalty of {coefficient:g} on the {share:.3g} of tokens with the largest covariance"
     )
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"updates: {name} has share={share}.", fix="use a share of all response tokens, above 0 and at most 1."
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

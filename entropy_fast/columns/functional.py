@@ -66,7 +66,7 @@ def usual_functionals(rollouts: Rollouts) -> dict[str, Tensor]:
     Nothing where a prompt has one response, or a truncated policy drew them, and their forecasts are refused.
     """
     kept = rollouts.without_empty_responses()[0]
-    if rollouts.top_p not in (None, 1.0):
+    if rollouts.truncated_by:
         return {}
     if int(torch.bincount(kept.prompt_index, minlength=kept.n_prompts).min()) < 2:
         return {}

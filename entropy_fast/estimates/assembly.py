@@ -198,6 +198,7 @@ def _result(
             leading_products=measured.leading_products,
             length_budget="; ".join(f"{name}: {_budget(batch)}" for name, batch in batches.items()),
             sampling={name: (batch.temperature, batch.top_p) for name, batch in batches.items()},
+            truncation={name: (batch.top_k, batch.min_p) for name, batch in batches.items()},
             unbiased_variance=told.unbiased_variance,
             warnings=tuple(notes),
             plan=measured.plan,

@@ -148,16 +148,22 @@ def _prompts_without_spread(batch: Rollouts) -> int:
 def _sampling_message(name: str, batch: Rollouts, estimate: EstimateOptions) -> str | None:
     own = (estimate.policy_temperature, 1.0)
     shown = f"({own[0]:g}, 1)"
-    if batch.temperature is None or batch.top_p is None:
-        return f"{name}: sampling temperature or top-p unknown; anything but {shown} biases the entropy gradient."
-    if (batch.temperature, batch.top_p) == own:
+    unknown = batch.temperature is None or batch.top_p is None
+    if not batch.truncated_by and not unknown and batch.temperature == own[0]:
         return None
-    sampled = (
-        f"{name}: sampled at temperature {batch.temperature}, top-p {batch.top_p}; log-probs are scored at {shown}"
-    )
+    known = [
+        *([] if batch.temperature is None else [f"temperature {batch.temperature}"]),
+        *(["top-p 1.0"] if batch.top_p == 1 else []),
+        *batch.truncated_by,
+    ]
+    if unknown and not batch.truncated_by:
+        return f"{name}: sampling temperature or top-p unknown; anything but {shown} biases the entropy gradient."
+    sampled = f"{name}: sampled at {', '.join(known)}; log-probs are scored at {shown}"
+    if unknown:
+        sampled += ", and sampling temperature or top-p is unknown"
     if estimate.wanted_parts == ("direct",):
         return f"{sampled}: the direct part is about the prefixes that were visited so."
-    if batch.temperature != own[0]:
+    if batch.temperature not in (None, own[0]):
         sampled += (
             ", so the entropy gradient is biased (about 20% at temperature 0.7). If the loss is of log-probs at the sampling "
             "temperature, pass policy_temperature"

@@ -129,6 +129,7 @@ class Diagnostics:
         plan: how the engine went through the batch, and why.
         clip_factor: what clipping by the global norm multiplies the gradient by; 1 where nothing is clipped.
         live_gradient: how the gradient that stood in ``.grad`` compares with the rollouts' own; None without one.
+        truncation: top-k and min-p the rollouts were sampled with, per batch, as ``sampling`` has temperature and top-p.
     """
 
     standard_errors: tuple[StandardError, ...]
@@ -143,6 +144,7 @@ class Diagnostics:
     plan: Plan
     clip_factor: float = 1.0
     live_gradient: GradientAgreement | None = None
+    truncation: Mapping[str, tuple[int | None, float | None]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -179,7 +179,11 @@ def _checkpointing(model: nn.Module) -> Check:
 def _batch_checks(batch: Rollouts, rollouts: Rollouts, n_empty: int) -> list[Check]:
     """What the rollouts alone tell."""
     useful = len(prompts_with_advantage(batch))
-    sampled = None if None in (batch.temperature, batch.top_p) else (batch.temperature, batch.top_p) == (1, 1)
+    sampled: bool | None = not batch.truncated_by and batch.temperature in (None, 1)
+    if sampled and None in (batch.temperature, batch.top_p):
+        sampled = None
+    others = [("top-k", batch.top_k), ("min-p", batch.min_p)]
+    shown = [("temperature", batch.temperature), ("top-p", batch.top_p), *(o for o in others if o[1] is not None)]
     return [
         Check("empty responses", None, f"{n_empty} of {rollouts.n_sequences}"),
         Check(
@@ -187,7 +191,7 @@ def _batch_checks(batch: Rollouts, rollouts: Rollouts, n_empty: int) -> list[Che
             useful > 0,
             f"{useful} of {batch.n_prompts}" + ("" if useful else "; every advantage is 0, and so is the update"),
         ),
-        Check("sampled at temperature 1, top-p 1", sampled, f"temperature {batch.temperature}, top-p {batch.top_p}"),
+        Check("sampled at temperature 1, top-p 1", sampled, ", ".join(f"{name} {number}" for name, number in shown)),
     ]
 
 

@@ -62,7 +62,9 @@ class Rollouts:
         ref_logprobs: [N, T] likewise those of a reference policy, which a KL term refers to.
         token_weights: [N, T] what the update's coefficient of every response token is multiplied by: corrections for the engine
             that sampled, or shares of an advantage by token.
-        temperature, top_p: how the responses were sampled; None means unknown. They are recorded, never used for scoring.
+        temperature, top_p, top_k, min_p: how the responses were sampled; None means unknown. They are recorded, never used for
+            scoring. Of ``top_k`` 0 and -1, which samplers take for "off", are kept as None, and None of ``top_k`` and ``min_p``
+            counts as off: most samplers have neither.
         prompts: B prompt texts, for reports only.
         responses: N response texts, for reports only.
 
@@ -82,6 +84,8 @@ class Rollouts:
     token_weights: Tensor | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     prompts: Sequence[str] | None = None
     responses: Sequence[str] | None = None
 
@@ -129,6 +133,8 @@ class Rollouts:
                 put(field, validation.token_logprobs(field, getattr(self, field), self.loss_mask))
         put("temperature", validation.temperature(self.temperature))
         put("top_p", validation.top_p(self.top_p))
+        put("top_k", validation.top_k(self.top_k))
+        put("min_p", validation.min_p(self.min_p))
         for field, count, unit in (("prompts", self.n_prompts, "prompt"), ("responses", shape[0], "sequence")):
             if getattr(self, field) is not None:
                 put(field, validation.texts(field, getattr(self, field), count, unit))
@@ -142,8 +148,8 @@ class Rollouts:
             batch: ``sequences`` [B, G, T] token ids, ``attention_masks`` [B, G, T], ``prompt_lens`` [B] (the *column* at
                 which responses start, that is the padded prompt width, not the number of prompt tokens), ``advantages``
                 [B, G] (or [B, G, T]) or ``rewards`` [B, G]; optional ``max_lengths`` [B], ``old_logprobs``,
-                ``ref_logprobs`` and ``token_weights`` [B, G, T], ``temperature``, ``top_p``, ``prompts`` (B texts) and
-                ``responses`` (B·G texts, prompt by prompt).
+                ``ref_logprobs`` and ``token_weights`` [B, G, T], ``temperature``, ``top_p``, ``top_k``, ``min_p``,
+                ``prompts`` (B texts) and ``responses`` (B·G texts, prompt by prompt).
 
         Raises:
             RolloutsError: a key is missing or unknown, or a field does not fit.
@@ -190,6 +196,18 @@ class Rollouts:
             return self._longest_response()
         assert isinstance(self.max_lengths, Tensor)
         return self.max_lengths.cpu()
+
+    @property
+    def truncated_by(self) -> tuple[str, ...]:
+        """What is known to have cut the policy that sampled, in words: "top-p 0.9", "top-k 50", "min-p 0.1"."""
+        found = []
+        if self.top_p not in (None, 1.0):
+            found.append(f"top-p {self.top_p}")
+        if self.top_k is not None:
+            found.append(f"top-k {self.top_k}")
+        if self.min_p not in (None, 0.0):
+            found.append(f"min-p {self.min_p}")
+        return tuple(found)
 
     def rows_of_prompt(self, prompt: int) -> Tensor:
         """[G] int64: the rows that answer prompt ``prompt`` (an index 0..B-1)."""

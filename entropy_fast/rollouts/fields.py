@@ -20,6 +20,7 @@ from entropy_fast.scalars import as_number
 __all__ = [
     "FIELDS",
     "LARGEST_ARRAY_BYTES",
+    "SAMPLING_FIELDS",
     "TOKEN_FIELDS",
     "Floats",
     "Integers",
@@ -35,9 +36,12 @@ Floats = npt.NDArray[np.float64]
 FIELDS = (
     "group_id", "input_ids", "loss_mask", "prompt_token_ids", "response_token_ids", "prompt", "response",
     "advantage", "reward", "max_length", "old_logprobs", "ref_logprobs", "token_weights", "temperature", "top_p",
+    "top_k", "min_p",
 )  # fmt: skip
 # Lists of a number for every response token.
 TOKEN_FIELDS = ("old_logprobs", "ref_logprobs", "token_weights")
+# How responses were sampled: one number a file.
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p")
 FORMS = (("input_ids", "loss_mask"), ("prompt_token_ids", "response_token_ids"), ("prompt", "response"))
 FORMS_TEXT = "`input_ids` + `loss_mask`, `prompt_token_ids` + `response_token_ids`, or `prompt` + `response` (texts)"
 INT64 = np.iinfo(np.int64)
@@ -133,8 +137,8 @@ def convert(key: str, value: Any, source: RowSource, position: int) -> Any:
     """The value of ``key`` checked and in the type later stages use.
 
     Returns:
-        An int or str (group_id), an int (max_length), a float (advantage, reward, temperature, top_p), a str (texts), an
-        int64 array [tokens] (token ids and the loss mask) or a float64 array [response tokens] (`TOKEN_FIELDS`).
+        An int or str (group_id), an int (max_length, top_k), a float (advantage, reward, the other `SAMPLING_FIELDS`), a str
+        (texts), an int64 array [tokens] (token ids and the loss mask) or a float64 array [response tokens] (`TOKEN_FIELDS`).
 
     Raises:
         RolloutsFileError: the value has the wrong type or is out of range.
@@ -160,6 +164,12 @@ def _group_id(value: Any, fail: Fail) -> int | str:
 def _max_length(value: Any, fail: Fail) -> int:
     if type(value) is not int or not 1 <= value <= INT64.max:
         fail("an integer of at least 1")
+    return value
+
+
+def _top_k(value: Any, fail: Fail) -> int:
+    if type(value) is not int or not -1 <= value <= INT64.max:
+        fail("an integer of at least 1, or 0 or -1 for none")
     return value
 
 
@@ -257,6 +267,8 @@ _CONVERTERS: dict[str, Callable[[Any, Fail], Any]] = {
     **dict.fromkeys(TOKEN_FIELDS, _numbers),
     "temperature": _number,
     "top_p": _number,
+    "top_k": _top_k,
+    "min_p": _number,
 }
 _LIST_FIX = "write an unpadded list; padding (-100 included) does not belong in the file."
 _OPTIONAL_FIX = "correct it, or leave the key out of every row when it is not known."
@@ -274,6 +286,5 @@ _FIXES = {
     "old_logprobs": "write the log-prob (nats) of every response token, in order, or leave the key out of every row.",
     "ref_logprobs": "write the log-prob (nats) of every response token, in order, or leave the key out of every row.",
     "token_weights": "write a number for every response token, in order, or leave the key out of every row.",
-    "temperature": _OPTIONAL_FIX,
-    "top_p": _OPTIONAL_FIX,
+    **dict.fromkeys(SAMPLING_FIELDS, _OPTIONAL_FIX),
 }

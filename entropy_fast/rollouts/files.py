@@ -12,8 +12,9 @@ tokens, in one form of    ``input_ids`` + ``loss_mask``: unpadded lists of one l
 ``old_logprobs``          optional list, the sampler's log-prob (nats) of every response token
 ``ref_logprobs``          optional list, a reference policy's
 ``token_weights``         optional list, what the update's coefficient of every response token is multiplied by
-``temperature``,          optional numbers, how responses were sampled; one per file
-``top_p``
+``temperature``,          optional numbers, how responses were sampled; one per file. ``top_k`` is an integer, 0 or -1 where it
+``top_p``, ``top_k``,     was off
+``min_p``
 ``prompt``, ``response``  beside token ids: optional texts, kept for reports
 ========================  ==============================================================================================
 """

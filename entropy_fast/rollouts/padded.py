@@ -22,6 +22,8 @@ PADDED_OPTIONAL = (
     "max_lengths",
     "temperature",
     "top_p",
+    "top_k",
+    "min_p",
     "prompts",
     "responses",
 )

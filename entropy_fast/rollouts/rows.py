@@ -14,6 +14,7 @@ from entropy_fast.errors import MissingTokenizerError, RolloutsError
 from entropy_fast.rollouts.container import Rollouts
 from entropy_fast.rollouts.fields import (
     LARGEST_ARRAY_BYTES,
+    SAMPLING_FIELDS,
     TOKEN_FIELDS,
     Floats,
     Integers,
@@ -74,9 +75,10 @@ def table_from_rollouts(rollouts: Rollouts) -> RolloutsTable:
     if rollouts.max_lengths_given:
         budgets = rollouts.length_budgets.tolist()
         scalars["max_length"] = [budgets[prompt] for prompt in prompt_index]
-    for key, number in (("temperature", rollouts.temperature), ("top_p", rollouts.top_p)):
+    for key in SAMPLING_FIELDS:
+        number: float | int | None = getattr(rollouts, key)
         if number is not None:
-            scalars[key] = [float(number)] * rollouts.n_sequences
+            scalars[key] = [number] * rollouts.n_sequences
     if rollouts.prompts is not None:
         scalars["prompt"] = [rollouts.prompts[prompt] for prompt in prompt_index]
     if rollouts.responses is not None:
@@ -138,8 +140,7 @@ class _Columns:
             "group_ids": torch.tensor(groups, dtype=torch.int64),
             **{key: self._by_token(key, loss_mask) for key in TOKEN_FIELDS},
             "max_lengths": None if max_lengths is None else torch.tensor(max_lengths, dtype=torch.int64),
-            "temperature": self._constant("temperature"),
-            "top_p": self._constant("top_p"),
+            **{key: self._constant(key) for key in SAMPLING_FIELDS},
             "prompts": self._per_group("prompt", groups),
             "responses": self.values.get("response"),
         }
@@ -279,8 +280,8 @@ class _Columns:
                 )  # fmt: skip
         return [self.values[key][row] for row in first.values()]
 
-    def _constant(self, key: str) -> float | None:
-        values = self.values.get(key)
+    def _constant(self, key: str) -> float | int | None:
+        values: list[float | int] | None = self.values.get(key)
         if values is None:
             return None
         for row, value in enumerate(values):
@@ -290,7 +291,7 @@ class _Columns:
                     "Rollouts hold one number for all rows.",
                     fix="put rows that were sampled differently into separate files.",
                 )  # fmt: skip
-        return float(values[0])
+        return values[0]
 
     def _check_budgets(self, masks: list[Integers]) -> None:
         for row, (budget, mask) in enumerate(zip(self.values["max_length"], masks, strict=True)):

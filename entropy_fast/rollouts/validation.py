@@ -19,6 +19,9 @@ LARGEST_LOGPROB = 1e-2
 LARGEST_MAGNITUDE = 1e38
 SMALLEST_ADVANTAGE = 1e-37
 
+# What files hold.
+LARGEST_TOP_K = 2**63 - 1
+
 # Prompts, responses, tokens.
 DEEPEST = 3
 
@@ -251,6 +254,28 @@ def top_p(value: object) -> float | None:
         raise RolloutsError(
             f"Rollouts: `top_p` is {_shown(value)}; expected a number in (0, 1], or None when unknown.",
             fix="record the nucleus mass the sampler used (1 means the full distribution).",
+        )
+    return None if number is None else float(number)
+
+
+def top_k(value: object) -> int | None:
+    """The integer of at least 1; None when unknown, and for 0 and -1, which samplers take for "off"."""
+    number = as_number(value)
+    if value is not None and (not isinstance(number, int) or not -1 <= number <= LARGEST_TOP_K):
+        raise RolloutsError(
+            f"Rollouts: `top_k` is {_shown(value)}; expected an integer of at least 1, or None, 0 or -1 when off.",
+            fix="record how many of the most probable tokens the sampler kept (0 means all of them).",
+        )
+    return None if number is None or number < 1 else int(number)
+
+
+def min_p(value: object) -> float | None:
+    """The number in [0, 1); None when unknown."""
+    number = as_number(value)
+    if value is not None and (number is None or not 0 <= number < 1):
+        raise RolloutsError(
+            f"Rollouts: `min_p` is {_shown(value)}; expected a number in [0, 1), or None when unknown.",
+            fix="record the share of the largest probability that the sampler kept tokens from (0 means all of them).",
         )
     return None if number is None else float(number)
 

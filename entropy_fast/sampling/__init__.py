@@ -1,4 +1,4 @@
-"""Sampling responses and rewarding them. Temperature and top-p exist here and nowhere else."""
+"""Sampling responses and rewarding them. Temperature, top-p, top-k and min-p exist here and nowhere else."""
 
 from entropy_fast.sampling.sampler import SamplingSettings, sample_rollouts
 from entropy_fast.sampling.tasks import PromptTask, read_tasks

@@ -19,6 +19,8 @@ from entropy_fast.scalars import as_number
 
 __all__ = ["SamplingSettings", "sample_rollouts"]
 
+LARGEST_TOP_K = 2**31 - 1  # more than any vocabulary
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
@@ -28,6 +30,8 @@ class SamplingSettings:
         responses_per_prompt: G, at least 2 (the leave-one-out baseline needs another response).
         max_new_tokens: generation budget, recorded as L_max.
         temperature, top_p: of the sampler; anything but (1, 1) biases the entropy gradient, and the result says so.
+        top_k: of the sampler; None, 0 and -1 for none, kept as None. Biases likewise.
+        min_p: of the sampler; 0 for none. Biases likewise.
         stop: strings that end a response.
         seed: of torch's generator; the caller's random state is left alone.
         prompts_per_batch: prompts generated together.
@@ -43,11 +47,15 @@ class SamplingSettings:
     stop: tuple[str, ...] = ()
     seed: int = 0
     prompts_per_batch: int = 8
+    top_k: int | None = None
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("responses_per_prompt", "max_new_tokens", "prompts_per_batch", "temperature", "top_p", "seed"):
+        object.__setattr__(self, "top_k", 0 if self.top_k is None else self.top_k)
+        fractions = ("temperature", "top_p", "min_p")
+        for field in ("responses_per_prompt", "max_new_tokens", "prompts_per_batch", "seed", "top_k", *fractions):
             number = as_number(getattr(self, field))
-            if number is None or (isinstance(number, float) and field not in ("temperature", "top_p")):
+            if number is None or (isinstance(number, float) and field not in fractions):
                 raise SamplingError(
                     f"sampling: `{field}` is {getattr(self, field)!r}.", fix="pass a number, an integer for counts."
                 )
@@ -63,6 +71,16 @@ class SamplingSettings:
             raise SamplingError(
                 f"sampling: `top_p` is {self.top_p}.", fix="use a number in (0, 1]; 1 for an unbiased probe."
             )
+        if not 0 <= self.min_p < 1:
+            raise SamplingError(
+                f"sampling: `min_p` is {self.min_p}.", fix="use a number in [0, 1); 0 for an unbiased probe."
+            )
+        assert self.top_k is not None
+        if not -1 <= self.top_k <= LARGEST_TOP_K:
+            raise SamplingError(
+                f"sampling: `top_k` is {self.top_k}.", fix="use 1 or more tokens; 0 for all, and an unbiased probe."
+            )
+        object.__setattr__(self, "top_k", self.top_k if self.top_k > 0 else None)
 
 
 def sample_rollouts(
@@ -128,7 +146,8 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase, settings: SamplingSet
         do_sample=True,
         temperature=settings.temperature,
         top_p=settings.top_p,
-        top_k=0,
+        top_k=settings.top_k or 0,
+        min_p=settings.min_p or None,
         max_new_tokens=settings.max_new_tokens,
         num_return_sequences=settings.responses_per_prompt,
         eos_token_id=tokenizer.eos_token_id,
@@ -202,6 +221,8 @@ def _as_rollouts(
         max_lengths=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
         prompts=[task.prompt for task in tasks],
         responses=texts,
     )

@@ -191,6 +191,20 @@ def test_sample_then_probe(folder, tmp_path):
     assert run(["probe", str(folder), "--rollouts", str(out), "--out", str(tmp_path / "o"), "--no-picture"]) == 0
 
 
+def test_a_truncated_sample_is_recorded_and_refused(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "sampled.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n} plus 1 is", "answer": str(n + 1)}) + "\n" for n in range(3)))
+    command = ["sample", str(prompts), "--model", str(folder / "base"), "--adapter", str(folder / "adapter")]
+    command += ["--out", str(out), "--responses", "16", "--max-new-tokens", "5", "--seed", "3"]
+    assert run([*command, "--top-k", "12", "--min-p", "0.01"]) == 0
+    assert read_rollouts(out).truncated_by == ("top-k 12", "min-p 0.01")
+    probe = ["probe", str(folder), "--rollouts", str(out), "--out", str(tmp_path / "o"), "--no-picture"]
+    assert run(probe) == 2
+    assert "sampled with top-k 12, min-p 0.01" in capsys.readouterr().err
+    assert run([*probe, "--parts", "direct"]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -80,9 +80,10 @@ def test_the_options_of_the_run_folder_are_tried(folder):
     )
 
 
-def test_rollouts_sampled_otherwise_fail(folder, capsys):
+@pytest.mark.parametrize("cut", [{"temperature": 0.7}, {"top_k": 3}, {"min_p": 0.1}])
+def test_rollouts_sampled_otherwise_fail(folder, capsys, cut):
     rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
-    (folder / "rollouts.jsonl").write_text("".join(json.dumps({**row, "temperature": 0.7}) + "\n" for row in rows))
+    (folder / "rollouts.jsonl").write_text("".join(json.dumps({**row, **cut}) + "\n" for row in rows))
     assert run(["doctor", str(folder)]) == 1
     shown = capsys.readouterr().out
     assert "FAIL" in shown

@@ -106,6 +106,7 @@ def test_selected_rows_carry_everything_of_theirs(rows: list[tuple[int, int]], p
     whole = build(
         groups, lengths, rewards=torch.arange(float(n)) * 10, max_lengths=[budgets[group] for group in order],
         prompts=[f"prompt {group}" for group in order], responses=[f"response {row}" for row in range(n)], top_p=0.5,
+        top_k=20, min_p=0.125,
         old_logprobs=-torch.rand(n, 2 + max(lengths)),
     )  # fmt: skip
     chosen = [pick % n for pick in picks]
@@ -123,7 +124,7 @@ def test_selected_rows_carry_everything_of_theirs(rows: list[tuple[int, int]], p
     assert part.max_lengths_given
     assert part.prompts == tuple(f"prompt {group}" for group in kept)
     assert part.responses == tuple(f"response {row}" for row in chosen)
-    assert part.top_p == 0.5
+    assert (part.top_p, part.top_k, part.min_p) == (0.5, 20, 0.125)
 
 
 def test_old_log_probs_are_read_at_response_tokens_alone() -> None:
@@ -290,11 +291,15 @@ def test_numbers_may_be_numpys_and_tensors() -> None:
         [1, 1],
         temperature=np.float32(0.5),
         top_p=torch.tensor(0.25),
+        top_k=np.int32(20),
+        min_p=torch.tensor(0.125),
         max_lengths=np.int64(7),
         advantages=[np.float32(1), -1],
     )
     assert (rollouts.temperature, rollouts.top_p) == (0.5, 0.25)
     assert type(rollouts.temperature) is type(rollouts.top_p) is float
+    assert (rollouts.top_k, rollouts.min_p) == (20, 0.125)
+    assert (type(rollouts.top_k), type(rollouts.min_p)) == (int, float)
     assert build([0, 0], [1, 1], max_lengths=torch.tensor(7)).length_budgets.tolist() == [7]
     ids = torch.tensor([[5, 6], [5, 7]])
     groups: Any = [np.int32(4), torch.tensor(4)]

@@ -53,7 +53,7 @@ def assert_same(found: Rollouts, expected: Rollouts) -> None:
         if values is not None:
             assert getattr(found, field).dtype == torch.float64
             assert torch.equal(values, others)
-    for field in ("temperature", "top_p", "prompts", "responses"):
+    for field in ("temperature", "top_p", "top_k", "min_p", "prompts", "responses"):
         assert getattr(found, field) == getattr(expected, field), field
 
 
@@ -99,6 +99,8 @@ def any_rollouts(draw: st.DrawFn) -> Rollouts:
         old_logprobs=maybe(logprobs),
         temperature=maybe(st.floats(1e-6, 1e6)),
         top_p=maybe(st.floats(1e-6, 1.0)),
+        top_k=maybe(st.integers(1, 2**63 - 1)),
+        min_p=maybe(st.floats(0.0, 1.0, exclude_max=True)),
         prompts=maybe(st.lists(text, min_size=b, max_size=b)),
         responses=maybe(st.lists(text, min_size=n, max_size=n)),
     )
@@ -178,6 +180,16 @@ def test_budgets_and_sampling_are_read(write_rows: Write) -> None:
     assert found.max_lengths_given
     assert found.length_budgets.tolist() == [8, 4]
     assert (found.temperature, found.top_p) == (1.0, 0.9)
+    assert (found.top_k, found.min_p) == (None, None), "files from before there were such keys"
+
+
+@pytest.mark.parametrize(("written", "kept"), [(50, 50), (1, 1), (0, None), (-1, None)])
+def test_top_k_and_min_p_are_read(write_rows: Write, written: int, kept: int | None) -> None:
+    row = {"group_id": 0, "input_ids": [1, 2], "loss_mask": [0, 1], "advantage": 1.0, "top_k": written, "min_p": 0.25}
+    found = read_rollouts(write_rows([row, row]))
+    assert (found.top_k, found.min_p) == (kept, 0.25)
+    assert type(found.top_k) is type(kept)
+    assert found.truncated_by == (*([] if kept is None else [f"top-k {kept}"]), "min-p 0.25")
 
 
 @pytest.mark.parametrize(

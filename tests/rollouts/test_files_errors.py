@@ -67,6 +67,9 @@ VALUES: list[tuple[dict[str, Any], str, Any, str, str]] = [
     (GOOD, "old_logprobs", [-1.0, -2.0], "`old_logprobs` has 2 entries, and the response has 1 tokens", "none for the prompt"),
     (GOOD, "temperature", False, "`temperature` is False; expected a number", "leave the key out"),
     (GOOD, "top_p", "0.9", "`top_p` is '0.9'; expected a number", "leave the key out"),
+    (GOOD, "top_k", 50.0, "`top_k` is 50.0; expected an integer of at least 1", "leave the key out"),
+    (GOOD, "top_k", -2, "`top_k` is -2; expected an integer of at least 1", "leave the key out"),
+    (GOOD, "min_p", "0.1", "`min_p` is '0.1'; expected a number", "leave the key out"),
     (GOOD, "prompt", 3, "`prompt` is 3; expected a string", "leave the key out of every row"),
     (GOOD, "response", ["b"], "`response` is ['b']; expected a string", "leave the key out of every row"),
     (GOOD, "rewards", 1.0, "unknown keys: `rewards`", "did you mean `reward`? Rename or drop them"),
@@ -114,6 +117,8 @@ THIRD: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
         "`top_p` is 0.5, but in {0} it is 1.0; Rollouts hold one",
         "separate files",
     ),
+    (GOOD | {"top_k": 50}, {"top_k": 40}, "`top_k` is 40, but in {0} it is 50", "separate files"),
+    (GOOD | {"min_p": 0.5}, {"min_p": 0.1}, "`min_p` is 0.1, but in {0} it is 0.5", "separate files"),
     (GOOD | {"max_length": 4}, {"max_length": 5}, "`max_length` differs from the one in {0}", "share its `max_len"),
     (GOOD | {"max_length": 1}, {"loss_mask": [0, 1, 1]}, "`max_length` is 1, but the response has 2 tokens", "budget"),
     (

@@ -34,7 +34,8 @@ def sample() -> Rollouts:
     loss[:2, 1] = 0
     return Rollouts(
         ids, attention, loss, torch.tensor([1, 1, 2, 2]), torch.tensor([1.0, -1.0, 0.5, -0.5]), rewards=torch.arange(4.0),
-        max_lengths=8, old_logprobs=-torch.ones(4, 4), temperature=1.0, top_p=0.9, prompts=["p", "q"], responses=list("abcd"),
+        max_lengths=8, old_logprobs=-torch.ones(4, 4), temperature=1.0, top_p=0.9, top_k=5, min_p=0.1,
+        prompts=["p", "q"], responses=list("abcd"),
     )  # fmt: skip
 
 
@@ -83,7 +84,8 @@ def test_damaged_padded_batches(count: int) -> None:
         "sequences": whole.input_ids.view(2, 2, 4), "attention_masks": whole.attention_mask.view(2, 2, 4),
         "prompt_lens": torch.tensor([2, 1]), "advantages": torch.tensor([[1.0, -1.0], [0.5, -0.5]]),
         "rewards": torch.ones(2, 2),
-        "max_lengths": [8, 8], "old_logprobs": -torch.ones(2, 2, 4), "temperature": 1.0, "top_p": 0.9, "prompts": ["p", "q"],
+        "max_lengths": [8, 8], "old_logprobs": -torch.ones(2, 2, 4), "temperature": 1.0, "top_p": 0.9, "top_k": 5,
+        "min_p": 0.1, "prompts": ["p", "q"],
         "responses": list("abcd"),
     }  # fmt: skip
     assert not refused(lambda: Rollouts.from_dict(batch), "the good batch")

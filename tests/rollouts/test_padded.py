@@ -34,6 +34,8 @@ def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int
         "max_lengths": torch.full((b,), width + 1),
         "temperature": 0.7,
         "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.05,
         "prompts": [f"p{i}" for i in range(b)],
         "responses": [f"r{i}" for i in range(b * g)],
     }
@@ -60,7 +62,7 @@ def test_the_padded_form_equals_the_flat_one(data: st.DataObject, b: int, g: int
     flat = Rollouts(**rows, **common)
     for field in (*rows, "max_lengths"):
         assert torch.equal(getattr(padded, field), getattr(flat, field)), field
-    assert (padded.temperature, padded.top_p) == (0.7, 0.9)
+    assert (padded.temperature, padded.top_p, padded.top_k, padded.min_p) == (0.7, 0.9, 40, 0.05)
     assert (padded.prompts, padded.responses) == (flat.prompts, flat.responses)
 
 

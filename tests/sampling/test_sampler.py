@@ -57,10 +57,28 @@ def test_top_p_cuts_the_tail():
     assert int((found > 0).sum()) <= kept
 
 
+def test_top_k_and_min_p_cut_the_tail():
+    model = policy()
+    likely = probabilities(model).sort(descending=True).values
+    assert int((first_token_frequencies(model, {"top_k": 3}) > 0).sum()) <= 3
+    kept = int((likely >= 0.8 * likely[0]).sum())
+    assert 0 < kept < len(likely)
+    assert int((first_token_frequencies(model, {"min_p": 0.8}) > 0).sum()) <= kept
+
+
+@pytest.mark.parametrize("off", [None, 0, -1])
+def test_top_k_off(off):
+    assert SamplingSettings(top_k=off).top_k is None
+    rollouts = sample_rollouts(policy(), tokenizer(), tasks(1), digit_count, SamplingSettings(2, 3, top_k=off))
+    assert (rollouts.top_k, rollouts.min_p, rollouts.truncated_by) == (None, 0.0, ())
+
+
 def test_what_is_recorded():
-    settings = SamplingSettings(responses_per_prompt=3, max_new_tokens=5, temperature=0.9, top_p=0.8)
+    settings = SamplingSettings(
+        responses_per_prompt=3, max_new_tokens=5, temperature=0.9, top_p=0.8, top_k=6, min_p=0.05
+    )
     rollouts = sample_rollouts(policy(), tokenizer(), tasks(), digit_count, settings)
-    assert (rollouts.temperature, rollouts.top_p) == (0.9, 0.8)
+    assert (rollouts.temperature, rollouts.top_p, rollouts.top_k, rollouts.min_p) == (0.9, 0.8, 6, 0.05)
     assert rollouts.length_budgets.tolist() == [5] * 4
     assert rollouts.max_lengths_given
     assert rollouts.n_sequences == 12
@@ -139,6 +157,10 @@ def test_tensors_can_be_used_by_autograd():
         {"temperature": float("nan")},
         {"top_p": 0.0},
         {"top_p": 1.5},
+        {"top_k": -2},
+        {"top_k": 2.5},
+        {"min_p": 1.0},
+        {"min_p": -0.5},
     ],
 )
 def test_settings_that_cannot_be_used(options):
