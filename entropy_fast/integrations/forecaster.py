@@ -32,6 +32,7 @@ __all__ = ["OnForecast", "StepForecaster", "Verify"]
 
 Verify = Literal["previous"] | None
 OnForecast = Callable[[StepForecast], None]
+Keep = Callable[[int, StepWindow, DeltaH1Result], None]
 ROLLING = 50  # steps that slope and coverage look back on
 FEWEST_TO_VERIFY = 2  # prompts
 
@@ -50,7 +51,8 @@ class StepForecaster:
         sample: prompts that a forecast is made from: a number, or ``auto`` for what the budget allows.
         verify: ``previous`` measures what a step did on the responses of the window after it; None does not.
         ledger: a file that forecasts and realised changes go to; None keeps them in memory.
-        on_forecast: called with every forecast, after the training's own numbers are known.
+        on_forecast: called with every forecast, once it is written down.
+        keep: called before the step with its number, what it is made from and the forecast, to write it down for later.
 
     Attributes:
         ledger: what became of the forecasts so far.
@@ -74,6 +76,7 @@ class StepForecaster:
         verify: Verify = "previous",
         ledger: str | os.PathLike[str] | None = None,
         on_forecast: Sequence[OnForecast] = (),
+        keep: Keep | None = None,
     ) -> None:
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ConfigError(f"every_n_steps is {every_n_steps!r}.", fix="use a whole number from 1.")
@@ -88,7 +91,7 @@ class StepForecaster:
         self.every_n_steps, self.sample, self.verify = every_n_steps, sample, verify
         self.ledger = EntropyLedger(ledger)
         self.time = TimeBudget(budget)
-        self.on_forecast = list(on_forecast)
+        self.on_forecast, self._keep = list(on_forecast), keep
         self.last: StepForecast | None = None
         self._kept: tuple[int, KeptPolicy] | None = None  # the policy before the step of that number
         self._warned: set[str] = set()
@@ -129,10 +132,13 @@ class StepForecaster:
                 # Order matters: what the step before did is measured even where this step cannot be forecast.
                 realised, back = self._look_back(step, kept, own, prompts)
                 result = self._forecast(own, prompts)
+                if self._keep is not None:
+                    with self._never_breaks("a step cannot be kept"):
+                        self._keep(step, own, result)
         except Exception as error:
             failed, reason = True, f"{type(error).__name__}: {error}"
             self._warn(reason)
-        with self._never_breaks():
+        with self._never_breaks("the ledger cannot be written"):
             self._note(step, result, realised)
             if result is not None and self.verify is not None:
                 self._kept = (step, KeptPolicy(self.model))
@@ -152,7 +158,7 @@ class StepForecaster:
         )
         self.last = forecast
         for hook in self.on_forecast:
-            with self._never_breaks():
+            with self._never_breaks("a hook on forecasts failed"):
                 hook(forecast)
         return forecast
 
@@ -222,22 +228,22 @@ class StepForecaster:
             )
 
     @contextlib.contextmanager
-    def _never_breaks(self) -> Iterator[None]:
+    def _never_breaks(self, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            self._warn(f"{type(error).__name__}: {error}")
+            self._warn(f"{type(error).__name__}: {error}", what)
 
-    def _warn(self, reason: str) -> None:
+    def _warn(self, reason: str, what: str = "no forecast") -> None:
         """Once for every kind of failure, with where it happened."""
-        kind = reason.partition(":")[0]
+        kind = f"{what}, {reason.partition(':')[0]}"
         if kind in self._warned:
             return
         self._warned.add(kind)
         where = traceback.format_exc(limit=-2)
         with contextlib.suppress(Exception):  # warnings may have been made errors: they must not end the training
             warnings.warn(
-                f"entropy_fast: no forecast ({reason}). Training goes on; metrics are NaN while this lasts.\n{where}",
+                f"entropy_fast: {what} ({reason}). Training goes on; what is not known is NaN.\n{where}",
                 EntropyFastWarning,
                 stacklevel=2,
             )

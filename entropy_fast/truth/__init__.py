@@ -3,7 +3,7 @@
 from entropy_fast.truth.importance import Reweighted, reweighted
 from entropy_fast.truth.ledger import Calibration, EntropyLedger, LedgerEntry
 from entropy_fast.truth.measuring import RealisedChange, RealisedChanges, Symmetric, measure_delta_h
-from entropy_fast.truth.scored import Scored, scored
+from entropy_fast.truth.policy_scores import Scored, scored
 from entropy_fast.truth.validation import Validation, validation_of
 
 __all__ = [

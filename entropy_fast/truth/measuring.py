@@ -37,7 +37,7 @@ from entropy_fast.estimates.u_statistic import jackknife
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.step import AdamState, read_optimizer
 from entropy_fast.truth.importance import Reweighted
-from entropy_fast.truth.scored import Scored
+from entropy_fast.truth.policy_scores import Scored
 
 __all__ = ["RealisedChange", "RealisedChanges", "Symmetric", "measure_delta_h"]
 

@@ -6,15 +6,19 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainerCallback
 
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError
+from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.integrations.forecaster import OnForecast, StepForecaster, Verify
+from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.integrations.trl.batches import NUMBERS, window_of
 from entropy_fast.integrations.trl.hooks import TrainerHooks
+from entropy_fast.run_folder.bundle import write_bundle
 
 __all__ = ["EntropyForecastCallback", "EntropyForecastMixin"]
 
@@ -43,6 +47,8 @@ class EntropyForecastCallback(TrainerCallback):
         functionals: what else is forecast: ``reward`` and ``length``.
         estimate: another entropy than the mean over all tokens; the policy's temperature is always the trainer's.
         run: how it is run; None takes the trainer's autocast.
+        bundle: folder that steps are kept in, one folder each, for `entropy-fast probe FOLDER`; None keeps none.
+        bundle_every: keep one step in so many.
 
     Attributes:
         forecaster: with the ledger and the last forecast; None before the training begins.
@@ -64,6 +70,8 @@ class EntropyForecastCallback(TrainerCallback):
         functionals: Sequence[str] = NUMBERS,
         estimate: EstimateOptions | None = None,
         run: RunOptions | None = None,
+        bundle: str | os.PathLike[str] | None = None,
+        bundle_every: int = 100,
     ) -> None:
         _refuse(trainer)
         unknown = [name for name in functionals if name not in NUMBERS]
@@ -80,7 +88,12 @@ class EntropyForecastCallback(TrainerCallback):
             verify=verify,
             ledger=ledger,
             on_forecast=on_forecast,
+            keep=None if bundle is None else self._keep,
         )
+        self._bundle = None if bundle is None else Path(bundle)
+        if isinstance(bundle_every, bool) or not isinstance(bundle_every, int) or bundle_every < 1:
+            raise ConfigError(f"bundle_every is {bundle_every!r}.", fix="use a whole number from 1.")
+        self._bundle_every = bundle_every
         self._trainer, self._functionals = trainer, tuple(functionals)
         self._hooks = TrainerHooks(trainer)
         self._since: float | None = None  # when training time was last counted
@@ -117,6 +130,28 @@ class EntropyForecastCallback(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the trainer as it was."""
         self._hooks.unpatch()
+
+    def _keep(self, step: int, window: StepWindow, result: DeltaH1Result) -> None:
+        """Write a step down, where it is one of those that are kept."""
+        if self._bundle is None or step % self._bundle_every:
+            return
+        trainer = self._trainer
+        self._bundle.mkdir(parents=True, exist_ok=True)
+        write_bundle(
+            self._bundle / f"step-{step:06d}",
+            model=trainer.model,
+            optimizer=trainer.optimizer,
+            rollouts=window.rollouts,
+            coefficients=(window.of_logprob, window.of_entropy),
+            estimate=result.estimate_options,
+            run=result.run_options,
+            step=step,
+            facts={"trainer": type(trainer).__name__, "loss": str(trainer.loss_type), "beta": float(trainer.beta)},
+            base_model=_base_model(trainer.model),
+            tokenizer=trainer.processing_class,
+            result=result,
+            scores=window.scores,
+        )
 
     def _count(self) -> None:
         now = time.perf_counter()
@@ -164,6 +199,11 @@ def _refuse(trainer: Any) -> None:
             f"EntropyForecastCallback: {accelerator.num_processes} processes, whose batches would have to be put together.",
             fix="train in one process to have forecasts.",
         )
+
+
+def _base_model(model: Any) -> str | None:
+    """Where an adapter's base is from; None for a model that is trained itself."""
+    return getattr(model.config, "_name_or_path", None) if hasattr(model, "peft_config") else None
 
 
 def _estimate(trainer: Any, given: EstimateOptions | None) -> EstimateOptions:

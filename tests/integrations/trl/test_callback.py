@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_trl import tiny_model, tiny_trainer
+from transformers import AutoModelForCausalLM
 
+from entropy_fast.cli.app import run
 from entropy_fast.errors import ConfigError, EntropyFastWarning
 from entropy_fast.integrations.forecast import StepForecast
 from entropy_fast.integrations.trl import EntropyForecastCallback, EntropyForecastMixin
@@ -211,3 +214,25 @@ def test_ways_of_training_that_cannot_be_forecast(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     with pytest.raises(ConfigError, match="DeepSpeed"):
         EntropyForecastCallback(trainer)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_kept_step_gives_the_same_number_offline(lora: bool, tmp_path: Path) -> None:
+    # Saved and loaded first, so that an adapter's base has a place to be found at.
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trainer = tiny_trainer(tmp_path, model=model, lora=lora, temperature=0.8)
+    seen: list[StepForecast] = []
+    callback = EntropyForecastCallback(
+        trainer, budget=None, on_forecast=[seen.append], bundle=tmp_path / "kept", bundle_every=2
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step-000000", "step-000002"]
+    out = tmp_path / "out"
+    assert run(["probe", str(tmp_path / "kept" / "step-000002"), "--out", str(out), "--no-picture"]) == 0
+    offline = json.loads((out / "result.json").read_text())
+    online = seen[2].result
+    assert online is not None and online.split is not None
+    assert offline["delta_h1"] == pytest.approx(online.delta_h1, rel=1e-6)
+    assert offline["split"]["direct"]["value"] == pytest.approx(online.split.direct.value, rel=1e-6)
