@@ -43,6 +43,8 @@ __all__ = [
     "with_rows",
 ]
 
+ROUNDINGS = 256  # by which two sums of the same numbers, in other orders, may differ, in units of their type
+LARGEST_ROUNDING = 2.0**-6  # for 16 bits, where that many would be everything
 ELEMENTS_AT_ONCE = 1 << 22  # of units' gradients whose steps are worked out together
 
 
@@ -75,11 +77,20 @@ class SeenGradient:
         return tuple(part for part in self.step.parts if not (kernel and part == FRESH))
 
     def without(self, place: int, g: Tensor, sizes: Tensor) -> Tensor:
-        """``[n, *shape]`` gradient of the loss of the other units, for units' ``g [n, *shape]`` of sizes ``[n]``."""
+        """``[n, *shape]`` gradient of the loss of the other units, for units' ``g [n, *shape]`` of sizes ``[n]``.
+
+        Where the whole gradient of an element is one unit's (the embedding of a token that no other prompt has), what is left
+        is the rounding of two sums that are the same; an Adam that has not seen the element before would make a whole step of
+        it. Such remainders are 0.
+        """
         loss = self.loss[place]
         assert loss is not None
         left = (self.prompts - sizes).to(g).view(-1, *[1] * (g.dim() - 1))
-        return (loss.to(g) * self.prompts - self.own * g) / left
+        whole, own = loss.to(g) * self.prompts, self.own * g
+        narrowest = max(torch.finfo(t.dtype).eps for t in (loss, g))
+        rounding = min(ROUNDINGS * narrowest, LARGEST_ROUNDING) * (whole.abs() + own.abs())
+        others = whole - own
+        return torch.where(others.abs() <= rounding, 0.0, others) / left
 
 
 def seen_gradient(
