@@ -39,7 +39,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dapo, LoRA": {"loss_type": "dapo", "learning_rate": 1e-3, "lora": True},
     "grpo, full, T 0.8, clipped": {
         "loss_type": "grpo",
-        "learning_rate": 1e-4,
+        "learning_rate": 4e-4,
         "temperature": 0.8,
         "max_grad_norm": 0.2,
     },

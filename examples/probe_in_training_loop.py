@@ -1,10 +1,11 @@
-"""Forecast before each step of a small GRPO loop what that very step will do (random tokens and rewards; seconds on a CPU)."""
+"""Forecast each step of a small GRPO loop, and look what it did (random tokens and rewards; seconds on a CPU)."""
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from entropy_fast import EstimateOptions, Rollouts, fast_delta_h1
+from entropy_fast import Rollouts
+from entropy_fast.integrations.loops import forecast_step
 
 PROMPTS, RESPONSES, PROMPT_LENGTH, BUDGET, VOCABULARY = 6, 4, 5, 12, 64
 
@@ -51,7 +52,11 @@ for step in range(5):
     loss = -(rollouts.advantages * sequence_logprobs / BUDGET).mean()
     optimizer.zero_grad()
     loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     # The gradient is there, of whatever loss: the forecast is of the step that optimizer.step() takes from it.
-    result = fast_delta_h1(model, optimizer, rollouts, estimate=EstimateOptions(gradient="live"))
-    print(f"before step {step}: {result}")
-    optimizer.step()
+    with forecast_step(model, optimizer, rollouts, held_out=sample() if step % 2 else None) as forecast:
+        optimizer.step()
+    print(f"step {step}: {forecast.result}")
+    found = forecast.realised
+    if found is not None:
+        print(f"  on other responses of the policy before it: {found.total:+.2e} ± {found.total_error:.1e}")
