@@ -79,9 +79,11 @@ class EntropyFloor:
         last: m, forecasts looked back on.
         on_warning: called with every warning; None logs it (logger ``entropy_fast``).
         again_after: steps without another warning after one.
+        stop: ask the training to stop after the step that a warning is given before.
 
     Attributes:
         warnings: given so far.
+        wants_stop: whether the training should stop; `EntropyForecastCallback` asks.
 
     Raises:
         ConfigError: an option cannot be used.
@@ -96,6 +98,7 @@ class EntropyFloor:
         last: int = 8,
         on_warning: Callable[[EntropyWarning], None] | None = None,
         again_after: int = 50,
+        stop: bool = False,
     ) -> None:
         if not 0 <= floor < math.inf or within < 1 or last < FEWEST or part not in ("direct", "total"):
             raise ConfigError(
@@ -105,7 +108,12 @@ class EntropyFloor:
         self.floor, self.within, self.part = float(floor), within, part
         self.warnings: list[EntropyWarning] = []
         self._seen: deque[tuple[float, float]] = deque(maxlen=last)
-        self._on_warning, self._again_after = on_warning, again_after
+        self._on_warning, self._again_after, self._stop = on_warning, again_after, stop
+
+    @property
+    def wants_stop(self) -> bool:
+        """Whether a warning was given, and is to stop the training."""
+        return self._stop and bool(self.warnings)
 
     def __call__(self, forecast: StepForecast) -> None:
         """Look at one more forecast."""

@@ -122,10 +122,12 @@ class EntropyForecastCallback(TrainerCallback):
             trainer._metrics["train"][PREFIX + name].append(float(value))
         self._since = time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Let go of the batch."""
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let go of the batch; stop where a hook on forecasts asks for it."""
         self._count()
         self._hooks.begin()
+        if any(getattr(hook, "wants_stop", False) for hook in self.forecaster.on_forecast):
+            control.should_training_stop = True
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the trainer as it was."""
