@@ -110,6 +110,11 @@ class EntropyFloor:
         self._seen: deque[tuple[float, float]] = deque(maxlen=last)
         self._on_warning, self._again_after, self._stop = on_warning, again_after, stop
 
+    def begin(self) -> None:
+        """A new training, or one that goes on: warnings and forecasts of before are not its own."""
+        self.warnings.clear()
+        self._seen.clear()
+
     @property
     def wants_stop(self) -> bool:
         """Whether a warning was given, and is to stop the training."""

@@ -24,7 +24,7 @@ class StepForecast:
         realised: what the step before this one did; None where that was not measured, and ``realised_reason`` says why.
         seconds: that forecast and measurement took.
         used: share of the training time that forecasts have taken so far.
-        calibration: of the total over the last steps, once realised changes are known; None until then.
+        calibration: of the direct part over the last steps, once realised changes are known; None until then.
     """
 
     step: int

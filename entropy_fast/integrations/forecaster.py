@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import os
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,6 +40,15 @@ ROLLING = 50  # steps that slope and coverage look back on
 FEWEST_TO_VERIFY = 2  # prompts
 
 
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+    """The policy before a step that was forecast from so many prompts."""
+
+    step: int
+    policy: KeptPolicy
+    prompts: int
+
+
 class StepForecaster:
     """Forecasts steps of one model and optimizer.
 
@@ -49,7 +61,8 @@ class StepForecaster:
         every_n_steps: forecast one step in so many.
         budget: share of the training time that forecasts may take; None for no limit.
         sample: prompts that a forecast is made from: a number, or ``auto`` for what the budget allows.
-        verify: ``previous`` measures what a step did on the responses of the window after it; None does not.
+        verify: ``previous`` measures what a step did on the responses of the window after it, for which the trained parameters
+            are copied to the CPU before the step; None does not.
         ledger: a file that forecasts and realised changes go to; None keeps them in memory.
         on_forecast: called with every forecast, once it is written down.
         keep: called before the step with its number, what it is made from and the forecast, to write it down for later.
@@ -93,74 +106,104 @@ class StepForecaster:
         self.time = TimeBudget(budget)
         self.on_forecast, self._keep = list(on_forecast), keep
         self.last: StepForecast | None = None
-        self._kept: tuple[int, KeptPolicy] | None = None  # the policy before the step of that number
+        self._kept: _Kept | None = None
         self._warned: set[str] = set()
 
+    def begin(self, step: int = 0) -> None:
+        """A training begins, or goes on, after so many steps.
+
+        What the ledger holds of later steps is of another branch: then this run gets a ledger of its own beside it.
+        """
+        self._kept, self.last = None, None
+        self.time.forget_clock()
+        if any(row.step >= step for row in self.ledger.rows()):
+            self.ledger = EntropyLedger(None if self.ledger.path is None else _beside(self.ledger.path, step))
+        for hook in self.on_forecast:
+            if hasattr(hook, "begin"):
+                hook.begin()
+
+    def end(self) -> None:
+        """A training ends: let go of what was kept."""
+        self._kept = None
+
     def wants(self, step: int) -> bool:
-        """Whether a step of this number is one to forecast."""
-        return step % self.every_n_steps == 0
+        """Whether a step of this number is one to forecast, or to look back from."""
+        return step % self.every_n_steps == 0 or (self._kept is not None and self._kept.step == step - 1)
 
     def before_step(self, step: int, window: Callable[[], StepWindow]) -> StepForecast:
         """Forecast the step that is about to be taken; what fails is in the forecast's ``reason``.
 
         Args:
             step: how many steps were taken before it.
-            window: makes what the step is made from; called at most once, and not where the time does not allow a forecast.
+            window: makes what the step is made from; called at most once, and not where neither a forecast nor a look back is
+                due within the time.
         """
-        started = time.perf_counter()
+        started, keeping = time.perf_counter(), 0.0
         kept, self._kept = self._kept, None
+        if kept is not None and kept.step != step - 1:
+            kept = None
         result: DeltaH1Result | None = None
         realised: Realised | None = None
-        reason: str | None = None
-        back: str | None = "the step before was not forecast"
-        failed, prompts = False, None
+        reason, back, prompts = self._passed_over(step), "the step before was not forecast", None
+        failed = False
         try:
-            own = window()
-            with_responses = set(own.rollouts.prompt_index[own.rollouts.response_lengths > 0].tolist())
-            prompts = self._prompts(len(with_responses))
-            if len(with_responses) < 2 or not self._moves():
-                prompts = None
-                reason = (
-                    f"{len(with_responses)} prompts of the step have responses that count in its loss"
-                    if self._moves()
-                    else "the learning rate is 0"
-                )
-                realised, back = self._look_back(step, kept, own, 2)
-            elif prompts is None:
-                reason = back = "the time budget does not allow one yet"
-            else:
-                # Order matters: what the step before did is measured even where this step cannot be forecast.
-                realised, back = self._look_back(step, kept, own, prompts)
-                result = self._forecast(own, prompts)
-                if self._keep is not None:
-                    with self._never_breaks("a step cannot be kept"):
-                        self._keep(step, own, result)
+            own = window() if reason is None or kept is not None else None
+            if own is not None and kept is not None:
+                with self._never_breaks("what the step before did cannot be measured"):
+                    realised, back = self._look_back(kept, own)
+            kept = None  # a second copy of the parameters is made below
+            if own is not None and reason is None:
+                prompts, reason = self._sample_of(own)
+                if prompts is not None:
+                    result = self._forecast(own, prompts)
+                    keeping = self._write_down(step, own, result)
         except Exception as error:
             failed, reason = True, f"{type(error).__name__}: {error}"
             self._warn(reason)
+        with self._never_breaks("what the step before did cannot be written down"):
+            self._note_realised(step, realised)
         with self._never_breaks("the ledger cannot be written"):
-            self._note(step, result, realised)
-            if result is not None and self.verify is not None:
-                self._kept = (step, KeptPolicy(self.model))
+            self._note_forecast(step, result)
+        with self._never_breaks("the policy cannot be kept"):
+            if result is not None and prompts is not None and self.verify is not None:
+                self._kept = _Kept(step, KeptPolicy(self.model), prompts)
         seconds = time.perf_counter() - started
-        self.time.spend(seconds, prompts if result is not None else None)
-        calibration = self.ledger.calibration("total", window=ROLLING)
-        forecast = StepForecast(
-            step,
-            result,
-            reason,
-            failed,
-            realised,
-            back,
-            seconds,
-            self.time.used,
+        self.time.spend(seconds - keeping, prompts if result is not None else None)
+        calibration = self.ledger.calibration("direct", window=ROLLING)
+        found = StepForecast(
+            step, result, reason, failed, realised, None if realised is not None else back, seconds, self.time.used,
             calibration if calibration.n else None,
-        )
-        self.last = forecast
+        )  # fmt: skip
+        self.last = found
         for hook in self.on_forecast:
             with self._never_breaks("a hook on forecasts failed"):
-                hook(forecast)
-        return forecast
+                hook(found)
+        return found
+
+    def _passed_over(self, step: int) -> str | None:
+        """Why a step is not forecast, as far as that is known without its batch."""
+        if step % self.every_n_steps:
+            return f"one step in {self.every_n_steps} is forecast"
+        if not self._moves():
+            return "the learning rate is 0"
+        return None if self.time.affordable else "the time budget does not allow one yet"
+
+    def _sample_of(self, window: StepWindow) -> tuple[int | None, str | None]:
+        """From how many prompts; or None, and why."""
+        available = len(set(window.rollouts.prompt_index[window.rollouts.response_lengths > 0].tolist()))
+        if available < 2:
+            return None, f"{available} prompts of the step have responses that count in its loss"
+        prompts = self._prompts(available)
+        return prompts, None if prompts is not None else "the time budget does not allow one yet"
+
+    def _write_down(self, step: int, window: StepWindow, result: DeltaH1Result) -> float:
+        """Keep the step for later, where that is asked for; seconds it took, which are not a forecast's."""
+        if self._keep is None:
+            return 0.0
+        started = time.perf_counter()
+        with self._never_breaks("a step cannot be kept"):
+            self._keep(step, window, result)
+        return time.perf_counter() - started
 
     def _moves(self) -> bool:
         """Whether some learning rate is not 0: schedulers begin, and end, there."""
@@ -188,33 +231,43 @@ class StepForecaster:
                 run=self.run,
             )
 
-    def _look_back(
-        self, step: int, kept: tuple[int, KeptPolicy] | None, window: StepWindow, prompts: int
-    ) -> tuple[Realised | None, str | None]:
+    def _look_back(self, kept: _Kept, window: StepWindow) -> tuple[Realised | None, str]:
         """What the step before did; or None, and why."""
-        if self.verify is None:
-            return None, "verify is off"
-        if kept is None or kept[0] != step - 1:
-            return None, "the step before was not forecast"
         if window.on_policy is None:
             return None, "nothing says whether the responses were sampled after the step"
         usable = window.on_policy.cpu() & (window.rollouts.response_lengths > 0)
-        whole = [n for n in range(window.rollouts.n_prompts) if bool(usable[window.rollouts.rows_of_prompt(n)].all())]
-        if len(whole) < FEWEST_TO_VERIFY:
-            return None, "the responses were not all sampled after the step, or they have had a part in it"
-        rows = torch.cat([window.rollouts.rows_of_prompt(n) for n in whole[: max(FEWEST_TO_VERIFY, prompts)]])
+        chosen = []
+        for prompt in range(window.rollouts.n_prompts):
+            rows = window.rollouts.rows_of_prompt(prompt)
+            rows = rows[window.rollouts.response_lengths[rows] > 0]
+            # One response alone has no others of its prompt to be weighed against.
+            if len(rows) > 1 and bool(usable[rows].all()):
+                chosen.append(rows)
+        if len(chosen) < FEWEST_TO_VERIFY:
+            return None, "too few prompts have two responses or more that were sampled after the step"
+        rows = torch.cat(chosen[: max(FEWEST_TO_VERIFY, kept.prompts)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EntropyFastWarning)
-            found = kept[1].change_since(
+            found = kept.policy.change_since(
                 self.optimizer, _rows(window.rollouts, rows), estimate=self.estimate, run=self.run
             )
-        return found, None
+        if self.estimate.wanted_parts == ("direct",):
+            # Responses of a truncated policy are weighed by what they were not drawn from.
+            found = dataclasses.replace(found, total=math.nan, total_error=math.nan)
+        return found, ""
 
-    def _note(self, step: int, result: DeltaH1Result | None, realised: Realised | None) -> None:
-        """Write forecast and realised change down."""
-        if realised is not None:
-            self.ledger.realise(step - 1, "total", realised.total, realised.total_error)
-            self.ledger.realise(step - 1, "direct", realised.direct, realised.direct_error)
+    def _note_realised(self, step: int, realised: Realised | None) -> None:
+        if realised is None:
+            return
+        known = {(row.step, row.part) for row in self.ledger.rows()}
+        for part, value, error in (
+            ("total", realised.total, realised.total_error),
+            ("direct", realised.direct, realised.direct_error),
+        ):
+            if math.isfinite(value) and (step - 1, part) in known:
+                self.ledger.realise(step - 1, part, value, error)
+
+    def _note_forecast(self, step: int, result: DeltaH1Result | None) -> None:
         if result is None:
             return
         parts = {"total": (result.delta_h1, result.std_error)}
@@ -247,6 +300,15 @@ class StepForecaster:
                 EntropyFastWarning,
                 stacklevel=2,
             )
+
+
+def _beside(path: Path, step: int) -> Path:
+    """A name for a ledger that goes on from a step, which no file has."""
+    for count in itertools.count(1):
+        found = path.with_name(f"{path.stem}.from-{step}{'' if count == 1 else f'-{count}'}{path.suffix}")
+        if not found.exists():
+            return found
+    raise AssertionError("counting has an end")
 
 
 def _rows(rollouts: Rollouts, rows: Tensor) -> Rollouts:

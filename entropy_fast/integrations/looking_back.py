@@ -55,12 +55,12 @@ class KeptPolicy:
     """A policy as it was, to be looked at once it has moved on.
 
     Args:
-        model: as it is now; its trainable parameters are copied, on their own devices.
+        model: as it is now; its trainable parameters are copied to the CPU.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._kept = [p.detach().clone() for p in trainable_parameters(model)]
+        self._kept = _copied(trainable_parameters(model))
 
     def change_since(
         self,
@@ -108,13 +108,18 @@ class KeptPolicy:
         parameters = trainable_parameters(self._model)
         with _without_mixed_precision(self._model):
             now = scored(self._model, optimizer, responses, estimate=estimate, run=run)
-            here = [p.detach().clone() for p in parameters]
+            here = _copied(parameters)
             try:
                 _put(parameters, self._kept)
                 _, then = now.again()
             finally:
                 _put(parameters, here)
         return now, then
+
+
+def _copied(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """On the CPU: a training that fits its device must not be pushed off it."""
+    return [p.detach().to("cpu", copy=True) for p in parameters]
 
 
 def _put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

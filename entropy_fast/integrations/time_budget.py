@@ -61,6 +61,22 @@ class TimeBudget:
         if prompts is not None:
             self._seen.append((prompts, seconds))
 
+    def forget_clock(self) -> None:
+        """Begin a new training: what was spent is of another; what forecasts cost is still known."""
+        self.trained = self.spent = 0.0
+
+    @property
+    def affordable(self) -> bool:
+        """Whether the smallest forecast may be made now."""
+        if self.share is None:
+            return True
+        allowed = self.share * self.trained - self.spent
+        if not self._seen:
+            # Nothing is known of the cost yet, and finding out is allowed once; what failed has cost as well.
+            return self.spent == 0 or allowed > 0
+        fixed, each = self._cost()
+        return fixed + each * FEWEST_PROMPTS <= allowed
+
     def prompts(self, available: int, least: int = FEWEST_PROMPTS) -> int | None:
         """How many of the available prompts may be taken now; None where the step has to go without.
 
@@ -73,8 +89,8 @@ class TimeBudget:
             return available
         allowed = self.share * self.trained - self.spent
         if not self._seen:
-            # Nothing is known of the cost yet: the smallest forecast finds out, and what it takes too long comes off the next.
-            return least
+            # The smallest forecast finds out what it costs, and what it takes too long comes off the next.
+            return least if self.affordable else None
         fixed, each = self._cost()
         if fixed + each * least > allowed:
             return None

@@ -68,6 +68,8 @@ def window_of(
         max_lengths=trainer.max_completion_length,
         temperature=float(trainer.temperature),
         top_p=float(trainer.top_p),
+        top_k=trainer.top_k,
+        min_p=trainer.min_p,
         prompts=_texts(trainer, batches),
     )
     scale = _scale(trainer) / clip_factor

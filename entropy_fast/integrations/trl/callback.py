@@ -48,7 +48,7 @@ class EntropyForecastCallback(TrainerCallback):
         estimate: another entropy than the mean over all tokens; the policy's temperature is always the trainer's.
         run: how it is run; None takes the trainer's autocast.
         bundle: folder that steps are kept in, one folder each, for `entropy-fast probe FOLDER`; None keeps none.
-        bundle_every: keep one step in so many.
+        bundle_every: keep one step in so many: the first of them that is forecast.
 
     Attributes:
         forecaster: with the ledger and the last forecast; None before the training begins.
@@ -93,14 +93,17 @@ class EntropyForecastCallback(TrainerCallback):
         self._bundle = None if bundle is None else Path(bundle)
         if isinstance(bundle_every, bool) or not isinstance(bundle_every, int) or bundle_every < 1:
             raise ConfigError(f"bundle_every is {bundle_every!r}.", fix="use a whole number from 1.")
-        self._bundle_every = bundle_every
-        self._trainer, self._functionals = trainer, tuple(functionals)
+        self._bundle_every, self._keep_from = bundle_every, 0
+        # What truncated sampling visits is another policy's: the direct part alone can be forecast, and no functional.
+        self._trainer, self._functionals = trainer, () if _truncates(trainer) else tuple(functionals)
         self._hooks = TrainerHooks(trainer)
         self._since: float | None = None  # when training time was last counted
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Listen."""
         self._hooks.patch()
+        self.forecaster.begin(state.global_step)
+        self._keep_from = state.global_step
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Begin a new window."""
@@ -114,10 +117,7 @@ class EntropyForecastCallback(TrainerCallback):
             return
         self._count()
         forecaster.model, forecaster.optimizer = trainer.model, trainer.optimizer
-        window, factor = self._hooks.window, self._hooks.clip_factor
-        forecast = forecaster.before_step(
-            state.global_step, lambda: window_of(trainer, window, self._functionals, factor)
-        )
+        forecast = forecaster.before_step(state.global_step, self._window)
         for name, value in forecast.metrics().items():
             trainer._metrics["train"][PREFIX + name].append(float(value))
         self._since = time.perf_counter()
@@ -132,11 +132,22 @@ class EntropyForecastCallback(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the trainer as it was."""
         self._hooks.unpatch()
+        self.forecaster.end()
+
+    def _window(self) -> StepWindow:
+        hooks = self._hooks
+        if hooks.problem is not None:
+            problem, hooks.problem = hooks.problem, None
+            raise ConfigError(
+                f"the trainer could not be listened to ({problem}).", fix="look at what its own methods return."
+            )
+        return window_of(self._trainer, hooks.window, self._functionals, hooks.clip_factor)
 
     def _keep(self, step: int, window: StepWindow, result: DeltaH1Result) -> None:
         """Write a step down, where it is one of those that are kept."""
-        if self._bundle is None or step % self._bundle_every:
+        if self._bundle is None or step < self._keep_from:
             return
+        self._keep_from = (step // self._bundle_every + 1) * self._bundle_every
         trainer = self._trainer
         self._bundle.mkdir(parents=True, exist_ok=True)
         write_bundle(
@@ -209,9 +220,16 @@ def _base_model(model: Any) -> str | None:
 
 
 def _estimate(trainer: Any, given: EstimateOptions | None) -> EstimateOptions:
-    return dataclasses.replace(
+    found = dataclasses.replace(
         given or EstimateOptions(weighting="pooled"), policy_temperature=float(trainer.temperature)
     )
+    return dataclasses.replace(found, parts=("direct",)) if _truncates(trainer) else found
+
+
+def _truncates(trainer: Any) -> bool:
+    """Whether the trainer samples from less than its policy."""
+    penalty = getattr(trainer, "repetition_penalty", 1.0)
+    return trainer.top_p < 1 or (trainer.top_k or 0) > 0 or (trainer.min_p or 0) > 0 or penalty not in (None, 1.0)
 
 
 def _autocast(trainer: Any) -> Literal["bfloat16", "float16"] | None:

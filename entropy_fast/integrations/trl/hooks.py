@@ -13,8 +13,10 @@ Neither values nor random draws change: a hook that returns nothing leaves the g
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ class TrainerHooks:
     Attributes:
         window: of the step that is being made.
         clip_factor: what clipping multiplied its gradient by; 1 until it was clipped.
+        problem: what could not be listened to, last; None for nothing.
 
     Raises:
         ConfigError: the trainer has not the methods that are listened to.
@@ -78,6 +81,7 @@ class TrainerHooks:
             )
         self.window: list[MicroBatch] = []
         self.clip_factor = 1.0
+        self.problem: str | None = None
         self._trainer = trainer
         self._current: MicroBatch | None = None
         self._rewards: list[Tensor] = []  # of the generation that is being made
@@ -101,6 +105,14 @@ class TrainerHooks:
         """A new step."""
         self.window, self.clip_factor = [], 1.0
 
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Nothing that is looked at here may end the training; what went wrong is a forecast's reason."""
+        try:
+            yield
+        except Exception as error:
+            self.problem = f"{type(error).__name__}: {error}"
+
     def unpatch(self) -> None:
         """Take them off, and forget the window."""
         before, self._before = self._before, None
@@ -118,28 +130,35 @@ class TrainerHooks:
 
     def _generating(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generate(inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            trainer = self._trainer
             self._rewards.clear()
             found = original(inputs, *args, **kwargs)
-            if trainer.model.training and isinstance(found, dict):
-                ids = found["completion_ids"]
-                # One process: the rows are the whole batch, prompt by prompt.
-                rows = torch.arange(len(ids), device=ids.device)
-                found[GROUP] = rows // trainer.num_generations + self._groups
-                found[BORN] = torch.full_like(rows, trainer.state.global_step)
-                self._groups += -(-len(ids) // trainer.num_generations)
-                if self._rewards and len(self._rewards[-1]) == len(ids):
-                    found[REWARD] = self._rewards[-1].to(ids.device)
+            with self._listening():
+                self._tag(found)
             return found
 
         return generate
 
+    def _tag(self, found: Any) -> None:
+        """Tell every response of a generation its prompt's number, when it was born, and its reward."""
+        trainer = self._trainer
+        if trainer.model.training:
+            ids = found["completion_ids"]
+            # One process: the rows are the whole batch, prompt by prompt.
+            rows = torch.arange(len(ids), device=ids.device)
+            found[GROUP] = rows // trainer.num_generations + self._groups
+            found[BORN] = torch.full_like(rows, trainer.state.global_step)
+            self._groups += -(-len(ids) // trainer.num_generations)
+            if self._rewards and len(self._rewards[-1]) == len(ids):
+                found[REWARD] = self._rewards[-1].to(ids.device)
+
     def _rewarding(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def calculate(*args: Any, **kwargs: Any) -> Any:
             found = original(*args, **kwargs)
-            if isinstance(found, Tensor):
+            with self._listening():
                 weights = torch.as_tensor(self._trainer.reward_weights, dtype=torch.float64, device=found.device)
-                self._rewards.append((found.detach().double() * weights).nansum(1))
+                rewards = (found.detach().double() * weights).nansum(1)
+                # No function could say anything of these responses: unknown, not 0.
+                self._rewards.append(rewards.masked_fill(found.isnan().all(1), math.nan))
             return found
 
         return calculate
@@ -147,8 +166,9 @@ class TrainerHooks:
     def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def clip(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
             norm = original(parameters, max_norm, *args, **kwargs)
-            if norm is not None:
-                self.clip_factor *= min(1.0, float(max_norm) / (float(norm) + CLIP_EPS))
+            with self._listening():
+                if norm is not None:
+                    self.clip_factor *= min(1.0, float(max_norm) / (float(norm) + CLIP_EPS))
             return norm
 
         return clip
@@ -170,7 +190,9 @@ class TrainerHooks:
         def score(*args: Any, **kwargs: Any) -> Any:
             found = original(*args, **kwargs)
             batch = self._current
-            if batch is not None and batch.logprobs is None and torch.is_grad_enabled():
+            if batch is None or batch.logprobs is not None or not torch.is_grad_enabled():
+                return found
+            with self._listening():
                 logprobs, entropies = found[0], found[1]
                 batch.logprobs = logprobs.detach()
                 if logprobs.requires_grad:

@@ -131,7 +131,7 @@ def test_rows_that_had_a_part_in_the_step_are_no_evidence(tmp_path: Path) -> Non
     _, _, seen = trained(tmp_path, "twice the same rows")
     # Steps 1 and 3 are made of the rows of steps 0 and 2, which those steps were made from; step 2 has rows of its own.
     assert [f.realised is None for f in seen] == [True, True, False, True]
-    assert seen[1].realised_reason is not None and "part" in seen[1].realised_reason
+    assert seen[1].realised_reason is not None and "sampled after the step" in seen[1].realised_reason
 
 
 def test_a_probe_that_fails_is_one_warning_and_the_same_training(
@@ -202,7 +202,9 @@ def test_a_trainer_of_ones_own_and_every_second_step(tmp_path: Path) -> None:
     )
     trainer.train()
     logs = [row for row in trainer.state.log_history if "loss" in row]
-    assert ["entropy_fast/total" in row for row in logs] == [True, False, True, False]
+    # Steps 1 and 3 are not forecast, but looked back from.
+    assert [row["entropy_fast/total"] is None for row in logs] == [False, True, False, True]
+    assert [row["entropy_fast/realised"] is None for row in logs] == [True, False, True, False]
 
 
 def test_ways_of_training_that_cannot_be_forecast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +232,8 @@ def test_a_kept_step_gives_the_same_number_offline(lora: bool, tmp_path: Path) -
     trainer.train()
     assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step-000000", "step-000014"]
     # Adam's first step makes a whole step of every element, of rounding too; later ones do not.
-    for forecast, within in zip(seen, (1e-3, 1e-6), strict=True):
+    kept = [forecast for forecast in seen if forecast.result is not None]
+    for forecast, within in zip(kept, (1e-3, 1e-6), strict=True):
         out = tmp_path / f"out-{forecast.step}"
         folder = tmp_path / "kept" / f"step-{forecast.step:06d}"
         assert run(["probe", str(folder), "--out", str(out), "--no-picture"]) == 0
@@ -239,3 +242,44 @@ def test_a_kept_step_gives_the_same_number_offline(lora: bool, tmp_path: Path) -
         assert online is not None and online.split is not None
         assert offline["delta_h1"] == pytest.approx(online.delta_h1, rel=within)
         assert offline["split"]["direct"]["value"] == pytest.approx(online.split.direct.value, rel=within)
+
+
+def test_truncated_sampling_leaves_the_direct_part(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path, top_k=10)
+    seen: list[StepForecast] = []
+    trainer.add_callback(EntropyForecastCallback(trainer, budget=None, on_forecast=[seen.append]))
+    trainer.train()
+    for forecast in seen:
+        assert not forecast.failed, forecast.reason
+        metrics = forecast.metrics()
+        assert math.isnan(metrics["total"]) and math.isfinite(metrics["direct"])
+    assert math.isnan(seen[1].metrics()["realised"]) and math.isfinite(seen[1].metrics()["realised_direct"])
+
+
+def test_a_trainer_that_cannot_be_listened_to_trains_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("completion_ids")
+
+    monkeypatch.setattr("entropy_fast.integrations.trl.hooks.TrainerHooks._tag", broken)
+    plain, _, _ = trained(tmp_path, "plain", on=False)
+    with pytest.warns(EntropyFastWarning, match="could not be listened to"):
+        probed, _, seen = trained(tmp_path, "plain")
+    assert all(f.failed for f in seen)
+    for a, b in zip(plain.model.parameters(), probed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_second_training_and_a_ledger_that_is_there(tmp_path: Path) -> None:
+    file = tmp_path / "ledger.parquet"
+    _, callback, _ = trained(tmp_path, "plain", ledger=file)
+    assert callback is not None
+    again = tiny_trainer(tmp_path)
+    second = EntropyForecastCallback(again, budget=None, ledger=file)
+    again.add_callback(second)
+    again.train()
+    # The rows of the first run stay as they are; the second has a file of its own beside them.
+    assert len(EntropyLedger(file).rows()) == 9
+    assert second.forecaster.ledger.path == tmp_path / "ledger.from-0.parquet"
+    assert len(second.forecaster.ledger.rows()) == 9
