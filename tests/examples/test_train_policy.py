@@ -165,7 +165,7 @@ def test_a_complete_policy_is_used_again(
         training.train(settings)
 
 
-@pytest.mark.parametrize("stops_at", [2, 3])
+@pytest.mark.parametrize("stops_at", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
 def test_an_interrupted_training_is_none(
     training: ModuleType,
     settings,

@@ -48,6 +48,7 @@ def test_no_alarm_where_nothing_falls(seed: int, tmp_path: Path) -> None:
     assert not floor.warnings
 
 
+@pytest.mark.exhaustive
 def test_the_training_stops_where_it_is_asked_to(tmp_path: Path) -> None:
     levels, floor = run(tmp_path, 3e-3, 0, stop=True)
     assert len(floor.warnings) == 1
