@@ -109,10 +109,7 @@ class LossUpdate(ColumnDefaults):
         a, e = coefficients_of_loss(self.loss, scores, self.kept, self.shape, rollouts)
         if bool((e != 0).any()):
             return GivenUpdate(a, e, self.name)
-        # Where all tokens of a response weigh alike, as they do before the policy has moved, no backward of its own is taken.
-        mask = rollouts.loss_mask.cpu() == 1
-        most, least = (torch.where(mask, a, filler).amax(1) for a, filler in ((a, -torch.inf), (-a, -torch.inf)))
-        return GivenUpdate(most if torch.equal(most, -least) else a, None, self.name)
+        return GivenUpdate(_by_sequence(a, rollouts.loss_mask.cpu() == 1), None, self.name)
 
     def weigh(self, scored: ScoredTokens) -> ColumnWeights:
         """See `ResolvedColumn`."""
@@ -191,7 +188,18 @@ def given_update(given: object, rollouts: Rollouts, name: str = "update") -> Giv
     mask = rollouts.loss_mask.cpu() == 1
     of_logprob = _coefficients(first, mask, name, by_sequence=True)
     of_entropy = None if second is None else _coefficients(second, mask, name, by_sequence=False)
+    if of_entropy is None and of_logprob.dim() == 2:
+        return GivenUpdate(_by_sequence(of_logprob[kept], mask[kept]), None, name)
     return GivenUpdate(of_logprob[kept], None if of_entropy is None else of_entropy[kept], name)
+
+
+def _by_sequence(table: Tensor, mask: Tensor) -> Tensor:
+    """[N] coefficients where all tokens of every response weigh alike, as they do before the policy has moved; else [N, T].
+
+    By sequence they take no backward of their own.
+    """
+    most, least = (torch.where(mask, own, -torch.inf).amax(1) for own in (table, -table))
+    return most if torch.equal(most, -least) else table
 
 
 def _coefficients(given: object, mask: Tensor, name: str, *, by_sequence: bool) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from entropy_fast.columns import TokenScores
@@ -39,15 +38,5 @@ class StepWindow:
 
     @property
     def coefficients(self) -> tuple[Tensor, Tensor] | Tensor:
-        """As `fast_delta_h1` takes them.
-
-        Where all tokens of a response weigh alike, as they do before the policy has moved, by response: that saves a backward.
-        """
-        if self.of_entropy is not None:
-            return self.of_logprob, self.of_entropy
-        mask = self.rollouts.loss_mask.cpu() == 1
-        most, least = (
-            torch.where(mask, own, -torch.inf).amax(1).masked_fill(~mask.any(1), 0.0)
-            for own in (self.of_logprob.cpu(), -self.of_logprob.cpu())
-        )
-        return most if torch.equal(most, -least) else self.of_logprob
+        """As `fast_delta_h1` takes them."""
+        return self.of_logprob if self.of_entropy is None else (self.of_logprob, self.of_entropy)

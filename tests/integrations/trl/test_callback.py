@@ -223,25 +223,28 @@ def test_a_kept_step_gives_the_same_number_offline(lora: bool, tmp_path: Path) -
     # Saved and loaded first, so that an adapter's base has a place to be found at.
     tiny_model().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    trainer = tiny_trainer(tmp_path, model=model, lora=lora, temperature=0.8, max_steps=15)
+    trainer = tiny_trainer(tmp_path, model=model, lora=lora, temperature=0.8, adam_epsilon=1e-2)
     seen: list[StepForecast] = []
     callback = EntropyForecastCallback(
-        trainer, budget=None, every_n_steps=14, on_forecast=[seen.append], bundle=tmp_path / "kept", bundle_every=14
+        trainer, budget=None, every_n_steps=2, on_forecast=[seen.append], bundle=tmp_path / "kept", bundle_every=2
     )
     trainer.add_callback(callback)
     trainer.train()
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step-000000", "step-000014"]
-    # Adam's first step makes a whole step of every element, of rounding too; later ones do not.
-    kept = [forecast for forecast in seen if forecast.result is not None]
-    for forecast, within in zip(kept, (1e-3, 1e-6), strict=True):
-        out = tmp_path / f"out-{forecast.step}"
-        folder = tmp_path / "kept" / f"step-{forecast.step:06d}"
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["step-000000", "step-000002"]
+    # With its usual ε an Adam's first steps make a whole step of every element, also of one that is all rounding. What is left
+    # is the rounding of fp32 forwards over batches that lie otherwise in memory.
+    eps = torch.finfo(torch.float32).eps
+    for forecast in seen[::2]:
+        out, folder = tmp_path / f"out-{forecast.step}", tmp_path / "kept" / f"step-{forecast.step:06d}"
+        online = forecast.result
         assert run(["probe", str(folder), "--out", str(out), "--no-picture"]) == 0
         offline = json.loads((out / "result.json").read_text())
-        online = forecast.result
         assert online is not None and online.split is not None
-        assert offline["delta_h1"] == pytest.approx(online.delta_h1, rel=within)
-        assert offline["split"]["direct"]["value"] == pytest.approx(online.split.direct.value, rel=within)
+        for found, part in (
+            (offline["delta_h1"], online.forecast),
+            (offline["split"]["direct"]["value"], online.split.direct),
+        ):
+            assert found == pytest.approx(part.value, rel=0, abs=100 * eps * float(part.by_unit.abs().sum()))
 
 
 def test_truncated_sampling_leaves_the_direct_part(tmp_path: Path) -> None:
