@@ -19,6 +19,7 @@ from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.intervals import LEVEL
 from entropy_fast.estimates.measured import GradientAgreement, Plan
 from entropy_fast.estimates.split import Split, UpdateForecasts
+from entropy_fast.estimates.verdict import Verdict, verdict_of
 from entropy_fast.rollouts import EmptyResponseReport
 from entropy_fast.step.preconditioner import ExcludedElements
 
@@ -269,6 +270,11 @@ class DeltaH1Result:
             return None
         lower, upper = self.interval(0.95)
         return abs(self.delta_h1) >= 2 * self.std_error and not lower <= 0 <= upper
+
+    @property
+    def verdict(self) -> Verdict:
+        """What may be concluded, in one sentence, with what it is made of."""
+        return verdict_of(self.forecast, self.split, self.entropy_level, self.unit)
 
     def explain(self) -> str:
         """How much, how sure and from where, in three sentences."""

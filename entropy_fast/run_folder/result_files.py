@@ -47,6 +47,7 @@ MAY_BE_UNKNOWN = (
     "diagnostics.live_gradient",
     "diagnostics.standard_errors",
     "diagnostics.unbiased_variance",
+    "verdict",
     *(
         f"split.{part}.{error}"
         for part in ("total", "direct", "visitation")
@@ -174,6 +175,7 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
         "schema": RESULT_SCHEMA,
         "version": __version__,
         **fields,
+        "verdict": _plain(result.verdict, "verdict"),
         "explanation": result.explain(),
         "by_parameter": _plain(result.by_parameter, "by_parameter"),
         "by_layer": _plain(result.by_layer, "by_layer"),

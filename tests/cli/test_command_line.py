@@ -48,6 +48,7 @@ def test_probe_writes_what_the_library_returns(folder, capsys):
     assert document["by_layer"] == expected.by_layer
     assert sum(document["by_layer"].values()) == pytest.approx(expected.delta_h1, rel=1e-9)
     assert document["entropy_level"] == expected.entropy_level > 0
+    assert document["verdict"] == dataclasses.asdict(expected.verdict)
     table = pq.read_table(out / "per_prompt.parquet").to_pylist()
     assert [row["delta_h1"] for row in table] == [p.delta_h1 for p in expected.per_prompt]
     assert sum(row["delta_h1"] for row in table) == pytest.approx(expected.delta_h1, rel=1e-5)
@@ -107,6 +108,7 @@ def test_the_direct_part_alone(folder, capsys):
     document = json.loads((out / "result.json").read_text())
     assert document["delta_h1"] is None and document["std_error"] is None
     assert document["split"]["total"]["value"] is None
+    assert document["verdict"]["total_percent"] is None and document["verdict"]["total_established"] is None
     direct = document["split"]["direct"]["value"]
     assert direct == document["forecast"]["value"]
     assert f"{direct:.17g}" in shown
