@@ -9,7 +9,7 @@ EDITABLE := -e '.[demo,dev]' --config-settings editable_mode=strict
 BUILD_INPUTS := pyproject.toml constraints.txt setup.py CMakeLists.txt $(shell find csrc -type f)
 NATIVE_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: setup test test-all sanitize demo bench-kernels bench-probe gpu-check lint format clean FORCE
+.PHONY: setup test test-all sanitize demo docs bench-kernels bench-probe gpu-check lint format clean FORCE
 
 setup: $(VENV)/installed
 
@@ -43,6 +43,13 @@ sanitize: setup
 
 demo: setup
 	$(BIN)/entropy-fast demo --out runs/demo
+
+# The site, in build/site: what is wrong with a link or a docstring ends it. Then every block of code in it, which takes minutes.
+docs: export OMP_NUM_THREADS = 1
+docs: setup
+	$(INSTALL) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	$(BIN)/pytest -n 2 --dist worksteal -m "" tests/docs
 
 # About ten minutes. What else runs meanwhile shows in the numbers.
 bench-kernels: setup
