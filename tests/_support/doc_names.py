@@ -112,7 +112,10 @@ def given(folder: Path) -> dict[str, Any]:
     """
     run = saved_run(folder / "FOLDER")
     shutil.copytree(run / "base", folder / "BASE")
-    (folder / "run").mkdir()
+    shutil.copytree(run, folder / "run")
+    (folder / "run" / "run.json").unlink()
+    for step in (5, 20):
+        shutil.copytree(run, folder / "policies" / "small" / f"step-{step}")
     torch.manual_seed(0)
     model, optimizer = stepped_policy(lora=True)
     rollouts, other = sampled(model), sampled(model, seed=1)
@@ -123,7 +126,8 @@ def given(folder: Path) -> dict[str, Any]:
         "model": model, "optimizer": optimizer, "rollouts": rollouts, "other_responses": other, "update_batch": rollouts,
         "other_batch": other, "large_batch": sampled(model, 10, seed=2), "rewards": rollouts.rewards, "tokenizer": tokenizer(),
         "ids": rollouts.input_ids, "attention_mask": rollouts.attention_mask, "response_mask": rollouts.loss_mask,
-        "groups": rollouts.group_ids, "advantages": rollouts.advantages, "prompt_width": start, "training_step": 1,
+        "groups": rollouts.group_ids, "advantages": rollouts.advantages, "prompt_width": start,
+        "n_prompts": 8, "n_responses": RESPONSES, "training_step": 1,
         "policy_loss": policy_loss_of(model, rollouts), "loss": policy_loss_of(model, rollouts),
         "your_loss": lambda logprobs, entropies: -(logprobs * by_token[:, start:]).mean(),
         "other_loss": lambda logprobs, entropies: -(logprobs.exp() * by_token).mean(),
