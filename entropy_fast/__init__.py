@@ -7,6 +7,7 @@ from pkgutil import extend_path
 from typing import TYPE_CHECKING
 
 from entropy_fast._version import __version__
+from entropy_fast.accessors import register_accessor
 
 if TYPE_CHECKING:
     from entropy_fast import candidates, errors, ops
@@ -52,6 +53,11 @@ _HOME = {
     "read_rollouts": "entropy_fast.rollouts",
     "write_rollouts": "entropy_fast.rollouts",
 }
+# What results and ledgers look like is known by a layer above them.
+register_accessor("result.plot", "entropy_fast.report.plots.accessors:ResultPlots")
+register_accessor("result.html", "entropy_fast.report.notebook:result_html")
+register_accessor("ledger.plot", "entropy_fast.report.plots.accessors:LedgerPlots")
+
 _MODULES = ("candidates", "errors", "ops")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "GraphDetachedError",
     "LearningRateError",
     "LedgerError",
+    "MissingPackageError",
     "MissingTokenizerError",
     "ModelStateError",
     "NativeLibraryError",
@@ -101,11 +102,15 @@ class BundleError(RunFolderError):
 
 
 class ResultError(EntropyFastError, ValueError):
-    """A result holds a number that is not finite, or its files on disk do not belong together."""
+    """A result holds a number that is not finite, lacks what is asked of it, or its files on disk do not belong together."""
 
 
 class LedgerError(EntropyFastError, ValueError):
     """A ledger's file is damaged or another writer's, or an entry does not fit those before it."""
+
+
+class MissingPackageError(EntropyFastError, ImportError):
+    """What was called needs a package that is not installed; the message names it."""
 
 
 class SamplingError(EntropyFastError, ValueError):

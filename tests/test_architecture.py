@@ -81,6 +81,11 @@ def test_a_tree_in_order_is_accepted(tmp_path: Path) -> None:
         ("api.py", "from entropy_fast.truth import x\n", "the estimate (api) imports the truth"),
         ("probe_components.py", "import entropy_fast.truth\n", "the estimate (probe_components) imports the truth"),
         ("offline_entropy_probe.py", "from . import truth\n", "the estimate (offline_entropy_probe) imports the truth"),
+        (
+            "checks/bad.py",
+            "from entropy_fast.errors import register_accessor\nregister_accessor('a', 'entropy_fast.cli:run')\n",
+            "checks/bad.py:2: says where an accessor is",
+        ),
         ("checks/bad.py", "import entropy_fast\n", "imports entropy_fast itself"),
         ("novelty/bad.py", "", "'novelty' is in no layer"),
         ("checks/bad.py", "from entropy_fast.novelty import x\n", "imports 'novelty', which is in no layer"),

@@ -15,6 +15,7 @@ from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.measured import Measured, UpdateSums
 from entropy_fast.estimates.notes import empty_response_message, notes_of, of_intervals
+from entropy_fast.estimates.response_rows import ResponseRows, response_rows
 from entropy_fast.estimates.result import (
     UNIT,
     DeltaH1Result,
@@ -210,7 +211,24 @@ def _result(
         functionals=found.functionals,
         updates=updates,
         step_parts=parts,
+        response_rows=_response_rows(found.forecast, batches, empty),
     )
+
+
+def _response_rows(
+    forecast: Forecast, batches: Mapping[str, Rollouts], empty: Mapping[str, EmptyResponseReport]
+) -> dict[Role, ResponseRows]:
+    """Of the batches that shares of sequences or tokens are of, by role."""
+    tokens = forecast.by_token is not None
+    if not tokens and forecast.by_sequence is None:
+        return {}
+    if len(batches) == 1:
+        return {"both": response_rows(batches["rollouts"], empty["rollouts"], tokens=tokens)}
+    found: dict[Role, ResponseRows] = {
+        "entropy": response_rows(batches[ENTROPY], empty[ENTROPY], tokens=tokens),
+        "update": response_rows(batches[UPDATE], empty[UPDATE], tokens=False),
+    }
+    return found
 
 
 def _population_known(measured: Measured) -> bool:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
+from entropy_fast.accessors import Accessor, accessed
 from entropy_fast.checks.coverage import PassCoverage
 from entropy_fast.columns import SequenceTable
 from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, Weighting
@@ -18,12 +19,32 @@ from entropy_fast.estimates.explain import explanation
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.intervals import LEVEL
 from entropy_fast.estimates.measured import GradientAgreement, Plan
+from entropy_fast.estimates.response_rows import ResponseRows
 from entropy_fast.estimates.split import Split, UpdateForecasts
 from entropy_fast.estimates.verdict import Verdict, verdict_of
 from entropy_fast.rollouts import EmptyResponseReport
 from entropy_fast.step.preconditioner import ExcludedElements
 
-__all__ = ["DeltaH1Result", "Diagnostics", "PromptContribution", "StandardError"]
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow as pa
+    import xarray
+
+__all__ = ["DeltaH1Result", "Diagnostics", "Kind", "PromptContribution", "StandardError"]
+
+Kind = Literal[
+    "parts",
+    "prompts",
+    "step_parts",
+    "updates",
+    "functionals",
+    "layers",
+    "parameters",
+    "sequences",
+    "tokens",
+    "kernel",
+    "errors",
+]
 
 PROMPT_SHOWN = 40  # characters of a prompt that is named in a sentence
 
@@ -187,6 +208,8 @@ class DeltaH1Result:
         step_parts: of the whole step what each part of it does, with its own split: ``momentum``, ``decay``, ``fresh``
             gradient, and ``scale``, the change that this gradient makes to the optimizer's scale (absent where no part of the
             step is linear in the gradient). They add up to the forecast. Empty under ``adam_static``.
+        response_rows: by role, which row of the rollouts each sequence is, and where response tokens stand; empty where shares
+            of neither are known.
     """
 
     delta_h1: float
@@ -214,6 +237,9 @@ class DeltaH1Result:
     functionals: Mapping[str, Forecast] = dataclasses.field(default_factory=dict)
     updates: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
     step_parts: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
+    response_rows: Mapping[Role, ResponseRows] = dataclasses.field(default_factory=dict)
+
+    plot = Accessor("result.plot", "Figures of the result; see `entropy_fast.report.plots.accessors.ResultPlots`.")
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         """Confidence interval δH₁ ± t · std_error, with Student's t on Satterthwaite's degrees of freedom.
@@ -280,6 +306,47 @@ class DeltaH1Result:
         """How much, how sure and from where, in three sentences."""
         prompts = [(_called(p), p.delta_h1) for p in self.per_prompt if p.role != "update"]
         return explanation(self.forecast, self.split, self.entropy_level, self.unit, prompts)
+
+    def to_arrow(self, kind: Kind = "prompts") -> pa.Table:
+        """A part of the result as an Arrow table; what is not known is null.
+
+        Args:
+            kind: ``parts``, ``prompts``, ``step_parts``, ``updates``, ``functionals``, ``layers``, ``parameters``,
+                ``sequences``, ``tokens``, ``kernel`` or ``errors``; `entropy_fast.estimates.tables` has their columns.
+
+        Raises:
+            ConfigError: there is no such kind.
+            ResultError: the result does not hold it; the message says which option asks for it.
+        """
+        from entropy_fast.estimates.tables import arrow_table
+
+        return arrow_table(self, kind)
+
+    def to_dataframe(self, kind: Kind = "prompts") -> pandas.DataFrame:
+        """The same as a pandas DataFrame, whose ``attrs`` hold the unit.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+            ConfigError, ResultError: as for `to_arrow`.
+        """
+        from entropy_fast.estimates.frames import dataframe
+
+        return dataframe(self.to_arrow(kind), f"to_dataframe({kind!r})")
+
+    def to_xarray(self) -> xarray.Dataset:
+        """The influence kernel as an xarray Dataset over ``entropy_unit`` and ``update_unit``.
+
+        Raises:
+            MissingPackageError: xarray is not installed.
+            ResultError: the result does not hold the kernel.
+        """
+        from entropy_fast.estimates.frames import kernel_dataset
+
+        return kernel_dataset(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return str(accessed("result.html")(self))
 
     def __str__(self) -> str:
         if math.isnan(self.delta_h1):

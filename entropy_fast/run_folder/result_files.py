@@ -77,9 +77,9 @@ def write_result(
         RunFolderError, OutputFileError: the folder cannot be made or written to.
     """
     document = result_document(result)
-    tables = {PROMPTS: pa.Table.from_pylist([_plain(dataclasses.asdict(p), PROMPTS) for p in result.per_prompt])}
+    tables = {PROMPTS: result.to_arrow("prompts")}
     if result.by_sequence is not None:
-        tables[SEQUENCES] = _sequence_table(result)
+        tables[SEQUENCES] = result.to_arrow("sequences")
 
     def fill(temporary: Path) -> None:
         for name, table in tables.items():
@@ -131,24 +131,6 @@ def read_result_table(folder: Path, name: str) -> pa.Table:
     return pq.read_table(folder / name, page_checksum_verification=True)
 
 
-def _sequence_table(result: DeltaH1Result) -> pa.Table:
-    """One row a sequence: its batch's role, its row in the rollouts, whether it was counted, and its shares."""
-    assert result.by_sequence is not None
-    parts = []
-    for role, shares in result.by_sequence.items():
-        count = len(shares.delta_h1)
-        columns: dict[str, pa.Array] = {
-            "role": pa.array([role] * count, pa.string()),
-            "row": pa.array(range(count), pa.int64()),
-            "counted": pa.array(shares.counted.tolist(), pa.bool_()),
-        }
-        for name in ("delta_h1", "as_entropy", "as_update"):
-            values: torch.Tensor | None = getattr(shares, name)
-            columns[name] = pa.array([None] * count if values is None else values.tolist(), pa.float64())
-        parts.append(pa.table(columns))
-    return pa.concat_tables(parts)
-
-
 def result_document(result: DeltaH1Result) -> dict[str, Any]:
     """The result as JSON-ready data: schema name, package version, every field of `DeltaH1Result`, what follows from them.
 
@@ -158,7 +140,7 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
     Raises:
         ResultError: a number is not finite where it has to be known.
     """
-    names = [f.name for f in dataclasses.fields(result)]
+    names = [f.name for f in dataclasses.fields(result) if f.name != "response_rows"]
     left_out = {"derivatives"}
     if result.estimate_options.wanted_parts == ("direct",):
         left_out |= {"delta_h1"}  # nobody asked for the whole

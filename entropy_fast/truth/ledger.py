@@ -22,18 +22,24 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from scipy.stats import binomtest
 
+from entropy_fast.accessors import Accessor
 from entropy_fast.atomic import atomic_path
 from entropy_fast.errors import LedgerError, RolloutsFileError
 from entropy_fast.estimates.forecast import half_width
+from entropy_fast.estimates.frames import dataframe
 from entropy_fast.estimates.intervals import LEVEL
 from entropy_fast.rollouts.fields import RowSource, open_regular
 from entropy_fast.rollouts.parquet_metadata import check_size
 from entropy_fast.scalars import as_number
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow as pa
 
 __all__ = ["Calibration", "EntropyLedger", "LedgerEntry"]
 
@@ -206,9 +212,27 @@ class EntropyLedger:
         entry = LedgerEntry(step, part, math.nan, realised=realised, realised_error=realised_error, unit=unit)
         self._append(REALISED, entry)
 
+    plot = Accessor("ledger.plot", "Figures of the ledger; see `entropy_fast.report.plots.accessors.LedgerPlots`.")
+
     def rows(self) -> list[LedgerEntry]:
         """Every entry, in the order in which forecasts were recorded."""
         return list(self._entries.values())
+
+    def to_arrow(self) -> pa.Table:
+        """Every entry as a row, with the fields of `LedgerEntry`; numbers that are not known are null."""
+        import pyarrow as pa
+
+        of = {field.name: field.type for field in _schema() if field.name != "kind"}
+        rows = self.rows()
+        return pa.table({n: pa.array([getattr(e, n) for e in rows], kind, from_pandas=True) for n, kind in of.items()})
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The same as a pandas DataFrame.
+
+        Raises:
+            MissingPackageError: pandas is not installed.
+        """
+        return dataframe(self.to_arrow(), "to_dataframe()")
 
     def calibration(self, part: str = "total", window: int | None = 50) -> Calibration:
         """Hold the last ``window`` forecasts with a realised change against it; all of them with None.

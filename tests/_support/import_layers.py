@@ -10,7 +10,9 @@ PACKAGE = "entropy_fast"
 
 # Lowest first. A module may import from its own unit, from layers below, and from a unit beside it that does not import back.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "config", "_version", "atomic", "libraries", "scalars", "schema"}),
+    frozenset(
+        {"errors", "config", "_version", "accessors", "atomic", "libraries", "optional_packages", "scalars", "schema"}
+    ),
     frozenset({"reference"}),
     frozenset({"ops"}),
     frozenset({"rollouts"}),
@@ -31,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 COMPILED = ("_native", "kernels")  # reached through ops alone
 NEVER_TRUTH = ("engines", "estimates", "api", "probe_components", "offline_entropy_probe")
 EXEMPT = f"{PACKAGE}/__init__.py"  # resolves names lazily, from everywhere
+REGISTER = "register_accessor"  # of names in layers above, which only that file may know
 
 
 def violations(root: Path) -> list[str]:
@@ -49,6 +52,9 @@ def violations(root: Path) -> list[str]:
             found.append(f"{relative}: '{unit}' is in no layer")
             continue
         graph[name] = set()
+        found += [
+            f"{relative}:{line}: says where an accessor is, which {EXEMPT} alone does" for line in _registrations(tree)
+        ]
         for line, target, at_module_level in _imports(tree, name, path.name == "__init__.py"):
             other = _unit(target)
             where = f"{relative}:{line}"
@@ -138,6 +144,13 @@ def _imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[tuple[
         for target in targets:
             if target == PACKAGE or target.startswith(PACKAGE + "."):
                 yield getattr(node, "lineno", 0), target, node not in deferred
+
+
+def _registrations(tree: ast.Module) -> Iterator[int]:
+    """Lines on which an accessor's home is given: a text, which no rule about imports sees."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == REGISTER:
+            yield node.lineno
 
 
 def _cycles(graph: dict[str, set[str]]) -> Iterator[list[str]]:

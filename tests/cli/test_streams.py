@@ -145,7 +145,7 @@ def test_a_signal_leaves_nothing(folder, tmp_path, monkeypatch, number, during):
 
     target = {
         "work": "entropy_fast.api.fast_delta_h1",
-        "drawing": "entropy_fast.report.picture._figure",
+        "drawing": "entropy_fast.report.plots.overview.contributions",
         "writing": "entropy_fast.run_folder.result_files.pq.write_table",
     }[during]
     monkeypatch.setattr(target, end)
@@ -195,7 +195,7 @@ def test_a_result_that_cannot_be_written_is_shown(folder, tmp_path, monkeypatch,
 
 
 def test_a_picture_that_cannot_be_drawn_is_said_and_the_result_is_there(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("entropy_fast.report.picture._figure", lambda result: 1 / 0)
+    monkeypatch.setattr("entropy_fast.report.plots.overview.contributions", lambda result: 1 / 0)
     assert run(["probe", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert "contributions.png was not drawn: contributions.png cannot be drawn: ZeroDivision" in capsys.readouterr().out
     assert set(read_result_document(tmp_path / "out")["files"]) == {"per_prompt.parquet"}

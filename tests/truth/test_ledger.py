@@ -305,3 +305,17 @@ def test_what_does_not_fit_is_refused_and_adds_nothing(
         call(ledger)
     assert same(ledger.rows(), FILLED)
     assert (path.read_bytes() if path else b"") == before
+
+
+def test_as_a_table_and_as_a_data_frame(tmp_path: Path) -> None:
+    ledger = filled(tmp_path / "l.parquet")
+    table = ledger.to_arrow()
+    assert table.column_names == [field.name for field in dataclasses.fields(LedgerEntry)]
+    for row, entry in zip(table.to_pylist(), ledger.rows(), strict=True):
+        known = {name: NAN if value is None else value for name, value in row.items()}
+        assert same([LedgerEntry(**known)], [entry])
+    assert table["forecast"].null_count == 1 and table["realised"].null_count == 1
+    frame = ledger.to_dataframe()
+    assert frame["realised"].isna().tolist() == [math.isnan(entry.realised) for entry in ledger.rows()]
+    assert frame["note"].tolist() == [entry.note for entry in ledger.rows()]
+    assert len(EntropyLedger().to_arrow()) == 0
