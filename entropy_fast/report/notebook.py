@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.held import entropy_units, parts_of
 from entropy_fast.estimates.result import DeltaH1Result
-from entropy_fast.report.terminal import prompt_label
+from entropy_fast.report.plots.labels import prompt_name
 from entropy_fast.report.text import printable
 
 __all__ = ["result_html"]
@@ -91,7 +91,7 @@ def _drawn(name: str, part: Forecast, low: float, high: float) -> str:
 
 def _prompts(result: DeltaH1Result) -> str:
     units = sorted(entropy_units(result), key=lambda unit: -abs(unit.delta_h1))[:PROMPTS]
-    rows = [[_text(prompt_label(unit, LABEL), LABEL), _number(unit.delta_h1)] for unit in units]
+    rows = [[html.escape(prompt_name(unit, LABEL)), _number(unit.delta_h1)] for unit in units]
     return _table(("prompts that matter most", "share"), rows)
 
 

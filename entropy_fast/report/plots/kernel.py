@@ -19,7 +19,7 @@ from entropy_fast.report.plots.canvas import (
 )
 from entropy_fast.report.plots.decimal_scale import DecimalScale, figures
 from entropy_fast.report.plots.fonts import drawable
-from entropy_fast.report.terminal import prompt_label
+from entropy_fast.report.plots.labels import prompt_name
 
 __all__ = ["clustered_order", "draw_kernel"]
 
@@ -76,7 +76,7 @@ def draw_kernel(result: DeltaH1Result, part: EntropyPart | None, ax: Axes | None
     scale = DecimalScale.of([shown if cut else largest])
     scale.write(bar.ax.yaxis)
     bar.set_label(f"{_share(result, name)}\n({scale.unit(result.unit)})")
-    _name(ax, [prompt_label(units[n], LABEL) for n in order] if len(order) <= NAMED else None, order)
+    _name(ax, [prompt_name(units[n], LABEL) for n in order] if len(order) <= NAMED else None, order)
     name_axis(ax, "y", "prompt whose entropy changes")
     name_axis(ax, "x", "prompt whose update changes it")
     titled(

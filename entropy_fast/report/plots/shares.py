@@ -22,7 +22,7 @@ from entropy_fast.report.plots.canvas import (
     zero_line,
 )
 from entropy_fast.report.plots.decimal_scale import DecimalScale
-from entropy_fast.report.terminal import prompt_label
+from entropy_fast.report.plots.labels import prompt_name
 from entropy_fast.report.text import printable
 
 __all__ = ["draw_layers", "draw_prompts", "share_of"]
@@ -66,7 +66,7 @@ def draw_prompts(
             markeredgecolor=ax.get_facecolor(), markeredgewidth=1, markersize=6.5, label="_direct",
         )  # fmt: skip
         about += "\nbars: total; dots: its direct part"
-    named_rows(ax, [prompt_label(units[n], LABEL) for n in order], fontsize="small")
+    named_rows(ax, [prompt_name(units[n], LABEL) for n in order], fontsize="small")
     numbered_rows(ax, range(len(order)), [scale.text(value) for value in values], [text_colour()] * len(order))
     name_axis(ax, "x", share_of(name), result.unit, scale)
     titled(ax, "Which prompts' updates change the entropy" if updates else "Which prompts change the entropy", about)

@@ -19,8 +19,8 @@ from entropy_fast.report.plots.canvas import (
 )
 from entropy_fast.report.plots.decimal_scale import DecimalScale, figures
 from entropy_fast.report.plots.fonts import drawable
+from entropy_fast.report.plots.labels import prompt_name
 from entropy_fast.report.plots.shares import share_of
-from entropy_fast.report.terminal import prompt_label
 
 __all__ = ["TokenTexts", "draw_tokens"]
 
@@ -81,7 +81,7 @@ def draw_tokens(
 def _prompt(result: DeltaH1Result, prompt: int) -> str:
     units = entropy_units(result)
     if all(len(unit.group_ids) == 1 for unit in units):
-        return f"prompt {prompt}: {prompt_label(units[prompt], 60)}"
+        return f"prompt {prompt}: {prompt_name(units[prompt], 60)}"
     return f"prompt {prompt}"
 
 
