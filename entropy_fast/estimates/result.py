@@ -348,6 +348,9 @@ class DeltaH1Result:
         """What a notebook shows."""
         return str(accessed("result.html")(self))
 
+    def __repr__(self) -> str:
+        return f"<DeltaH1Result: {self}>"
+
     def __str__(self) -> str:
         if math.isnan(self.delta_h1):
             found = self.forecast

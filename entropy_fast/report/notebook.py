@@ -16,7 +16,7 @@ __all__ = ["result_html"]
 
 PROMPTS = 3
 NOTES, NOTE = 6, 400  # notes shown, and characters of each
-EXPLANATION, LABEL = 1200, 80  # characters
+SENTENCE, LABEL = 600, 80  # characters
 WIDTH, HEIGHT = 220, 16  # of a drawn interval, in pixels
 COLOURS = {"direct": "#007F5F", "visitation": "#AA4499", "total": "currentColor"}
 TABLE = "border-collapse:collapse;margin:4px 0;color:inherit;font-size:inherit"
@@ -24,9 +24,10 @@ CELL = "text-align:left;padding:2px 12px 2px 0;border:0"
 
 
 def result_html(result: DeltaH1Result) -> str:
-    """The three sentences, the parts with their intervals drawn, the prompts that matter most, and notes."""
+    """The verdict, the parts with their intervals drawn, the prompts that matter most, and notes."""
     pieces = [
-        f'<p style="max-width:60em;margin:0 0 6px">{_text(result.explain(), EXPLANATION)}</p>',
+        f'<p style="max-width:60em;margin:0 0 6px"><b>{_text(result.verdict.sentence, SENTENCE)}</b></p>',
+        f'<p style="margin:0 0 4px">The entropy now: {result.entropy_level:.3g} {_text(result.unit, 60)}.</p>',
         _parts(result),
         _prompts(result),
         _notes(result.diagnostics.warnings),

@@ -12,7 +12,7 @@ from shown_results import HOSTILE, bare, full, two_batches, unknown_errors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without response tokens were left out")
 
-TAGS = {"div", "p", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "code", "details", "summary"}
+TAGS = {"div", "p", "b", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "code", "details", "summary"}
 DRAWING = {"svg", "line", "circle"}
 ATTRIBUTES = {"style", "scope", "width", "height", "aria-hidden", "x1", "x2", "y1", "y2", "cx", "cy", "r"}
 PAINT = {"stroke", "stroke-opacity", "stroke-width", "fill", "fill-opacity"}
@@ -56,7 +56,12 @@ def inert(result) -> Read:
 def test_it_says_what_the_result_says():
     result = full()
     found = inert(result)
-    assert result.unit in found.text and "direct" in found.text and "visitation" in found.text
+    assert (
+        result.verdict.sentence in found.text
+        and result.unit in found.text
+        and "direct" in found.text
+        and "visitation" in found.text
+    )
     for part in (result.split.direct, result.split.visitation, result.split.total):
         numbers = [format(number, "+.3g").replace("-", "−") for number in (part.value, *part.interval())]
         assert f"{numbers[0]}[{numbers[1]}, {numbers[2]}]" in found.text

@@ -132,7 +132,7 @@ def name_axis(ax: Axes, axis: str, what: str, unit: str = "", scale: DecimalScal
     if axis == "x":
         ax.set_xlabel(f"{what} ({unit})" if unit else what, loc="left", parse_math=False)
     else:
-        ax.set_ylabel(f"{what}\n({unit})" if unit else what, parse_math=False)
+        ax.set_ylabel(f"{what}\n({unit})" if unit else what, fontsize="small", parse_math=False)
 
 
 def named_rows(ax: Axes, names: Sequence[str], *, fontsize: str = "medium") -> None:

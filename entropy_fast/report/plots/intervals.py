@@ -12,6 +12,7 @@ from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.held import parts_of, step_parts_of, updates_of
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.estimates.split import UpdateForecasts
+from entropy_fast.estimates.verdict import percent_of, shown_percent
 from entropy_fast.report.plots.canvas import (
     PART_COLOURS,
     PART_MARKERS,
@@ -50,9 +51,12 @@ def draw_parts(result: DeltaH1Result, ax: Axes | None) -> Axes:
 
 def _level(result: DeltaH1Result) -> str:
     """How much entropy there is, and how much of it the forecast is."""
-    now, change = result.entropy_level, result.forecast.value
+    now = result.entropy_level
+    change = percent_of(result.forecast.value, now)
     there = f"the {figures(now, signed=False)} {result.unit} that there are now"
-    return f"{figures(100 * change / abs(now))} % of {there}" if now else f"of {there}"
+    return (
+        f"of {there}" if math.isnan(change) else f"{shown_percent(change)} of {there}".replace("-", "\N{MINUS SIGN}", 1)
+    )
 
 
 def _intervals(rows: Rows) -> str:

@@ -103,11 +103,12 @@ def draw_calibration(ledger: EntropyLedger, part: str, window: int | None, ax: A
     ax.axline((0, 0), slope=1, color=MUTED, linestyle=(0, (4, 3)), linewidth=1.2, label="realised = forecast")
     _fitted(ax, found, [e.forecast for e in pairs])
     scale = DecimalScale.of(value for e in pairs for value in (e.forecast, e.realised))
-    name_axis(ax, "x", f"forecast {_change(part)}", _unit(entries), scale)
+    name_axis(ax, "x", "forecast", _unit(entries), scale)
     name_axis(ax, "y", "realised", _unit(entries), scale)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(loc="best", frameon=False, fontsize="small")
-    titled(ax, "Do forecasts come true?", _verdict(found))
+    of = "" if part == "total" else f" of the {part} part"
+    titled(ax, f"Do forecasts{of} come true?", _verdict(found))
     return ax
 
 

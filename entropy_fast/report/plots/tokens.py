@@ -56,7 +56,7 @@ def draw_tokens(
     row, columns, ids = _response(result, prompt, response)
     shares = by_token[row, columns].tolist()
     names, families = drawable([_token(token, tokenizer) for token in ids])
-    ax = axes_or_new(ax, min(14.0, 2.5 + 0.22 * len(ids)), 3.4)
+    ax = axes_or_new(ax, min(14.0, 2.5 + 0.22 * len(ids)), 3.6)
     zero_line(ax, "y")
     ax.bar(range(len(ids)), shares, 0.8 if len(ids) <= ALL_NAMED else 1.0, color=sign_colours(shares))
     if len(ids) <= ALL_NAMED:
