@@ -71,11 +71,13 @@ def test_it_says_what_the_result_says():
     assert sorted(range(3), key=x.__getitem__) == sorted(range(3), key=values.__getitem__)
 
 
-def test_prompts_are_text():
+def test_texts_of_others_are_text():
     result = full()
     odd = tuple(dataclasses.replace(unit, prompt=HOSTILE) for unit in result.per_prompt)
-    found = inert(dataclasses.replace(result, per_prompt=odd))
-    assert '</script><img src=x onerror=alert(1)>[31mdrow $\\frac{ & "quoted"' in found.text
+    diagnostics = dataclasses.replace(result.diagnostics, warnings=(f"note {HOSTILE}",))
+    found = inert(dataclasses.replace(result, per_prompt=odd, diagnostics=diagnostics))
+    shown = '</script><img src=x onerror=alert(1)>[31mdrow $\\frac{ & "quoted"'
+    assert found.text.count(shown) == 4 and f"note {shown}" in found.text
 
 
 @given(st.text(st.characters()))
