@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.forecast import Forecast
-from entropy_fast.estimates.held import parts_of, step_parts_of, updates_of
+from entropy_fast.estimates.held import part_of, parts_of, step_parts_of, updates_of
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.estimates.split import UpdateForecasts
 from entropy_fast.estimates.verdict import percent_of, shown_percent
@@ -51,12 +51,13 @@ def draw_parts(result: DeltaH1Result, ax: Axes | None) -> Axes:
 
 def _level(result: DeltaH1Result) -> str:
     """How much entropy there is, and how much of it the forecast is."""
-    now = result.entropy_level
-    change = percent_of(result.forecast.value, now)
-    there = f"the {figures(now, signed=False)} {result.unit} that there are now"
-    return (
-        f"of {there}" if math.isnan(change) else f"{shown_percent(change)} of {there}".replace("-", "\N{MINUS SIGN}", 1)
-    )
+    now, (name, forecast) = result.entropy_level, part_of(result, None)
+    change = percent_of(forecast.value, now)
+    there = f"{figures(now, signed=False)} {result.unit}"
+    if math.isnan(change):
+        return f"the entropy now: {there}"
+    sign = "+" if change > 0 else ""
+    return f"{name}: {sign}{shown_percent(change)} of the {there} there are now".replace("-", "\N{MINUS SIGN}", 1)
 
 
 def _intervals(rows: Rows) -> str:

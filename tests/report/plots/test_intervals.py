@@ -28,6 +28,8 @@ def test_parts_with_their_intervals():
     assert rows(ax) == ["direct", "visitation", "total"]
     assert_drawn(ax, [split.direct, split.visitation, split.total])
     assert result.unit in ax.get_xlabel()
+    percent = 100 * result.forecast.value / result.entropy_level
+    assert f"total: {percent:+.2g} % of".replace("-", "−") in texts(ax.figure)
     certain = dataclasses.replace(split.direct, std_error=abs(split.direct.value) / 50)
     ax = dataclasses.replace(result, split=dataclasses.replace(split, direct=certain)).plot.parts()
     assert filled(ax, "_forecast")[0]
