@@ -24,9 +24,9 @@ from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.distributed.agreement import fingerprint, of_first_rank, refuse_others
 from entropy_fast.distributed.team import Team, joined
 from entropy_fast.engines import Engine, EngineKind, engine_kind
+from entropy_fast.engines.replicas import refuse_other_replicas
 from entropy_fast.engines.resolving import SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
-from entropy_fast.engines.replicas import refuse_other_replicas
 from entropy_fast.estimates.assembly import Setting, empty_response_message, same_batch_result, two_batch_result
 from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.measured import Measured

@@ -28,6 +28,7 @@ from entropy_fast.distributed.dealing import Share
 from entropy_fast.engines.along import AlongSums, along_sums, steps_of_others, with_rows
 from entropy_fast.engines.between_ranks import kernels_of
 from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.kernel import kernel_of
 from entropy_fast.engines.one_pass.by_sequence import (
     less_own,
     met_by_unit,
@@ -35,7 +36,6 @@ from entropy_fast.engines.one_pass.by_sequence import (
     refuse_without_stack,
     two_batch_shares,
 )
-from entropy_fast.engines.kernel import kernel_of
 from entropy_fast.engines.one_pass.kernels import products_of, sums_of_dots, sums_of_kernel
 from entropy_fast.engines.one_pass.sweep import SweepRequest
 from entropy_fast.engines.one_pass.sweeper import Sweeper
