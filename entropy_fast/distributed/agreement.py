@@ -79,7 +79,7 @@ def of_first_rank(team: Team, found: _Found) -> _Found:
     _taken_apart(found, numbers)
     refuse_others(team, {"the form of what was found": fingerprint([n.shape for n in numbers])}, fix="report this.")
     whole = torch.cat([number.reshape(-1) for number in numbers])
-    team.run(lambda: dist.broadcast(whole, 0, group=team.group))
+    team.run(lambda group: dist.broadcast(whole, 0, group=group))
     rest = iter(torch.split(whole, [number.numel() for number in numbers]))
     filled: _Found = _put_together(found, rest)
     return filled

@@ -40,8 +40,7 @@ def add_up(team: Team, tensors: Sequence[Tensor]) -> None:
 
 
 def _add_up_one(team: Team, tensor: Tensor) -> None:
-    group = team.group_of(tensor.device)
-    team.run(lambda: dist.all_reduce(tensor, group=group))
+    team.run(lambda group: dist.all_reduce(tensor, group=group), tensor.device)
 
 
 def most_of(team: Team, numbers: Sequence[int]) -> list[int]:
@@ -49,7 +48,7 @@ def most_of(team: Team, numbers: Sequence[int]) -> list[int]:
     if team.size == 1:
         return list(numbers)
     table = torch.tensor(list(numbers), dtype=torch.int64)
-    team.run(lambda: dist.all_reduce(table, dist.ReduceOp.MAX, group=team.group))
+    team.run(lambda group: dist.all_reduce(table, dist.ReduceOp.MAX, group=group))
     found: list[int] = table.tolist()
     return found
 
@@ -83,8 +82,7 @@ def rows_of(team: Team, own: Tensor) -> list[Tensor]:
     if team.size == 1:
         return [own]
     found = [torch.empty_like(own) for _ in range(team.size)]
-    group = team.group_of(own.device)
-    team.run(lambda: dist.all_gather(found, own.contiguous(), group=group))
+    team.run(lambda group: dist.all_gather(found, own.contiguous(), group=group), own.device)
     return found
 
 
@@ -107,11 +105,10 @@ def by_slices(team: Team, own: Tensor, counts: Sequence[int]) -> Tensor:
     n, width = own.shape[0], own.shape[1] // team.size
     send = own.reshape(n, team.size, width).transpose(0, 1).contiguous().view(-1)
     received = own.new_empty(sum(counts) * width)
-    group = team.group_of(own.device)
+    received_from, sent_to = [count * width for count in counts], [n * width] * team.size
     team.run(
-        lambda: dist.all_to_all_single(
-            received, send, [count * width for count in counts], [n * width] * team.size, group=group
-        )
+        lambda group: dist.all_to_all_single(received, send, received_from, sent_to, group=group),
+        own.device,
     )
     return received.view(sum(counts), width)
 

@@ -115,15 +115,22 @@ class Team:
         if self._has("failed"):
             raise self._of_words(self._words())
 
-    def run(self, operation: Callable[[], object]) -> None:
+    def run(
+        self, operation: Callable[[dist.ProcessGroup | None], object], device: torch.device = torch.device("cpu")
+    ) -> None:
         """A collective operation, after a meeting.
+
+        Args:
+            operation: given the group. It must not be kept elsewhere: who waits for a rank that has given up is let go when the
+                group is no more.
+            device: of its tensors.
 
         Raises:
             DistributedError: see `meet`; or a rank was lost in the middle of it.
         """
         self.meet()
         try:
-            operation()
+            operation(self._group_of(device))
         except RuntimeError as error:
             self._lost(error)
 
@@ -148,7 +155,7 @@ class Team:
         except BaseException as error:
             self._fail(error)
 
-    def group_of(self, device: torch.device) -> dist.ProcessGroup | None:
+    def _group_of(self, device: torch.device) -> dist.ProcessGroup | None:
         """The group for tensors of a device: gloo's on the CPU, one by the training's own backend elsewhere."""
         if device.type == "cpu":
             return self.group
@@ -227,6 +234,9 @@ class Team:
             f"rank {rank} is gone or did not come within {self.seconds:g} s (it was at '{at}')"
             for rank, at in missing or ()
         ]
+        if missing:
+            # A launcher ends all when it sees that one has died; who was ended so is no reason.
+            words = [word for word in words if word.kind != KeyboardInterrupt.__name__]
         said = [f"rank {word.rank} failed at '{word.phase}': {word.kind}: {word.text}" for word in words]
         self._let_read(tuple(rank for rank, _ in missing or ()))
         # Where both are known, who failed first is why others went.

@@ -1,24 +1,29 @@
-"""Probes by all ranks together beside those of one process; run by every process of `process_groups.run_ranks`.
+"""What several processes of one group do with one another, for tests; started by `process_groups.run_jobs`.
 
-Usage: python ranks_at_work.py RANK WORLD_SIZE STORE RESULT_FILE MODE CASE...
+Usage: python ranks_at_work.py FOLDER JOBS
 
-``together`` runs the named cases by all ranks; the first rank runs them by itself too, and writes both.
+Libraries are imported once: the processes of every job are forked from the one that imported them. The store is that process's,
+as a launcher's would be.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from probe_models.architectures import add_lora, build_model, stepped_adamw
@@ -28,11 +33,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from entropy_fast import Rollouts, candidates, fast_delta_h1
+from entropy_fast.distributed import Team
 from entropy_fast.estimates.result import DeltaH1Result
 
 Run = Callable[[str], DeltaH1Result]  # by "own" or "all" ranks
 
 SIZES = (2, 4, 3, 2, 2)  # divisible by no number of ranks, and by one of them not even into two each
+TIMEOUT = 60.0  # seconds
 LEFT_OUT = ("plan", "run_options", "estimate_options")
 CASES: dict[str, Callable[[], Run]] = {}
 
@@ -56,7 +63,7 @@ def probing(model: nn.Module, *batches: Rollouts, fields: Mapping[str, Any] | No
 
     def run(ranks: str) -> DeltaH1Result:
         chosen = options_of(**options)
-        chosen["run"] = dataclasses.replace(chosen["run"], ranks=ranks, rank_timeout=60)
+        chosen["run"] = dataclasses.replace(chosen["run"], ranks=ranks, rank_timeout=TIMEOUT)
         return fast_delta_h1(model, optimizer, batches[0], **given, **chosen)
 
     return run
@@ -189,35 +196,154 @@ def digest(found: Mapping[str, list[float]]) -> str:
     return hashlib.sha256(json.dumps(sorted(found.items())).encode()).hexdigest()
 
 
-def together(names: list[str], rank: int) -> dict[str, Any]:
+def together(rank: int, names: list[str]) -> dict[str, Any]:
+    """Probes of the named cases by all ranks; and by the first of them alone."""
     found = {}
     for name in names:
         run = CASES[name]()
-        began = time.monotonic()
         result = run("all")
         ours = dict(numbers(result))
         found[name] = {
             "digest": digest(ours),
             "plan": str(result.diagnostics.plan),
             "warnings": list(result.diagnostics.warnings),
-            "seconds": time.monotonic() - began,
         }
         if rank == 0:
             found[name] |= {"all": ours, "own": dict(numbers(run("own")))}
     return found
 
 
-def main(rank: int, world: int, store: str, result: str, mode: str, *names: str) -> None:
+@contextlib.contextmanager
+def at_phase(wanted: str, then: Callable[[], object]) -> Iterator[list[str]]:
+    """Do something on this rank where it enters a phase for the first time; yields the phases that it entered."""
+    entered: list[str] = []
+    enter = Team.enter
+
+    def entering(team: Team, phase: str) -> None:
+        enter(team, phase)
+        entered.append(phase)
+        if phase == wanted and entered.count(phase) == 1:
+            then()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Team, "enter", entering)
+        yield entered
+
+
+def attempt(run: Run) -> dict[str, Any]:
+    """What a probe by all ranks ends in, and how long that takes."""
+    began = time.monotonic()
+    try:
+        run("all")
+        said: dict[str, Any] = {"error": None}
+    except Exception as error:
+        said = {"error": type(error).__name__, "text": str(error), "ranks": list(getattr(error, "ranks", ()))}
+    return said | {"seconds": time.monotonic() - began}
+
+
+def raising(rank: int, name: str, failing: int) -> dict[str, Any]:
+    """A rank raises at every phase in turn, and all of them at one; probes before, between and after succeed."""
+    run = CASES[name]()
+    with at_phase("none", lambda: None) as phases:
+        found = {"good": attempt(run)}
+
+    def fail() -> None:
+        raise ValueError("made up")
+
+    for phase in dict.fromkeys(phases):
+        with at_phase(phase if rank == failing else "none", fail):
+            found[phase] = attempt(run)
+    with at_phase(phases[-1], fail):
+        found["everywhere"] = attempt(run)
+    found["good again"] = attempt(run)
+    return {"phases": list(dict.fromkeys(phases)), "found": found}
+
+
+def ending(rank: int, name: str, phase: str, failing: int, how: str, seconds: float) -> dict[str, Any]:
+    """A rank is killed, or stops for longer than the others wait, where it enters a phase."""
+    run = CASES[name]()
+
+    def end() -> None:
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(3 * seconds)
+
+    def patient(ranks: str) -> DeltaH1Result:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ranks_at_work.TIMEOUT", seconds)
+            return run(ranks)
+
+    with at_phase(phase if rank == failing else "none", end):
+        return attempt(patient)
+
+
+def other_data(rank: int) -> dict[str, Any]:
+    """Ranks that hold other rollouts, other options, other parameters, or a loss of their own."""
+    found, batch, model = {}, make_rollouts(SIZES), wide_model()
+    mine = make_rollouts(SIZES, seed=5 + rank)
+    found["rollouts"] = attempt(probing(model, mine))
+    found["options"] = attempt(probing(model, batch, blocks=2 + rank))
+
+    def loss(logprobs: Tensor, entropies: Tensor) -> Tensor:
+        return -(1 + rank) * logprobs.sum()
+
+    found["loss"] = attempt(probing(model, batch, fields={"update": loss}))
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).view(-1)[0] += 1e-9 * rank
+    found["parameters"] = attempt(probing(model, batch))
+    return found
+
+
+def not_there(rank: int, seconds: float) -> dict[str, Any]:
+    """One rank does not make the call at all."""
+    run = CASES["score_function"]()
+    if rank == 1:
+        time.sleep(2 * seconds)
+        return {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ranks_at_work.TIMEOUT", seconds)
+        return attempt(run)
+
+
+MODES: dict[str, Callable[..., dict[str, Any]]] = {
+    own.__name__: own for own in (together, raising, ending, other_data, not_there)
+}
+
+
+def work(rank: int, world: int, folder: Path, mode: str, arguments: Mapping[str, Any]) -> None:
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     torch.manual_seed(1000 + rank)  # nothing may depend on it
     limit = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=limit)
-    found = together(list(names), rank)
-    Path(result).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", int((folder / "port").read_text()), None, False, limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    found = MODES[mode](rank, **arguments)
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+
+
+def main(folder: Path, jobs: list[dict[str, Any]]) -> None:
+    """Run jobs one after the other, each by processes of its own that are forked from this one."""
+    torch.set_num_threads(1)
+    sys.modules["ranks_at_work"] = sys.modules["__main__"]
+    for number, job in enumerate(jobs):
+        own = folder / str(number)
+        own.mkdir()
+        store = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=120), wait_for_workers=False)
+        (own / "port").write_text(str(store.port))
+        ranks = []
+        for rank in range(job["world"]):
+            process = os.fork()
+            if not process:
+                try:
+                    work(rank, job["world"], own, job["mode"], job["arguments"])
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            ranks.append(process)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
+        (own / "statuses.json").write_text(json.dumps(statuses))
+        del store
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
-    os._exit(0)
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
