@@ -80,7 +80,7 @@ def fast_delta_h1(
     Raises:
         GradContextError: called under ``inference_mode`` or ``no_grad``.
         RolloutsError, OptimizerStateError, LearningRateError, ConfigError: bad input.
-        DistributedError: with ``ranks="all"``, a rank failed, died, did not come or holds something else; raised by all of them.
+        DistributedError: with ``ranks="all"``, a rank failed, died, did not come or holds something else; raised by all.
         ModelStateError, GraphDetachedError, GradientCoverageError, CheckpointingError, ForwardDerivativeError: the model cannot
             be probed as it is.
     """

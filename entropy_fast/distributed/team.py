@@ -115,22 +115,20 @@ class Team:
         if self._has("failed"):
             raise self._of_words(self._words())
 
-    def run(
-        self, operation: Callable[[dist.ProcessGroup | None], object], device: torch.device = torch.device("cpu")
-    ) -> None:
+    def run(self, operation: Callable[[dist.ProcessGroup | None], object], device: torch.device | None = None) -> None:
         """A collective operation, after a meeting.
 
         Args:
             operation: given the group. It must not be kept elsewhere: who waits for a rank that has given up is let go when the
                 group is no more.
-            device: of its tensors.
+            device: of its tensors; None for the CPU.
 
         Raises:
             DistributedError: see `meet`; or a rank was lost in the middle of it.
         """
         self.meet()
         try:
-            operation(self._group_of(device))
+            operation(self.group if device is None or device.type == "cpu" else self._group_elsewhere())
         except RuntimeError as error:
             self._lost(error)
 
@@ -155,14 +153,6 @@ class Team:
         except BaseException as error:
             self._fail(error)
 
-    def _group_of(self, device: torch.device) -> dist.ProcessGroup | None:
-        """The group for tensors of a device: gloo's on the CPU, one by the training's own backend elsewhere."""
-        if device.type == "cpu":
-            return self.group
-        if self._elsewhere is None:
-            self._elsewhere = dist.new_group(timeout=datetime.timedelta(seconds=self.seconds))
-        return self._elsewhere
-
     def leave(self) -> None:
         """Give the groups back. Operations of others that wait for this rank end."""
         for group in (self.group, self._elsewhere):
@@ -171,6 +161,12 @@ class Team:
                     dist.destroy_process_group(group)
         del group
         self.group = self._elsewhere = None
+
+    def _group_elsewhere(self) -> dist.ProcessGroup:
+        """For tensors that are not on the CPU, by the training's own backend."""
+        if self._elsewhere is None:
+            self._elsewhere = dist.new_group(timeout=datetime.timedelta(seconds=self.seconds))
+        return self._elsewhere
 
     def _fail(self, error: BaseException) -> None:
         """Tell the others, wait for them, and raise what all of them raise."""
@@ -271,8 +267,8 @@ class Team:
             return action(self._store)
         except RuntimeError as error:
             raise DistributedError(
-                f"the process group's store does not answer at '{self._phase}' ({_first_line(error)}): rank 0, or the launcher, "
-                "which keep it, are gone.",
+                f"the process group's store does not answer at '{self._phase}' ({_first_line(error)}): rank 0, or the "
+                "launcher, which keep it, are gone.",
                 fix="look at their messages; this rank has stopped, and nothing of this probe was kept.",
                 ranks=(0,),
                 lost=(0,),

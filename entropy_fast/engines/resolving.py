@@ -50,7 +50,7 @@ def resolved_context(
     refuse_others(
         context.team,
         {f"coefficients of '{column.name}'": fingerprint(column) for column in columns},
-        fix="a loss has to be of the whole batch and the same on all ranks: nothing that this rank alone has, and nothing random.",
+        fix="a loss has to be of the whole batch and the same on all ranks: of nothing that one rank alone has, not random.",
     )
     return dataclasses.replace(context, columns=Columns(tuple(columns)))
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from entropy_fast import Rollouts, candidates, fast_delta_h1
-from entropy_fast.distributed import Team
+from entropy_fast.distributed import Team, gather_rows
 from entropy_fast.estimates.result import DeltaH1Result
 
 Run = Callable[[str], DeltaH1Result]  # by "own" or "all" ranks
@@ -285,13 +285,65 @@ def other_data(rank: int) -> dict[str, Any]:
     found["options"] = attempt(probing(model, batch, blocks=2 + rank))
 
     def loss(logprobs: Tensor, entropies: Tensor) -> Tensor:
-        return -(1 + rank) * logprobs.sum()
+        return -(1 + rank) * (logprobs * batch.loss_mask).sum()
 
     found["loss"] = attempt(probing(model, batch, fields={"update": loss}))
     with torch.no_grad():
         next(p for p in model.parameters() if p.requires_grad).view(-1)[0] += 1e-9 * rank
     found["parameters"] = attempt(probing(model, batch))
     return found
+
+
+def spread_rows(rank: int) -> dict[str, Any]:
+    """Rows shuffled over ranks, groups split, one rank without any: brought together, and forecast."""
+    whole = make_rollouts(SIZES, rewards=None)
+    with_rewards = dataclasses.replace(whole, advantages=None, rewards=whole.advantages)
+    world = dist.get_world_size()
+    owner = torch.randint(0, max(1, world - 1), (whole.n_sequences,), generator=torch.Generator().manual_seed(3))
+    found: dict[str, Any] = {}
+    for name, batch in (("advantages", whole), ("rewards", with_rewards)):
+        rows = (owner == rank).nonzero().flatten()
+        own = narrowed(batch.select_rows(rows)) if len(rows) else None
+        if own is not None and name == "rewards":
+            own = dataclasses.replace(own, advantages=None)  # centred on what is here
+        given = {} if own is None else {"number": rows.double(), "tokens": own.input_ids.double()}
+        gathered = gather_rows(own, given, order=rows if own is not None else None)
+        both = []
+        for one in (gathered.rollouts, batch):
+            mask = one.attention_mask == 1
+            both.append(
+                [
+                    one.group_ids.tolist(),
+                    [ids[kept].tolist() for ids, kept in zip(one.input_ids, mask, strict=True)],
+                    [loss[kept].tolist() for loss, kept in zip(one.loss_mask, mask, strict=True)],
+                    one.advantages.tolist(),
+                    one.length_budgets.tolist(),
+                    [one.temperature, one.top_p],
+                ]
+            )
+        mask, tokens = gathered.rollouts.attention_mask == 1, gathered.tables["tokens"]
+        found[name] = {
+            "same": both[0] == both[1],
+            "number": gathered.tables["number"].tolist(),
+            "tokens": bool((tokens[mask] == gathered.rollouts.input_ids[mask]).all()),
+        }
+        if name == "advantages":
+            result, expected = (probing(wide_model(), one) for one in (gathered.rollouts, batch))
+            found["forecast"] = [result("all").delta_h1, expected("own").delta_h1]
+    local = make_rollouts((2, 2), seed=rank)  # ids that mean another prompt on every rank
+    try:
+        gather_rows(local)
+        found["local ids"] = None
+    except Exception as error:
+        found["local ids"] = [type(error).__name__, str(error)]
+    return found
+
+
+def narrowed(batch: Rollouts) -> Rollouts:
+    """Without columns on the right that no row needs, so that widths differ from rank to rank."""
+    wide = int(batch.attention_mask.any(0).nonzero().max()) + 1
+    fields = {name: getattr(batch, name)[:, :wide] for name in ("input_ids", "attention_mask", "loss_mask")}
+    return dataclasses.replace(batch, **fields)
 
 
 def not_there(rank: int, seconds: float) -> dict[str, Any]:
@@ -306,7 +358,7 @@ def not_there(rank: int, seconds: float) -> dict[str, Any]:
 
 
 MODES: dict[str, Callable[..., dict[str, Any]]] = {
-    own.__name__: own for own in (together, raising, ending, other_data, not_there)
+    own.__name__: own for own in (together, raising, ending, other_data, spread_rows, not_there)
 }
 
 

@@ -67,8 +67,9 @@ class OnePassPlan(Plan):
             prompts = f" (and {self.prompt_backwards} through the prompts' tokens)"
         dealt = f"units dealt to {self.ranks} ranks; " if self.ranks > 1 else ""
         costs = (
-            f"{self.way}; {dealt}{self.captured}; {kept}; {self.microbatches} microbatch(es) of at most {self.largest_microbatch} "
-            f"tokens; {self.sweeps} sweep(s) of one forward and {_number(self.backwards)}{prompts}; about "
+            f"{self.way}; {dealt}{self.captured}; {kept}; {self.microbatches} microbatch(es) of at most "
+            f"{self.largest_microbatch} tokens; {self.sweeps} sweep(s) of one forward and "
+            f"{_number(self.backwards)}{prompts}; about "
             f"{self.operations / 1e9:.3g} billion operations, {_size(self.stored_bytes)} of gradients and "
             f"{_size(self.activation_bytes)} of activations. " + "; ".join(self.reasons) + "."
         )

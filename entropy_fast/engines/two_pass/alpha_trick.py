@@ -93,6 +93,7 @@ def put_projections(
     Raises:
         GradientCoverageError, GraphDetachedError: see `alpha_projections`.
     """
+    prompts: Tensor
     prompts, local = torch.unique(entropy.prompt_index[rows], return_inverse=True)
     coefficients = columns.weigh(forward.scored_tokens(entropy, rows))
     parameters, strict = context.registry.tensors, context.run.strict

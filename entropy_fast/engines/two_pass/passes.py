@@ -57,8 +57,8 @@ def measured_of(
     per_forward = context.run.prompts_per_microbatch or 1
     dealt = f", prompts dealt to {context.team.size} ranks" if context.team.size > 1 else ""
     plan = Plan(
-        f"padded whole sequences, {per_forward} prompt(s) in a forward{dealt}, one forward and backward for the entropy gradient "
-        f"and one for the update's; {then}",
+        f"padded whole sequences, {per_forward} prompt(s) in a forward{dealt}, one forward and backward for the entropy "
+        f"gradient and one for the update's; {then}",
         reasons=("the plain reference that faster engines are checked against",),
     )
     return Measured(
