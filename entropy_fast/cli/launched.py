@@ -29,8 +29,9 @@ def speaks(error: BaseException | None = None) -> bool:
     """
     if not _launched():
         return True
-    rank, lost = int(os.environ["RANK"]), error.lost if isinstance(error, DistributedError) else ()
-    return rank == next((other for other in range(rank + 1) if other not in lost), 0)
+    lost = error.lost if isinstance(error, DistributedError) else ()
+    first = next((rank for rank in range(int(os.environ["WORLD_SIZE"])) if rank not in lost), 0)
+    return int(os.environ["RANK"]) == first
 
 
 @contextlib.contextmanager
