@@ -3,12 +3,12 @@
     python -m benchmarks.scaling            # 1, 2 and 4 processes on this machine's CPU; minutes
     python -m benchmarks.scaling --json scaling.json
 
-Legend: R ranks, f = (R - 1)/R, B prompts, n those of a rank, N rows of T columns, P trainable elements in t tensors, F functional
-and U update columns, C = F + U, p parts of the step that are measured along it.
+Legend: R ranks, f = (R - 1)/R, B prompts, n those of a rank, N rows of T columns, P trainable elements in t tensors, F
+functional and U update columns, C = F + U, p parts of the step that are measured along it.
 
-Two counts of what a rank sends, by nobody's formula: the sizes of the tensors that it gives to torch.distributed, times what the
-operation's algorithm makes of them (a ring sums in 2 f times the size), and what the kernel says that the process has written
-(``wchar`` in /proc/self/io, where everything gloo sends is in).
+What a rank sends is counted twice: by the sizes of the tensors that it gives to torch.distributed, times what the operation's
+algorithm makes of them (a ring sums in 2 f times the size), and by what the kernel says that the process has written (``wchar``
+in /proc/self/io, where everything gloo sends is in).
 """
 
 from __future__ import annotations
@@ -306,7 +306,9 @@ def main() -> None:
         for count in ("counted", "written")
         if abs(line[count] - line["formula"]) > ALLOWED * line["formula"]
     ]
-    wrong += [f"{line['workload']}: kept {line['stored']}" for line in lines if line["stored"] != line["stored_formula"]]
+    wrong += [
+        f"{line['workload']}: kept {line['stored']}" for line in lines if line["stored"] != line["stored_formula"]
+    ]
     if wrong:
         raise SystemExit("not as the formulas say: " + "; ".join(wrong))
     print(f"all within {ALLOWED:.0%} of the formulas")

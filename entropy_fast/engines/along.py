@@ -159,7 +159,7 @@ def along_step(
     rows = [{part: torch.zeros(n_parameters, n_units, dtype=torch.float64) for part in seen.apart} for _ in x_stacks]
     whole = [dict.fromkeys(seen.apart, 0.0) for _ in x_stacks]
     for place, loss in enumerate(seen.loss):
-        if loss is None or not seen.step.held[place]:
+        if loss is None or not seen.step.held[place] or not n_units:
             continue
         full = seen.step.of_parameter(place, loss)
         for part in seen.apart:

@@ -30,7 +30,7 @@ def kernel_of(x_stack: Sequence[Tensor], y_stack: Sequence[Tensor]) -> tuple[Ten
     kernel = torch.zeros(x_stack[0].shape[0], y_stack[0].shape[0], dtype=torch.float64)
     diagonals = torch.zeros(len(x_stack), dtype=torch.float64)
     for index, (x, y) in enumerate(zip(x_stack, y_stack, strict=True)):
-        x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
+        x, y = (t.reshape(len(t), t.shape[1:].numel()) for t in (x, y))
         whole = x.shape[1] // _COLUMNS * _COLUMNS
         found = (x[:, whole:].double() @ y[:, whole:].double().t()).cpu()
         if whole:

@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from probe_models.architectures import add_lora, build_model, stepped_adamw
+from probe_models.architectures import add_lora, build_model, quantize_nf4, stepped_adamw
 from probe_models.batches import make_rollouts
 from probe_options import options_of
 from torch import Tensor, nn
@@ -120,6 +120,17 @@ def fewer_prompts_than_ranks() -> Run:
 
 
 @case
+def fewer_prompts_than_ranks_along_the_next_step() -> Run:
+    options = {"entropy_estimator": "rao_blackwell", "step": "next", "parts": ("direct",)}
+    return probing(wide_model(), make_rollouts((2, 2)), by_sequence=True, by_token=True, **options)
+
+
+@case
+def fewer_prompts_than_ranks_in_two_batches() -> Run:
+    return probing(wide_model(), make_rollouts((2, 2)), make_rollouts((2, 2), seed=7), by_sequence=True, step="next")
+
+
+@case
 def plain_reference() -> Run:
     return probing(wide_model(), make_rollouts(SIZES), engine="two_pass", full_kernel=True)
 
@@ -172,6 +183,11 @@ def under_ddp() -> Run:
 @case
 def single_precision() -> Run:
     return probing(add_lora(build_model("opt")), make_rollouts(SIZES), entropy_estimator="rao_blackwell", step="next")
+
+
+@case
+def quantized_base() -> Run:
+    return probing(add_lora(quantize_nf4(build_model("qwen2"))), make_rollouts(SIZES))
 
 
 def numbers(value: Any, path: str = "") -> Iterator[tuple[str, list[float]]]:
