@@ -128,7 +128,8 @@ def _tensors(own: Rollouts, tables: Mapping[str, Tensor], order: Tensor | None) 
                 f"gather_rows: {name} has shape {list(table.shape)} for {own.n_sequences} rows.",
                 fix="pass one number, or one row of numbers, for every row.",
             )
-    return found | given
+    # Copies: safetensors writes no two tensors of one memory, and a table may be the rewards themselves.
+    return {name: tensor.clone() for name, tensor in (found | given).items()}
 
 
 def _told(own: Rollouts) -> dict[str, Any]:
