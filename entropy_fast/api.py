@@ -14,6 +14,7 @@ from entropy_fast.columns.candidates import Candidate
 from entropy_fast.columns.given import LossFunction
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProgressCallback
+from entropy_fast.distributed.team import Team, joined
 from entropy_fast.errors import ConfigError, RolloutsError
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
@@ -38,6 +39,7 @@ def fast_delta_h1(
     estimate: EstimateOptions | None = None,
     run: RunOptions | None = None,
     on_progress: ProgressCallback | None = None,
+    team: Team | None = None,
 ) -> DeltaH1Result:
     """Forecast how much the next update will change the policy's entropy, before it is taken.
 
@@ -70,6 +72,7 @@ def fast_delta_h1(
         estimate: what is estimated; None takes the defaults.
         run: how it is run; None takes the defaults.
         on_progress: called with stage, prompts done, prompts in all.
+        team: the ranks of ``RunOptions(ranks="all")``, where the caller has joined them already (`entropy_fast.distributed`).
 
     Returns:
         δH₁ in nats per the unit named in the result, with standard error, interval, shares and diagnostics.
@@ -77,6 +80,7 @@ def fast_delta_h1(
     Raises:
         GradContextError: called under ``inference_mode`` or ``no_grad``.
         RolloutsError, OptimizerStateError, LearningRateError, ConfigError: bad input.
+        DistributedError: with ``ranks="all"``, a rank failed, died, did not come or holds something else; raised by all.
         ModelStateError, GraphDetachedError, GradientCoverageError, CheckpointingError, ForwardDerivativeError: the model cannot
             be probed as it is.
     """
@@ -105,7 +109,9 @@ def fast_delta_h1(
     wanted = Wanted(
         functionals or {}, entropy_mask, coefficients if update is None else update, dict(updates or {}), scores
     )
-    probe = OfflineEntropyProbe(model, optimizer, estimate=estimate, run=run, on_progress=on_progress)
-    if entropy_rollouts is None:
-        return probe.compute_delta_h1(rollouts, wanted=wanted)
-    return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=rollouts, wanted=wanted)
+    run = run or RunOptions()
+    with joined(run.ranks, run.rank_timeout, team) as found:
+        probe = OfflineEntropyProbe(model, optimizer, estimate=estimate, run=run, on_progress=on_progress, team=found)
+        if entropy_rollouts is None:
+            return probe.compute_delta_h1(rollouts, wanted=wanted)
+        return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=rollouts, wanted=wanted)

@@ -34,6 +34,7 @@ AccumulateOn = Literal["device", "cpu"]
 YPass = Literal["backward", "autograd_grad"]
 ConditionalVariance = Literal["per_prompt", "alpha"]
 WhenBusy = Literal["wait", "refuse"]
+Ranks = Literal["own", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +227,12 @@ class RunOptions(Options):
         max_excluded_share: largest share of ‖g‖² that may sit in elements the optimizer has no second moment for
             (v = 0, no state, not in the optimizer) before the probe refuses to answer.
         strict: an untouched trainable parameter is an error instead of a count.
+        ranks: whose forecast it is under torch.distributed: ``own``, each process makes one from the rollouts that it is given
+            and waits for nobody; ``all``, the processes of the default group make one together, each from its own share of the
+            prompts. All of them have to make the call, with replicas of one model and the same, whole rollouts
+            (`entropy_fast.distributed.gather_rows` brings rows together that are spread over them), and all get the same
+            numbers.
+        rank_timeout: seconds that ranks wait for one another before who is missing ends the probe on all of them.
         when_busy: what to do while another probe runs in this process, of whatever model: they cannot run at once.
         y_pass: how the two-pass engine takes the update gradient; ``autograd_grad`` is the route some scripts use, kept to
             compare with.
@@ -248,6 +255,8 @@ class RunOptions(Options):
         0.01, "largest share of the squared gradient without second moment", least=0, most=1
     )
     strict: bool = option(False, "a parameter without a gradient is an error")
+    ranks: Ranks = option("own", "of torch.distributed: a forecast each, or one by all")
+    rank_timeout: float = option(600.0, "seconds that ranks wait for one another (ranks all)", least=1)
     when_busy: WhenBusy = option("wait", "while another probe runs in this process")
     y_pass: YPass = option("backward", "two_pass: route of the update gradient")
     conditional_variance: ConditionalVariance = option("per_prompt", "two_pass, two batches: or the double backward")

@@ -14,6 +14,7 @@ from entropy_fast.checks.model_state import probe_state, reentrant_checkpointing
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.columns import Columns, TokenScores, columns_of
 from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.distributed.team import Team
 from entropy_fast.errors import ConfigError
 from entropy_fast.step import AdamPreconditioner, AdamState, NextStep, OptimizerAtHand, next_step_of, preconditioner_of
 
@@ -38,6 +39,7 @@ class ProbeContext:
         notes: what is to be known of how the options were understood.
         prompts_of_batch: prompts of the batch that a live gradient is of, where a sample of them is gone through; None
             elsewhere.
+        team: the ranks that work on it; this process alone unless ``ranks="all"``.
         on_progress: called with stage, prompts done and prompts in all.
     """
 
@@ -52,6 +54,7 @@ class ProbeContext:
     next_step: NextStep | None = None
     notes: tuple[str, ...] = ()
     prompts_of_batch: int | None = None
+    team: Team = dataclasses.field(default_factory=Team.alone)
 
     @classmethod
     def of(

@@ -13,6 +13,7 @@ __all__ = [
     "BundleError",
     "CheckpointingError",
     "ConfigError",
+    "DistributedError",
     "EntropyFastError",
     "EntropyFastWarning",
     "ForwardDerivativeError",
@@ -143,6 +144,23 @@ class CheckpointingError(EntropyFastError, RuntimeError):
 
 class ModelStateError(EntropyFastError, RuntimeError):
     """The model is in a state in which probing it would change it or mean nothing."""
+
+
+class DistributedError(EntropyFastError, RuntimeError):
+    """Ranks of a process group do not work together: one failed, died, did not come, or holds other data than the rest.
+
+    Args:
+        problem, fix: see `EntropyFastError`.
+        ranks: that it is about; empty where that is not known.
+        lost: those of them that are gone, or did not come.
+        agreed: whether all ranks that are left raise the same.
+    """
+
+    def __init__(
+        self, problem: str, *, fix: str, ranks: tuple[int, ...] = (), lost: tuple[int, ...] = (), agreed: bool = False
+    ) -> None:
+        super().__init__(problem, fix=fix)
+        self.ranks, self.lost, self.agreed = ranks, lost, agreed
 
 
 class ProbeMemoryError(EntropyFastError, RuntimeError):

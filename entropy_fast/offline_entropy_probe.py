@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -20,7 +21,10 @@ from entropy_fast.columns.caller import as_caller
 from entropy_fast.columns.wanted import entropy_measure
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
+from entropy_fast.distributed.agreement import fingerprint, of_first_rank, refuse_others
+from entropy_fast.distributed.team import Team, joined
 from entropy_fast.engines import Engine, EngineKind, engine_kind
+from entropy_fast.engines.replicas import refuse_other_replicas
 from entropy_fast.engines.resolving import SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.estimates.assembly import Setting, empty_response_message, same_batch_result, two_batch_result
@@ -44,6 +48,8 @@ class OfflineEntropyProbe:
         estimate: what is estimated; None takes the defaults.
         run: how it is run; None takes the defaults.
         on_progress: called with stage, prompts done and prompts in all.
+        team: the ranks that work on it, where the caller has brought them together already; None leaves that to
+            ``run.ranks``.
 
     Attributes:
         context: all of that, frozen.
@@ -61,6 +67,7 @@ class OfflineEntropyProbe:
         estimate: EstimateOptions | None = None,
         run: RunOptions | None = None,
         on_progress: ProgressCallback | None = None,
+        team: Team | None = None,
     ) -> None:
         estimate, run = estimate or EstimateOptions(), run or RunOptions()
         self._kind: EngineKind = engine_kind(run)
@@ -68,6 +75,7 @@ class OfflineEntropyProbe:
         any_kind = estimate.step != "adam_static" and no_next_step is None
         at_hand = read_optimizer(optimizer, model, any_kind=any_kind)
         self.context = ProbeContext.of(model, at_hand, estimate, run, on_progress, no_next_step)
+        self._team, self._state = team, at_hand
         self._measure = entropy_measure(self.context.estimate, Wanted(), None)
 
     @property
@@ -90,10 +98,21 @@ class OfflineEntropyProbe:
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
         wanted = wanted or Wanted()
-        self._check_live(wanted)
-        if self.context.estimate.samples:
-            return self._sampled(rollouts, wanted)
-        return self._asked(wanted, rollouts, rollouts)._same_batch(rollouts)
+        with self._joined() as probe:
+            probe._check_live(wanted)
+            if self.context.estimate.samples:
+                return probe._sampled(rollouts, wanted)
+            return probe._asked(wanted, rollouts, rollouts)._same_batch(rollouts)
+
+    @contextlib.contextmanager
+    def _joined(self) -> Iterator[OfflineEntropyProbe]:
+        """The same probe with the ranks that work on it."""
+        run, probe = self.context.run, copy.copy(self)
+        with joined(run.ranks, run.rank_timeout, self._team) as team:
+            probe.context = dataclasses.replace(self.context, team=team)
+            team.enter("agreement")
+            refuse_other_replicas(team, probe.context, self._state)
+            yield probe
 
     def _same_batch(self, rollouts: Rollouts) -> DeltaH1Result:
         measured, batch, empty = self._measured(rollouts)
@@ -129,7 +148,7 @@ class OfflineEntropyProbe:
                 f"the same-batch estimate needs at least 2 prompts with responses, found {batch.n_prompts}.",
                 fix="probe more prompts, or pass entropy_rollouts for the two-batch estimate.",
             )
-        measured = self._alone(lambda: engine.same_batch(batch))
+        measured = self._alone(lambda: engine.same_batch(batch), batch)
         self._check_scores(measured)
         return measured, batch, empty
 
@@ -150,15 +169,15 @@ class OfflineEntropyProbe:
             ForwardDerivativeError: the engine is ``jvp``, and the model has an operation that it cannot go through.
         """
         assert_grad_context("OfflineEntropyProbe.run_mixed_probe")
-        self._check_live(wanted or Wanted())
         if self.context.estimate.samples:
             raise ConfigError(
                 "sample and relative_error are about the batch of a live gradient, and an entropy batch was given, all of "
                 "which is gone through.",
                 fix="leave them out, or the entropy batch.",
             )
-        probe = self._asked(wanted, entropy_rollouts, update_rollouts)
-        return probe._two_batch(entropy_rollouts, update_rollouts)
+        with self._joined() as probe:
+            probe._check_live(wanted or Wanted())
+            return probe._asked(wanted, entropy_rollouts, update_rollouts)._two_batch(entropy_rollouts, update_rollouts)
 
     def _two_batch(self, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
         if self.context.estimate.blocks is not None:
@@ -177,7 +196,7 @@ class OfflineEntropyProbe:
         entropy, empty_entropy = self._prepare(entropy_rollouts, Side.FUNCTIONAL)
         update, empty_update = self._prepare(update_rollouts, Side.UPDATE)
         empty: dict[Role, EmptyResponseReport] = {"entropy": empty_entropy, "update": empty_update}
-        measured = self._alone(lambda: engine.two_batch(entropy, update))
+        measured = self._alone(lambda: engine.two_batch(entropy, update), entropy, update)
         self._check_scores(measured)
         return two_batch_result(measured, self._setting(), entropy, update, empty)
 
@@ -215,10 +234,19 @@ class OfflineEntropyProbe:
                 fix="pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none.",
             )
 
-    def _alone(self, measure: Callable[[], Measured]) -> Measured:
-        """While no other probe runs in this process."""
-        with one_probe_at_a_time(wait=self.context.run.when_busy == "wait"):
-            return measure()
+    def _alone(self, measure: Callable[[], Measured], *batches: Rollouts) -> Measured:
+        """While no other probe runs in this process; by all ranks, which hold the same batches, alike."""
+        context = self.context
+        refuse_others(
+            context.team,
+            {"rollouts": fingerprint(batches), "columns": fingerprint(context.columns.members)},
+            fix="pass the same, whole rollouts (and what goes with them) on all ranks; "
+            "entropy_fast.distributed.gather_rows makes them of rows that are spread over ranks.",
+        )
+        with one_probe_at_a_time(wait=context.run.when_busy == "wait"):
+            measured = measure()
+        context.team.enter("result")
+        return of_first_rank(context.team, measured)
 
     def _engine(self, batches: int) -> Engine:
         refuse_shared_keys(self.context.model)

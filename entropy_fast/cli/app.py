@@ -15,6 +15,7 @@ from rich.text import Text
 
 from entropy_fast.cli import demo_command, doctor_command, probe_command, sample_command, validate_command
 from entropy_fast.cli.console import errors, lenient_streams, output
+from entropy_fast.cli.launched import speaks
 from entropy_fast.errors import EntropyFastError
 from entropy_fast.run_folder.interrupts import ENDING
 
@@ -80,8 +81,9 @@ def _status(arguments: list[str]) -> int:
         problem, fix = str(error), "check that the path exists and can be read or written."
         if isinstance(error, EntropyFastError):
             problem, fix = error.problem, error.fix
-        errors().print(Text(f"error: {problem}", style="bold red"))
-        errors().print(Text(f"what to do: {fix}"))
+        if speaks(error):
+            errors().print(Text(f"error: {problem}", style="bold red"))
+            errors().print(Text(f"what to do: {fix}"))
         return 2
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ from rich.text import Text
 
 from entropy_fast.cli.candidate_option import CandidateOption, candidate_updates
 from entropy_fast.cli.console import errors, progress, quiet_libraries
+from entropy_fast.cli.launched import launched_ranks
 from entropy_fast.cli.model_options import (
     CheckpointingOption,
     DeviceOption,
@@ -18,7 +21,8 @@ from entropy_fast.cli.model_options import (
     ModelOption,
     given_path,
 )
-from entropy_fast.cli.probe_options import with_probe_options
+from entropy_fast.cli.probe_options import changed_options, with_probe_options
+from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError
 
 __all__ = ["probe"]
@@ -80,7 +84,7 @@ def probe(
 ) -> None:
     """Forecast the entropy change of the next update from a run folder, or from single files.
 
-    Options that are not given are the run folder's.
+    Options that are not given are the run folder's. Under torchrun all processes make one forecast, and the first one writes.
     """
     quiet_libraries()
     from entropy_fast.api import fast_delta_h1
@@ -90,11 +94,7 @@ def probe(
     from entropy_fast.report.picture import require_matplotlib
     from entropy_fast.run_folder.placing import check_folder
 
-    if picture:
-        require_matplotlib()
     target = out or run
-    if target is None:
-        raise ConfigError("probe: no run folder and no --out, so there is nowhere to write.", fix="pass --out DIR.")
     model_options = {
         "name": model,
         "dtype": dtype,
@@ -102,25 +102,40 @@ def probe(
         "gradient_checkpointing": gradient_checkpointing,
         "device": device,
     }
-    inputs = resolve(run, model_options, adapter, optimizer, rollouts, entropy_rollouts, options)
-    updates = candidate_updates(candidate or (), inputs.estimate)
-    update, entropy = inputs.read_rollouts()
-    check_folder(target)
-    with errors().status(Text(f"Loading {inputs.model.name}")):
-        policy, state = inputs.load()
-    with progress() as report:
-        result = fast_delta_h1(
-            policy,
-            state,
-            update,
-            entropy_rollouts=entropy,
-            coefficients=inputs.coefficients(update),
-            functionals=usual_functionals(update if entropy is None else entropy),
-            updates=updates,
-            estimate=inputs.estimate,
-            run=inputs.run,
-            on_progress=report,
-        )
-    save_and_show(result, target, picture=picture)
-    if inputs.bundle is not None and all(given is None for given in (entropy_rollouts, *options.values())):
-        show_online(inputs.bundle.online, result)
+    given = {"rank_timeout": options.get("rank_timeout")}
+    seconds = changed_options(EstimateOptions(), RunOptions(), given)[1].rank_timeout
+    with launched_ranks(seconds) as team:
+        shows = team.rank == 0
+        team.enter("reading files")
+        if picture:
+            require_matplotlib()
+        if target is None:
+            raise ConfigError("probe: no run folder and no --out, so there is nowhere to write.", fix="pass --out DIR.")
+        inputs = resolve(run, model_options, adapter, optimizer, rollouts, entropy_rollouts, options)
+        updates = candidate_updates(candidate or (), inputs.estimate)
+        update, entropy = inputs.read_rollouts()
+        check_folder(target)
+        team.enter("loading the model")
+        with errors().status(Text(f"Loading {inputs.model.name}")) if shows else nullcontext():
+            policy, state = inputs.load()
+        how = inputs.run if team.size == 1 else dataclasses.replace(inputs.run, ranks="all", rank_timeout=seconds)
+        with progress() if shows else nullcontext() as report:
+            result = fast_delta_h1(
+                policy,
+                state,
+                update,
+                entropy_rollouts=entropy,
+                coefficients=inputs.coefficients(update),
+                functionals=usual_functionals(update if entropy is None else entropy),
+                updates=updates,
+                estimate=inputs.estimate,
+                run=how,
+                on_progress=report,
+                team=team if team.size > 1 else None,
+            )
+        team.enter("writing")
+        team.meet()  # nobody writes what somebody has not got
+        if shows:
+            save_and_show(result, target, picture=picture)
+            if inputs.bundle is not None and all(given is None for given in (entropy_rollouts, *options.values())):
+                show_online(inputs.bundle.online, result)

@@ -41,6 +41,12 @@ class SequenceTable:
         coefficients = {column.name: unknown() for column in columns}
         return cls(unknown(), unknown(), coefficients, RatioTable.empty(n_sequences) if ratios else None)
 
+    @property
+    def known(self) -> list[Tensor]:
+        """All of its tensors, each [N]."""
+        ratios = [] if self.ratios is None else list(vars(self.ratios).values())
+        return [self.sequence_logprobs, self.entropy_sums, *self.coefficients.values(), *ratios]
+
     def put(self, rows: Tensor, sequence_logprobs: Tensor, coefficients: Coefficients) -> None:
         """Write the values of some rows."""
         self.sequence_logprobs[rows] = sequence_logprobs.detach().to(device="cpu", dtype=torch.float64)

@@ -22,6 +22,8 @@ from torch import Tensor
 from entropy_fast.columns import Side
 from entropy_fast.columns.given import GivenUpdate
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.collectives import add_up
+from entropy_fast.distributed.team import Team
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, row_products
 from entropy_fast.engines.unit_dots import Stack
 from entropy_fast.errors import ConfigError
@@ -100,6 +102,7 @@ def seen_gradient(
     units: Sequence[Tensor] | None = None,
     *,
     exactly: bool = False,
+    team: Team | None = None,
 ) -> SeenGradient:
     """From Σ g over a batch, or from what stands in ``.grad``.
 
@@ -108,6 +111,7 @@ def seen_gradient(
         total: Σ_u g_u, raw.
         prompts: B; with a live gradient those of the whole batch, of which ``total`` may be a sample.
         units: with a live gradient g of every unit per parameter, ``[units, *shape]``; None where they are of another batch.
+        team: the ranks that the units are dealt to; None for this process alone.
         exactly: with a live gradient, whether g is what is in it (coefficients were given), so that σ need not be estimated.
 
     Raises:
@@ -128,7 +132,7 @@ def seen_gradient(
     ]
     if units is None:
         return SeenGradient(step, live, total.tensors, math.nan, prompts, clip)
-    agreement, scale = _agreement(live, total, units, prompts, sign)
+    agreement, scale = _agreement(live, total, units, prompts, sign, team or Team.alone())
     if exactly:
         scale = clip
     return SeenGradient(step, live, total.tensors, sign * scale, prompts, clip, agreement)
@@ -155,7 +159,7 @@ def along_step(
     rows = [{part: torch.zeros(n_parameters, n_units, dtype=torch.float64) for part in seen.apart} for _ in x_stacks]
     whole = [dict.fromkeys(seen.apart, 0.0) for _ in x_stacks]
     for place, loss in enumerate(seen.loss):
-        if loss is None or not seen.step.held[place]:
+        if loss is None or not seen.step.held[place] or not n_units:
             continue
         full = seen.step.of_parameter(place, loss)
         for part in seen.apart:
@@ -240,15 +244,19 @@ def along_sums(
     prompts = context.prompts_of_batch or update.n_prompts
     exactly = isinstance(next(iter(context.columns.of_side(Side.UPDATE))), GivenUpdate)
     return [
-        AlongSums(seen_gradient(step, total, prompts, stack, exactly=exactly), n_functionals, n_units)
+        AlongSums(
+            seen_gradient(step, total, prompts, stack, exactly=exactly, team=context.team), n_functionals, n_units
+        )
         for total, stack in zip(g_totals, stacks, strict=True)
     ]
 
 
-def with_rows(found: Sequence[Sequence[KernelSums]], along: Sequence[AlongSums]) -> list[list[KernelSums]]:
-    """Sums by update and functional, with the rows of each update's whole step where there are any."""
+def with_rows(found: Sequence[Sequence[KernelSums]], along: Sequence[AlongSums], team: Team) -> list[list[KernelSums]]:
+    """Sums by update and functional, with the rows of each update's whole step where there are any, of all ranks' units."""
     if not along:
         return [list(own) for own in found]
+    for rows in along:
+        rows.add_ranks(team)
     return [rows.put(own) for rows, own in zip(along, found, strict=True)]
 
 
@@ -267,7 +275,12 @@ def step_of_others(seen: SeenGradient, place: int, g: Tensor | None, size: int) 
 
 
 def _agreement(
-    live: Sequence[Tensor | None], total: GradientSum, units: Sequence[Tensor], prompts: int, sign: float
+    live: Sequence[Tensor | None],
+    total: GradientSum,
+    units: Sequence[Tensor],
+    prompts: int,
+    sign: float,
+    team: Team,
 ) -> tuple[GradientAgreement, float]:
     """How a live gradient compares with what the rollouts say.
 
@@ -279,7 +292,11 @@ def _agreement(
     pairs = [(own, t, u) for own, t, u in zip(live, total.tensors, units, strict=True) if own is not None]
     lives, totals = [own for own, _, _ in pairs], [t for _, t, _ in pairs]
     cross, squares = inner_product(lives, totals), inner_product(totals, totals)
-    n, own_squares = len(units[0]), sum(float(u.double().square().sum()) for _, _, u in pairs)
+    of_ranks = torch.tensor(
+        [len(units[0]), sum(float(u.double().square().sum()) for _, _, u in pairs)], dtype=torch.float64
+    )
+    add_up(team, [of_ranks])
+    n, own_squares = int(of_ranks[0]), float(of_ranks[1])
     shared = (squares - own_squares) / (n * (n - 1)) if n > 1 else 0.0
     if n < prompts:
         shared = max(0.0, shared)
@@ -322,6 +339,16 @@ class AlongSums:
             for part in rows:
                 rows[part].zero_()
                 whole[part] = 0.0
+
+    def add_ranks(self, team: Team) -> None:
+        """Rows of the units of one rank become those of all."""
+        if team.size == 1:
+            return
+        whole = torch.tensor([list(own.values()) for own in self._whole], dtype=torch.float64)
+        add_up(team, [*(rows for own in self._rows for rows in own.values()), whole])
+        self._whole = [
+            dict(zip(own, found, strict=True)) for own, found in zip(self._whole, whole.tolist(), strict=True)
+        ]
 
     def put(self, sums: Sequence[KernelSums]) -> list[KernelSums]:
         """Sums of every functional column, with their rows."""

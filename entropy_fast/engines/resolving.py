@@ -9,6 +9,7 @@ import torch
 
 from entropy_fast.columns import Columns, ResolvedColumn, Side, TokenScores
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.agreement import fingerprint, refuse_others
 from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 
@@ -44,7 +45,14 @@ def resolved_context(
                 known[id(batch)] = (given or score(batch)).to(device=context.device, dtype=dtype)
             column = column.resolved(known[id(batch)], batch)
         columns.append(column)
-    return dataclasses.replace(context, columns=Columns(tuple(columns))) if known else context
+    if not known:
+        return context
+    refuse_others(
+        context.team,
+        {f"coefficients of '{column.name}'": fingerprint(column) for column in columns},
+        fix="a loss has to be of the whole batch and the same on all ranks: of nothing that one rank alone has, not random.",
+    )
+    return dataclasses.replace(context, columns=Columns(tuple(columns)))
 
 
 def _refuse_other_scores(

@@ -40,21 +40,22 @@ def way_kinds() -> tuple[WayKind, ...]:
     return tuple(_KINDS)
 
 
-def choose_way(context: ProbeContext, modules: CapturedModules, trial: Trial) -> Choice:
+def choose_way(context: ProbeContext, modules: CapturedModules, trial: Trial, least: int = 0) -> Choice:
     """Ask one way after the other; the last, the model's own logits, never refuses.
 
     Args:
         context: of the probe; inside its ``probe_state``.
         modules: whose parameters are captured.
         trial: what they are tried on.
+        least: the place of the first that may be taken: another rank of a distributed probe could take none before.
 
     Raises:
         ModelStateError: log-probs are random, or sequences of one batch interact.
     """
     not_taken: list[str] = []
-    for kind in way_kinds():
+    for place, kind in enumerate(way_kinds()):
         way = kind(context, modules)
-        reason = way.why_not(trial)
+        reason = way.why_not(trial) if place >= least else "another rank cannot take it"
         if reason is None:
             return Choice(way, tuple(not_taken))
         not_taken.append(f"{kind.name}: {reason}")

@@ -16,6 +16,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"reference"}),
     frozenset({"ops"}),
     frozenset({"rollouts"}),
+    frozenset({"distributed"}),
     frozenset({"checks"}),
     frozenset({"step"}),
     frozenset({"columns"}),

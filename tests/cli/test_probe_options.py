@@ -29,6 +29,7 @@ TYPED = {name: (word, word) for name, word in WORDS.items()} | {
     "memory_budget": ("8GiB", "8GiB"),
     "prompts_per_microbatch": ("2", 2),
     "max_excluded_share": ("0.25", 0.25),
+    "rank_timeout": ("30", 30.0),
 }
 
 

@@ -9,7 +9,16 @@ KIND = EngineKind(
     "jvp",
     ForwardModeEngine,
     takes=frozenset(
-        {"accumulate_on", "autocast_dtype", "max_excluded_share", "prompts_per_microbatch", "strict", "y_pass"}
+        {
+            "accumulate_on",
+            "autocast_dtype",
+            "max_excluded_share",
+            "prompts_per_microbatch",
+            "rank_timeout",
+            "ranks",
+            "strict",
+            "y_pass",
+        }
     ),
     refuses=lambda batches, context: NO_DIAGONAL if batches == 1 else None,
     no_next_step=lambda estimate, run: (

@@ -17,6 +17,8 @@ import torch
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.columns import SequenceTable, Side
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.collectives import any_of
+from entropy_fast.distributed.dealing import Share, share_of
 from entropy_fast.engines.forward_mode.agreement import check_against_reverse_mode, scaled_direction
 from entropy_fast.engines.forward_mode.forward import ForwardWithTangents
 from entropy_fast.engines.forward_mode.token_parts import forward_of, token_parts
@@ -29,7 +31,7 @@ from entropy_fast.estimates.directional_derivatives import DirectionalDerivative
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured, Plan
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.rollouts.units import iter_microbatches
+from entropy_fast.rollouts.units import iter_microbatches, prompt_units
 
 __all__ = ["ForwardModeEngine"]
 
@@ -61,18 +63,19 @@ class ForwardModeEngine:
         assert_grad_context("ForwardModeEngine.two_batch")
         reference = ProbeComponents.of(self._context)
         self._context = reference.context = context = resolved_context(self._context, entropy, update, reference.score)
-        y_pass = reference._pass(Side.UPDATE, update)
+        share, update_share = (share_of(context.team, b, prompt_units(b.n_prompts, None)) for b in (entropy, update))
+        y_pass = reference._pass(Side.UPDATE, update_share)
         y_sum, y_coverage, excluded = finish_update(context, y_pass.total, update)
-        others = [total for _, total in reference.totals_after_first(Side.UPDATE, update)]
+        others = [total for _, total in reference.totals_after_first(Side.UPDATE, update_share)]
         with context.probe_state():
             first = entropy.rows_of_prompt(0)
             forward = forward_of(context, entropy)
             x_coverage = check_against_reverse_mode(context, entropy, first, y_sum.tensors)
-            sums, table, silent = self._sweep(forward, entropy, y_sum, update.n_prompts)
+            sums, table, silent = self._sweep(forward, share, y_sum, update.n_prompts)
             found_by_update = [sums]
             for total in others:
                 y_sum = finish_update(context, total, update)[0]
-                found_by_update.append(self._sweep(forward, entropy, y_sum, update.n_prompts)[0])
+                found_by_update.append(self._sweep(forward, share, y_sum, update.n_prompts)[0])
         own, apart, candidates = by_column(context.columns, found_by_update)
         if silent:
             # Then X_sum is known: it is 0.
@@ -93,16 +96,18 @@ class ForwardModeEngine:
         )
 
     def _sweep(
-        self, forward: ForwardWithTangents, rollouts: Rollouts, y_sum: GradientSum, n_update: int
+        self, forward: ForwardWithTangents, share: Share, y_sum: GradientSum, n_update: int
     ) -> tuple[list[KernelSums], SequenceTable, bool]:
         """Every functional column over all of E, a forward a microbatch; and whether the first one's coefficients are 0.
 
         ``y_sum`` is scaled in place and of no use afterwards.
         """
         context, columns = self._context, self._context.columns.of_side(Side.FUNCTIONAL)
+        rollouts, prompts = share.rollouts, share.prompts
+        context.team.enter("entropy")
         direction, scale = scaled_direction(y_sum.tensors, context.registry.tensors)
         table = SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
-        largest, prompts = 0.0, list(range(rollouts.n_prompts))
+        largest = 0.0
         tokens = torch.zeros(rollouts.input_ids.shape, dtype=torch.float64)
         parts = [torch.zeros_like(tokens) for _ in columns]
         entropies = torch.zeros_like(tokens) if columns.needs_entropies else None
@@ -118,6 +123,8 @@ class ForwardModeEngine:
                     found.put(kept, values)
             largest = max(largest, float(found.coefficients.largest(0).max()))
             context.report("entropy", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
+        share.fill([*table.known, tokens, *parts, *([] if entropies is None else [entropies])])
+        (weighs,) = any_of(context.team, [largest > 0])
         derivatives = DirectionalDerivatives(
             sequences=tokens.sum(1) / n_update,
             tokens=tokens.div_(n_update),
@@ -130,7 +137,7 @@ class ForwardModeEngine:
             projections.index_add_(0, rollouts.prompt_index, by_token.sum(1))
             known = None if place else derivatives
             sums.append(KernelSums(float(projections.sum()), projections, None, derivatives=known, by_token=by_token))
-        return sums, table, not largest
+        return sums, table, not weighs
 
 
 NO_DIAGONAL = (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from entropy_fast.columns import Coefficients, Columns, ScoredTokens, Side
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.dealing import Share
 from entropy_fast.engines.forward_mode.agreement import scaled_direction
 from entropy_fast.engines.forward_mode.forward import ForwardWithTangents
 from entropy_fast.rollouts import Rollouts
@@ -93,32 +94,33 @@ def token_parts(
 
 def parts_by_unit(
     context: ProbeContext,
-    rollouts: Rollouts,
-    units: Sequence[Sequence[int]],
+    share: Share,
     direction: Callable[[int], list[Tensor]],
 ) -> list[Tensor]:
     """[N, T] of every functional column, where every unit has a direction of its own: a forward a unit.
 
     Args:
         context: of the probe.
-        rollouts: the batch.
-        units: prompts of every unit.
-        direction: V of a unit, by its number; tensors that may be scaled in place.
+        share: the units of a batch that this rank goes through.
+        direction: V of a unit, by its place among these; tensors that may be scaled in place.
 
     Raises:
         ForwardDerivativeError: an operation of the model has no forward derivative.
     """
-    columns = context.columns.of_side(Side.FUNCTIONAL)
+    columns, rollouts, done = context.columns.of_side(Side.FUNCTIONAL), share.rollouts, 0
+    share.team.enter("tokens")
     tables = [torch.zeros(rollouts.input_ids.shape, dtype=torch.float64) for _ in columns]
     with context.probe_state():
         forward = forward_of(context, rollouts)
-        for number, unit in enumerate(units):
+        for number, unit in enumerate(share.units):
             along, scale = scaled_direction(direction(number), context.registry.tensors)
             rows = torch.cat([rollouts.rows_of_prompt(prompt) for prompt in unit])
             found = token_parts(context, forward, columns, rollouts, rows, along, scale)
             for table, own in zip(tables, found.parts, strict=True):
                 found.put(table, own)
-            context.report("tokens", unit[-1] + 1, rollouts.n_prompts)
+            done += len(unit)
+            context.report("tokens", done, len(share.prompts))
+    share.fill(tables)
     return tables
 
 

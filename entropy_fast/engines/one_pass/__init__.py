@@ -18,6 +18,8 @@ KIND = EngineKind(
             "max_excluded_share",
             "memory_budget",
             "prompts_per_microbatch",
+            "rank_timeout",
+            "ranks",
             "strict",
         }
     ),

@@ -20,13 +20,12 @@ from torch import Tensor
 from entropy_fast.capture import Directions
 from entropy_fast.columns import Column, Columns, Side
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.dealing import Share
 from entropy_fast.engines.along import AlongSums, step_of_others
 from entropy_fast.engines.forward_mode.token_parts import parts_by_unit
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.kernel_sums import KernelSums, SequenceParts
-from entropy_fast.rollouts import Rollouts
-from entropy_fast.rollouts.units import prompt_units
 
 __all__ = [
     "Met",
@@ -47,17 +46,18 @@ def less_own(y_sum: GradientSum, y_stack: Sequence[Tensor]) -> Met:
 
 
 def met_by_unit(
-    context: ProbeContext, along: Sequence[AlongSums], g_stack: Sequence[Tensor], sizes: Tensor
+    context: ProbeContext, along: Sequence[AlongSums], g_stack: Sequence[Tensor], share: Share
 ) -> Met | None:
     """The first update's step by the other units, where shares of sequences or tokens along it are asked for; else None.
 
-    It keeps a copy of the units' raw gradients ``g_stack``, which become P g afterwards.
+    It keeps a copy of the raw gradients ``g_stack`` of this rank's units, which become P g afterwards.
 
     Raises:
         ConfigError: units are of several sizes.
     """
     if not along or not (context.run.by_sequence or context.run.by_token):
         return None
+    sizes = share.sizes
     if len(set(sizes.tolist())) > 1:
         raise ConfigError(
             f"by_sequence and by_token along the whole next step with blocks of {sorted(set(sizes.tolist()))} prompts: shares "
@@ -65,18 +65,16 @@ def met_by_unit(
             fix="pass a number of blocks that divides the prompts, or step='adam_static'.",
         )
     kept, seen = [g.clone() for g in g_stack], along[0].seen
-    return lambda place, unit: step_of_others(seen, place, kept[place][unit], int(sizes[unit]))
+    return lambda place, unit: step_of_others(seen, place, kept[place][unit], int(sizes[0]))
 
 
 class Project(Protocol):
     """Sweeps a batch of whole sequences."""
 
-    def __call__(
-        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, columns: Columns, *, by_unit: bool
-    ) -> Tensor:
+    def __call__(self, share: Share, directions: Directions, columns: Columns, *, by_unit: bool) -> Tensor:
         """``[N, C]`` w_ci ∇S_i · V_c for a direction a column; fp64 on the CPU.
 
-        Directions are the same for all units unless ``by_unit``.
+        Directions are the same for all units unless ``by_unit``; then they are known by a unit's place among this rank's.
         """
 
 
@@ -98,7 +96,7 @@ def refuse_without_stack(option: str, needed: int, budget: int) -> None:
 def one_batch_shares(
     context: ProbeContext,
     project: Project,
-    rollouts: Rollouts,
+    share: Share,
     found: Sequence[KernelSums],
     x_totals: Sequence[GradientSum],
     x_stacks: Sequence[Sequence[Tensor]],
@@ -109,19 +107,19 @@ def one_batch_shares(
     Args:
         context: of the probe.
         project: sweeps the batch.
-        rollouts: the batch.
+        share: its units.
         found: the sums.
         x_totals: X_sum of every functional column.
-        x_stacks: X_u of every functional column, which may become P X_u here.
-        met: V_u.
+        x_stacks: X_u of every functional column, of this rank's units, which may become P X_u here.
+        met: V_u, by a unit's place among this rank's.
     """
-    units, with_shares = prompt_units(rollouts.n_prompts, context.estimate.blocks), list(found)
+    with_shares = list(found)
     if context.run.by_token:
         places = range(len(context.registry.tensors))
-        tables = parts_by_unit(context, rollouts, units, lambda u: [met(place, u) for place in places])
+        tables = parts_by_unit(context, share, lambda u: [met(place, u) for place in places])
         with_shares = [dataclasses.replace(own, by_token=part) for own, part in zip(with_shares, tables, strict=True)]
     if context.run.by_sequence:
-        parts = _one_batch_parts(context, project, rollouts, units, x_totals, x_stacks, met)
+        parts = _one_batch_parts(context, project, share, x_totals, x_stacks, met)
         with_shares = [dataclasses.replace(own, by_sequence=part) for own, part in zip(with_shares, parts, strict=True)]
     return with_shares
 
@@ -129,16 +127,16 @@ def one_batch_shares(
 def two_batch_shares(
     context: ProbeContext,
     project: Project,
-    entropy: Rollouts,
-    update: Rollouts,
+    entropy: Share,
+    update: Share,
     found: Sequence[KernelSums],
     x_totals: Sequence[GradientSum],
     met: Sequence[Tensor],
 ) -> list[KernelSums]:
     """Likewise with two batches; ``met`` is what every prompt meets."""
-    units, with_shares = prompt_units(entropy.n_prompts, None), list(found)
+    with_shares = list(found)
     if context.run.by_token:
-        tables = parts_by_unit(context, entropy, units, lambda _: [own.clone() for own in met])
+        tables = parts_by_unit(context, entropy, lambda _: [own.clone() for own in met])
         with_shares = [dataclasses.replace(own, by_token=part) for own, part in zip(with_shares, tables, strict=True)]
     if context.run.by_sequence:
         parts = _two_batch_parts(context, project, entropy, update, x_totals, met)
@@ -149,8 +147,7 @@ def two_batch_shares(
 def _one_batch_parts(
     context: ProbeContext,
     project: Project,
-    rollouts: Rollouts,
-    units: list[list[int]],
+    share: Share,
     x_totals: Sequence[GradientSum],
     x_stacks: Sequence[Sequence[Tensor]],
     met: Met,
@@ -160,8 +157,7 @@ def _one_batch_parts(
     Args:
         context: of the probe.
         project: sweeps the batch.
-        rollouts: the batch.
-        units: prompts of every unit.
+        share: its units.
         x_totals: X_sum of every functional column.
         x_stacks: X_u of every functional column, which become P X_u here.
         met: V_u.
@@ -179,25 +175,24 @@ def _one_batch_parts(
 
     # The update's column once for every functional that it meets; they share a backward where coefficients are by sequence.
     columns = Columns((*context.columns.of_side(Side.FUNCTIONAL), *[_update(context)] * len(x_stacks)))
-    parts = project(rollouts, units, of_others, columns, by_unit=True)
+    parts = project(share, of_others, columns, by_unit=True)
     return _pairs(parts[:, : len(x_stacks)], parts[:, len(x_stacks) :])
 
 
 def _two_batch_parts(
     context: ProbeContext,
     project: Project,
-    entropy: Rollouts,
-    update: Rollouts,
+    entropy: Share,
+    update: Share,
     x_totals: Sequence[GradientSum],
     met: Sequence[Tensor],
 ) -> list[SequenceParts]:
     """Parts of X_sum · V, V what every prompt meets, and as update of X_sum · Y_sum; arguments as of `_one_batch_parts`."""
     names, functionals = context.registry.names, context.columns.of_side(Side.FUNCTIONAL)
 
-    def along(rollouts: Rollouts, directions: Sequence[Sequence[Tensor]], columns: Columns) -> Tensor:
+    def along(share: Share, directions: Sequence[Sequence[Tensor]], columns: Columns) -> Tensor:
         by_name = dict(zip(names, zip(*directions, strict=True), strict=True))
-        units = prompt_units(rollouts.n_prompts, None)
-        return project(rollouts, units, lambda name, _: by_name[name], columns, by_unit=False)
+        return project(share, lambda name, _: by_name[name], columns, by_unit=False)
 
     px_sums = [context.step.apply_preconditioner(total.tensors) for total in x_totals]
     as_entropy = along(entropy, [met] * len(x_totals), functionals)

@@ -31,7 +31,7 @@ def cut(tokens: Sequence[int], limit: int) -> list[list[int]]:
             held = 0
         groups[-1].append(number)
         held += own
-    return groups
+    return groups if tokens else []
 
 
 def _share(tokens: int, limit: int) -> float:

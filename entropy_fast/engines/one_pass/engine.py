@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from entropy_fast.capture import Directions, GradientRecorder, ProjectionRecorder
+from entropy_fast.capture import GradientRecorder
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.columns import Columns, ResolvedColumn, SequenceTable, Side, TokenScores
 from entropy_fast.columns.scores import ScoresNeededError
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.collectives import add_up
+from entropy_fast.distributed.dealing import Share
 from entropy_fast.engines.along import AlongSums, along_sums, steps_of_others, with_rows
+from entropy_fast.engines.between_ranks import kernels_of
 from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.kernel import kernel_of
 from entropy_fast.engines.one_pass.by_sequence import (
     less_own,
     met_by_unit,
@@ -32,12 +36,9 @@ from entropy_fast.engines.one_pass.by_sequence import (
     refuse_without_stack,
     two_batch_shares,
 )
-from entropy_fast.engines.one_pass.costs import CostModel
-from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
-from entropy_fast.engines.one_pass.kernels import products_of, sums_of_dots, sums_of_stacks
-from entropy_fast.engines.one_pass.plan import PassLog
-from entropy_fast.engines.one_pass.runner import Runner
-from entropy_fast.engines.one_pass.sweep import Found, MicrobatchLimit, SweepRequest, runs_whole, score_batch, sweep
+from entropy_fast.engines.one_pass.kernels import products_of, sums_of_dots, sums_of_kernel
+from entropy_fast.engines.one_pass.sweep import SweepRequest
+from entropy_fast.engines.one_pass.sweeper import Sweeper
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import FinishedSums, by_column, finish_update, finished
 from entropy_fast.engines.unit_dots import stacks_of, unit_dots, unit_of
@@ -45,11 +46,8 @@ from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.rollouts.units import prompt_units
 
 __all__ = ["OnePassEngine"]
-
-Storage = Callable[[list[int]], Mapping[str, Sequence[Tensor]]]  # for the given units, zeroed
 
 
 class OnePassEngine:
@@ -60,11 +58,7 @@ class OnePassEngine:
     """
 
     def __init__(self, context: ProbeContext) -> None:
-        self._context = context
-        self._runner = Runner(context)
-        self._costs = CostModel.of(context.model, context.registry.module, context.device)
-        self._limit = MicrobatchLimit.of(context.run, self._costs)
-        self._log = PassLog(self._costs)
+        self._context, self._sweeper = context, Sweeper(context)
 
     def same_batch(self, rollouts: Rollouts) -> Measured:
         """See `Engine.same_batch`; the whole kernel K where gradients of all units fit the budget.
@@ -73,78 +67,79 @@ class OnePassEngine:
             ConfigError: ``by_sequence`` or ``full_kernel`` was asked for, and gradients of all units do not fit the budget.
         """
         assert_grad_context("OnePassEngine.same_batch")
-        units = prompt_units(rollouts.n_prompts, self._context.estimate.blocks)
-        if not self._resolves_itself(rollouts, units):
+        share = self._sweeper.share(rollouts, self._context.estimate.blocks)
+        if not self._resolves_itself(share):
             self._resolve(rollouts, rollouts)
         with contextlib.suppress(ScoresNeededError):
-            return self._same_batch(rollouts, units)
+            return self._same_batch(share)
         # Memory ran out, and the batch goes through in parts after all; what the first try held is let go before.
         self._resolve(rollouts, rollouts)
-        return self._same_batch(rollouts, units)
+        return self._same_batch(share)
 
-    def _same_batch(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
-        context, columns = self._context, self._context.columns
+    def _same_batch(self, share: Share) -> Measured:
+        context, columns, rollouts = self._context, self._context.columns, share.rollouts
         for wanted in ("by_sequence", "by_token", "full_kernel"):
             if getattr(context.run, wanted):
-                refuse_without_stack(wanted, self._stack_bytes(units, columns), context.run.memory_bytes)
+                needed = self._sweeper.stack_bytes(share, columns)
+                refuse_without_stack(wanted, needed, context.run.memory_bytes)
         table = self._table(rollouts, columns)
-        totals, stack = self._sums_of(rollouts, units, columns, table)
+        totals, stack = self._sweeper.sums_of(share, columns, table)
         x_places, y_places = (columns.places_of(side) for side in Side)
-        x_totals = [totals[place] for place in x_places]
-        sums = finished(context, x_totals[0], totals[y_places[0]], rollouts, rollouts)
-        y_sums = self._y_sums(sums, [totals[place] for place in y_places], rollouts)
+        x_totals, g_totals = ([totals[place] for place in places] for places in (x_places, y_places))
+        sums = finished(context, x_totals[0], g_totals[0], rollouts, rollouts)
+        y_sums = self._y_sums(sums, g_totals, rollouts)
         products = products_of(sums, x_totals, y_sums)
         if stack is None:
-            along = along_sums(context, [totals[place] for place in y_places], rollouts, len(x_places), None)
-            found = self._second_sweep(rollouts, units, columns, x_totals, y_sums, products, along)
+            along = along_sums(context, g_totals, rollouts, len(x_places), None)
+            found = self._second_sweep(share, columns, x_totals, y_sums, products, along)
         else:
             x_stacks, y_stacks = ([stack.columns[place] for place in places] for places in (x_places, y_places))
-            sizes = torch.tensor([len(unit) for unit in units])
-            along = along_sums(context, [totals[place] for place in y_places], rollouts, len(x_places), y_stacks)
+            along = along_sums(context, g_totals, rollouts, len(x_places), y_stacks)
             for own, y_stack in zip(along, y_stacks, strict=False):
-                own.add(range(len(units)), x_stacks, y_stack, sizes)
-            met = met_by_unit(context, along, y_stacks[0], sizes)
+                own.add(share.numbers, x_stacks, y_stack, share.sizes[share.numbers])
+            met = met_by_unit(context, along, y_stacks[0], share)
             for y_stack in y_stacks:
                 context.step.precondition_in_place(y_stack)
+            kernels = kernels_of(share, x_stacks, y_stacks)
             found = [
-                [sums_of_stacks(x, y_stack, sizes, own) for x, own in zip(x_stacks, of_update, strict=True)]
-                for y_stack, of_update in zip(y_stacks, products, strict=True)
+                [sums_of_kernel(*kernel, share.sizes, own) for kernel, own in zip(of_update, of_sums, strict=True)]
+                for of_update, of_sums in zip(kernels, products, strict=True)
             ]
-            found = with_rows(found, along)
+            found = with_rows(found, along, context.team)
             met = met or less_own(sums.y, y_stacks[0])
-            found[0] = one_batch_shares(context, self._project, rollouts, found[0], x_totals, x_stacks, met)
+            found[0] = one_batch_shares(context, self._sweeper.project, share, found[0], x_totals, x_stacks, met)
         return self._measured(found, sums, {side.value: table for side in Side}, along)
 
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`: U first, then E with X_n · Y_sum in the same backward."""
         assert_grad_context("OnePassEngine.two_batch")
-        entropy_units, update_units = (prompt_units(batch.n_prompts, None) for batch in (entropy, update))
+        entropy_share, update_share = (self._sweeper.share(batch, None) for batch in (entropy, update))
         self._resolve(
-            None if self._resolves_itself(entropy, entropy_units, Side.FUNCTIONAL) else entropy,
-            None if self._resolves_itself(update, update_units, Side.UPDATE) else update,
+            None if self._resolves_itself(entropy_share, Side.FUNCTIONAL) else entropy,
+            None if self._resolves_itself(update_share, Side.UPDATE) else update,
         )
         with contextlib.suppress(ScoresNeededError):
-            return self._two_batch(entropy, update)
+            return self._two_batch(entropy_share, update_share)
         self._resolve(entropy, update)
-        return self._two_batch(entropy, update)
+        return self._two_batch(entropy_share, update_share)
 
-    def _two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
-        context = self._context
+    def _two_batch(self, entropy_share: Share, update_share: Share) -> Measured:
+        context, sweeper, team = self._context, self._sweeper, self._context.team
+        entropy, update = entropy_share.rollouts, update_share.rollouts
         functional, updates = (context.columns.of_side(side) for side in Side)
         tables = {
             Side.FUNCTIONAL.value: self._table(entropy, functional),
             Side.UPDATE.value: self._table(update, updates),
         }
-        update_units = prompt_units(update.n_prompts, None)
-        g_totals, stack = self._sums_of(update, update_units, updates, tables["update"])
+        g_totals, stack = sweeper.sums_of(update_share, updates, tables["update"])
         y_sums = [finish_update(context, total, update)[0] for total in g_totals]
-        x_totals = [self._empty_sum() for _ in functional]
+        x_totals = [sweeper.empty_sum() for _ in functional]
         rows = torch.zeros(len(updates), len(functional), entropy.n_prompts, dtype=torch.float64)
         along = along_sums(context, g_totals, update, len(functional), None, entropy.n_prompts)
         names = context.registry.names
 
-        def project_entropy(numbers: list[int], gradients: GradientRecorder) -> None:
-            stacks = stacks_of(gradients, names)
+        def project_entropy(places: list[int], gradients: GradientRecorder) -> None:
+            stacks, numbers = stacks_of(gradients, names), [entropy_share.numbers[place] for place in places]
             for own in along:
                 own.add(numbers, stacks, None, torch.ones(len(numbers)))
             for place, (of_units, x_total) in enumerate(zip(stacks, x_totals, strict=True)):
@@ -153,7 +148,7 @@ class OnePassEngine:
                     for which, y_sum in enumerate(y_sums):
                         found = unit_dots(context, unit, unit, x_total, y_sum)
                         rows[which, place, number] = found[:, 1].sum()
-                self._add(x_total, gradients.columns[place])
+                sweeper.add(x_total, gradients.columns[place])
 
         def start_again() -> None:
             for x_total in x_totals:
@@ -161,27 +156,30 @@ class OnePassEngine:
             for own in along:
                 own.clear()
 
-        entropy_units = prompt_units(entropy.n_prompts, None)
-        request = SweepRequest(entropy, entropy_units, functional, "entropy", tables["entropy"])
-        self._sweep(request, project_entropy, start_again=start_again)
+        request = SweepRequest(entropy, entropy_share.units, functional, "entropy", tables["entropy"])
+        sweeper.sweep(request, project_entropy, start_again=start_again)
+        sweeper.add_ranks(x_totals)
+        entropy_share.fill(tables["entropy"].known)
         sums = finished(context, x_totals[0], g_totals[0], entropy, update)
         columns = torch.zeros(len(updates), len(functional), update.n_prompts, dtype=torch.float64)
         if stack is not None:
             for which, y_stack in enumerate(stack.columns):
                 context.step.precondition_in_place(y_stack)
                 for place, x_total in enumerate(x_totals):
-                    columns[which, place] = kernel_of([x.unsqueeze(0) for x in x_total.tensors], y_stack)[0][0]
+                    own = kernel_of([x.unsqueeze(0) for x in x_total.tensors], y_stack)[0][0]
+                    columns[which, place, update_share.numbers] = own
         else:
 
-            def project_update(numbers: list[int], gradients: GradientRecorder) -> None:
+            def project_update(places: list[int], gradients: GradientRecorder) -> None:
                 for which, (of_units, y_sum) in enumerate(zip(stacks_of(gradients, names), y_sums, strict=True)):
                     for place, x_total in enumerate(x_totals):
-                        for position, number in enumerate(numbers):
+                        for position, number in enumerate(update_share.numbers[own] for own in places):
                             unit = unit_of(of_units, position)
                             columns[which, place, number] = unit_dots(context, unit, unit, x_total, y_sum)[:, 2].sum()
 
-            request = SweepRequest(update, update_units, updates, "projections")
-            self._sweep(request, project_update, start_again=lambda: None)
+            request = SweepRequest(update, update_share.units, updates, "projections")
+            sweeper.sweep(request, project_update, start_again=lambda: None)
+        add_up(team, [rows, columns])
         found = [
             [
                 KernelSums(float(own.sum()), by_row, by_column, by_parameter=own)
@@ -189,15 +187,15 @@ class OnePassEngine:
             ]
             for of_update in zip(products_of(sums, x_totals, y_sums), rows, columns, strict=True)
         ]
-        found = with_rows(found, along)
+        found = with_rows(found, along, team)
         met = list(sums.y.tensors) if not along else steps_of_others(along[0].seen)
-        found[0] = two_batch_shares(context, self._project, entropy, update, found[0], x_totals, met)
+        shares = entropy_share, update_share
+        found[0] = two_batch_shares(context, sweeper.project, *shares, found[0], x_totals, met)
         return self._measured(found, sums, tables, along)
 
     def _second_sweep(
         self,
-        rollouts: Rollouts,
-        units: list[list[int]],
+        share: Share,
         columns: Columns,
         x_totals: Sequence[GradientSum],
         y_sums: Sequence[GradientSum],
@@ -206,13 +204,13 @@ class OnePassEngine:
     ) -> list[list[KernelSums]]:
         """Diagonal, row and column sums of every pair of columns, from every unit's products with the sums."""
         context, names = self._context, self._context.registry.names
-        sizes = torch.tensor([len(unit) for unit in units])
+        sizes = share.sizes
         x_places, y_places = (columns.places_of(side) for side in Side)
-        dots = torch.zeros(len(y_places), len(x_places), len(units), 3, dtype=torch.float64)
+        dots = torch.zeros(len(y_places), len(x_places), len(sizes), 3, dtype=torch.float64)
         diagonals = torch.zeros(len(y_places), len(x_places), len(products[0][0]), dtype=torch.float64)
 
-        def project(numbers: list[int], gradients: GradientRecorder) -> None:
-            stacks = stacks_of(gradients, names)
+        def project(places: list[int], gradients: GradientRecorder) -> None:
+            stacks, numbers = stacks_of(gradients, names), [share.numbers[place] for place in places]
             for place, own in zip(y_places, along, strict=False):
                 own.add(numbers, [stacks[x_place] for x_place in x_places], stacks[place], sizes[numbers])
             for position, number in enumerate(numbers):
@@ -229,12 +227,14 @@ class OnePassEngine:
             for own in along:
                 own.clear()
 
-        self._sweep(SweepRequest(rollouts, units, columns, "projections"), project, start_again=start_again)
+        request = SweepRequest(share.rollouts, share.units, columns, "projections")
+        self._sweeper.sweep(request, project, start_again=start_again)
+        add_up(context.team, [dots, diagonals])
         found = [
             [sums_of_dots(*own, sizes) for own in zip(*of_update, strict=True)]
             for of_update in zip(diagonals, dots, products, strict=True)
         ]
-        return with_rows(found, along)
+        return with_rows(found, along, context.team)
 
     def _y_sums(self, sums: FinishedSums, totals: Sequence[GradientSum], rollouts: Rollouts) -> list[GradientSum]:
         """Y_sum of every update column; the first is there."""
@@ -244,16 +244,16 @@ class OnePassEngine:
         """Find what columns wait for."""
         self._context = resolved_context(self._context, entropy, update, self.score)
 
-    def _resolves_itself(self, rollouts: Rollouts, units: list[list[int]], side: Side | None = None) -> bool:
+    def _resolves_itself(self, share: Share, side: Side | None = None) -> bool:
         """Whether one forward of the whole batch says what columns (of a side) wait for, so that none has to come before it."""
         context = self._context
         columns = context.columns if side is None else context.columns.of_side(side)
         return (
             context.scores is None
             and any(isinstance(column, ResolvedColumn) for column in columns)
-            and self._stack_bytes(units, context.columns) <= context.run.memory_bytes
+            and self._sweeper.stack_bytes(share, context.columns) <= context.run.memory_bytes
             and not (context.run.by_sequence or context.run.by_token)
-            and runs_whole(context, self._runner, self._limit, rollouts, units)
+            and self._sweeper.runs_whole(context, share)
         )
 
     def update_sum(self, rollouts: Rollouts) -> GradientSum:
@@ -269,13 +269,11 @@ class OnePassEngine:
         assert_grad_context("OnePassEngine.gradient_sum")
         self._resolve(rollouts, rollouts)
         updates = Columns(self._context.columns.of_side(Side.UPDATE).members[:1])
-        units = prompt_units(rollouts.n_prompts, None)
-        return self._sums_of(rollouts, units, updates, self._table(rollouts, updates))[0][0]
+        return self._sweeper.sums_of(self._sweeper.share(rollouts, None), updates, self._table(rollouts, updates))[0][0]
 
     def score(self, rollouts: Rollouts) -> TokenScores:
         """Log-probs and entropies of every response token of a batch, by forwards without a graph."""
-        self._log.scored += 1
-        return score_batch(self._context, self._runner, self._limit, rollouts)
+        return self._sweeper.score(rollouts)
 
     def _measured(
         self,
@@ -284,10 +282,10 @@ class OnePassEngine:
         tables: Mapping[str, SequenceTable],
         along: Sequence[AlongSums],
     ) -> Measured:
-        note = self._runner.note
+        note = self._sweeper.note
         if note is not None:
             warnings.warn(note, EntropyFastWarning, stacklevel=4)
-        plan = self._log.plan(self._context, self._runner)
+        plan = self._sweeper.plan()
         notes = () if note is None else (note,)
         first, apart, candidates = by_column(self._context.columns, found)
         agreement = along[0].seen.agreement if along else None
@@ -306,93 +304,3 @@ class OnePassEngine:
 
     def _table(self, rollouts: Rollouts, columns: Columns) -> SequenceTable:
         return SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
-
-    def _empty_sum(self) -> GradientSum:
-        return GradientSum.zeros(self._context.registry.tensors, self._context.sums_device)
-
-    def _stack_bytes(self, units: list[list[int]], columns: Columns) -> int:
-        return GradientStack.bytes_of(self._context.registry.tensors, len(units), len(columns))
-
-    def _add(self, total: GradientSum, gradients: Mapping[str, Tensor]) -> None:
-        total.add([gradients[n].sum(0) if n in gradients else None for n in self._context.registry.names])
-
-    def _sums_of(
-        self, rollouts: Rollouts, units: list[list[int]], columns: Columns, table: SequenceTable
-    ) -> tuple[list[GradientSum], GradientStack | None]:
-        """Raw sums of every column, and, where they fit the budget, its gradients of every unit."""
-        registry = self._context.registry
-        totals = [self._empty_sum() for _ in columns]
-        request = SweepRequest(rollouts, units, columns, " and ".join(c.name for c in columns), table)
-        if self._stack_bytes(units, columns) > self._context.run.memory_bytes:
-
-            def collect(_: list[int], gradients: GradientRecorder) -> None:
-                for total, found in zip(totals, gradients.columns, strict=True):
-                    self._add(total, found)
-
-            def start_again() -> None:
-                for total in totals:
-                    total.clear()
-
-            self._sweep(request, collect, start_again=start_again)
-            return totals, None
-        on_cpu = self._context.run.accumulate_on == "cpu"
-        stack = GradientStack(registry.names, registry.tensors, len(units), len(columns), on_cpu=on_cpu)
-        self._log.stored = max(self._log.stored, self._stack_bytes(units, columns))
-        self._sweep(request, stack.collect, start_again=stack.clear, storage=stack.storage)
-        for total, stored in zip(totals, stack.columns, strict=True):
-            for index, tensor in enumerate(stored):
-                if stack.touched[index]:
-                    torch.sum(tensor, 0, out=total.tensors[index])
-            total.touched[:] = stack.touched
-        return totals, stack
-
-    def _project(
-        self, rollouts: Rollouts, units: list[list[int]], directions: Directions, columns: Columns, *, by_unit: bool
-    ) -> Tensor:
-        """``[N, C]`` every sequence's part in the columns, projected; by one sweep of whole sequences."""
-        device = self._context.device
-        values = torch.zeros(rollouts.n_sequences, len(columns), dtype=torch.float64, device=device)
-
-        def recorder(numbers: list[int]) -> ProjectionRecorder:
-            return ProjectionRecorder(
-                lambda name, place: directions(name, numbers[place]),
-                rollouts.n_sequences,
-                range(len(columns)),
-                device,
-                by_unit=by_unit,
-            )
-
-        def collect(_: list[int], found: ProjectionRecorder) -> None:
-            values.add_(found.values)
-
-        request = SweepRequest(rollouts, units, columns, "sequences", whole_sequences=True)
-        self._record(request, recorder, collect, lambda: values.zero_())
-        return values.cpu()
-
-    def _sweep(
-        self,
-        request: SweepRequest,
-        visit: Callable[[list[int], GradientRecorder], None],
-        *,
-        start_again: Callable[[], object],
-        storage: Storage | None = None,
-    ) -> None:
-        registry = self._context.registry
-        parameters = dict(zip(registry.names, registry.tensors, strict=True))
-
-        def recorder(numbers: list[int]) -> GradientRecorder:
-            kept = None if storage is None else storage(numbers)
-            return GradientRecorder(parameters, len(numbers), len(request.columns), kept)
-
-        self._record(request, recorder, visit, start_again)
-
-    def _record(
-        self,
-        request: SweepRequest,
-        recorder: Callable[[list[int]], Found],
-        visit: Callable[[list[int], Found], None],
-        start_again: Callable[[], object],
-    ) -> None:
-        """One `sweep`, counted in the plan."""
-        report = sweep(self._context, self._runner, self._limit, request, recorder, visit, start_again)
-        self._log.add(request, report, self._runner.way)

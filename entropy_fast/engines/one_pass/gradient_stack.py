@@ -1,7 +1,4 @@
-"""Every unit's gradients kept side by side, and the influence kernel between two such stacks.
-
-Legend: X_u gradient of unit u in a functional column, Y_u its preconditioned gradient in an update column, K_uw = X_u · Y_w.
-"""
+"""Every unit's gradients kept side by side."""
 
 from __future__ import annotations
 
@@ -12,10 +9,7 @@ from torch import Tensor
 
 from entropy_fast.capture import GradientRecorder
 
-__all__ = ["GradientStack", "kernel_of"]
-
-# Elements whose products are added up in the accumulator's dtype; beyond that in fp64.
-_COLUMNS = 4096
+__all__ = ["GradientStack"]
 
 
 class GradientStack:
@@ -86,28 +80,3 @@ class GradientStack:
                 tensor.zero_()
         self._used.clear()
         self.touched[:] = [False] * len(self.touched)
-
-
-def kernel_of(x_stack: Sequence[Tensor], y_stack: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Inner products of all units, and their diagonal by parameter.
-
-    Args:
-        x_stack: ``[units, *shape]`` X per parameter.
-        y_stack: likewise Y.
-
-    Returns:
-        ``[units of x, units of y]`` K, and ``[parameters]`` every parameter's Σ_u K_uu (of as many units as both have), fp64 on
-        the CPU.
-    """
-    kernel = torch.zeros(x_stack[0].shape[0], y_stack[0].shape[0], dtype=torch.float64)
-    diagonals = torch.zeros(len(x_stack), dtype=torch.float64)
-    for index, (x, y) in enumerate(zip(x_stack, y_stack, strict=True)):
-        x, y = x.reshape(len(x), -1), y.reshape(len(y), -1)
-        whole = x.shape[1] // _COLUMNS * _COLUMNS
-        found = (x[:, whole:].double() @ y[:, whole:].double().t()).cpu()
-        if whole:
-            left, right = (t[:, :whole].view(len(t), -1, _COLUMNS).transpose(0, 1) for t in (x, y))
-            found += (left @ right.transpose(1, 2)).double().sum(0).cpu()
-        kernel += found
-        diagonals[index] = found.diagonal().sum()
-    return kernel, diagonals

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
-from entropy_fast.engines.one_pass.gradient_stack import kernel_of
 from entropy_fast.engines.sums import FinishedSums
 from entropy_fast.estimates.kernel_sums import KernelSums
 
-__all__ = ["products_of", "sums_of_dots", "sums_of_stacks"]
+__all__ = ["products_of", "sums_of_dots", "sums_of_kernel"]
 
 
 def products_of(
@@ -32,8 +31,7 @@ def sums_of_dots(by_parameter: Tensor, dots: Tensor, products: Tensor, sizes: Te
     return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, None, products - by_parameter)
 
 
-def sums_of_stacks(x_stack: Sequence[Tensor], y_stack: Sequence[Tensor], sizes: Tensor, products: Tensor) -> KernelSums:
-    """From the gradients of all units in a functional column and in the update's; ``products`` of their sums by parameter."""
-    kernel, diagonals = kernel_of(x_stack, y_stack)
+def sums_of_kernel(kernel: Tensor, diagonals: Tensor, sizes: Tensor, products: Tensor) -> KernelSums:
+    """From K, every parameter's Σ_u K_uu, and [parameters] X_sum · Y_sum."""
     row_sums, column_sums, diagonal = kernel.sum(1), kernel.sum(0), kernel.diagonal().clone()
     return KernelSums(float(products.sum()), row_sums, column_sums, diagonal, sizes, kernel, products - diagonals)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from entropy_fast.config import RunOptions
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.collectives import add_up, most_of
 from entropy_fast.engines.one_pass.costs import CostModel
 from entropy_fast.engines.one_pass.runner import Runner
 from entropy_fast.engines.one_pass.sweep import SweepReport, SweepRequest, prompt_tokens
@@ -34,6 +37,8 @@ class OnePassPlan(Plan):
         operations: estimate, multiplies and adds.
         stored_bytes: of the gradients that were kept.
         activation_bytes: estimate, of the largest microbatch.
+        ranks: that the units were dealt to. Microbatches and bytes are those of the rank that has most, operations those of
+            all.
     """
 
     captured: str = ""
@@ -48,6 +53,7 @@ class OnePassPlan(Plan):
     operations: float = 0.0
     stored_bytes: int = 0
     activation_bytes: int = 0
+    ranks: int = 1
 
     def __str__(self) -> str:
         kept = "every unit's gradients kept" if self.kernel_kept else "a second sweep for projections"
@@ -59,9 +65,11 @@ class OnePassPlan(Plan):
             prompts = f", with the prompts' tokens in it {self.prompt_forwards} times, once for every column"
         elif self.prompt_backwards > 1:
             prompts = f" (and {self.prompt_backwards} through the prompts' tokens)"
+        dealt = f"units dealt to {self.ranks} ranks; " if self.ranks > 1 else ""
         costs = (
-            f"{self.way}; {self.captured}; {kept}; {self.microbatches} microbatch(es) of at most {self.largest_microbatch} "
-            f"tokens; {self.sweeps} sweep(s) of one forward and {_number(self.backwards)}{prompts}; about "
+            f"{self.way}; {dealt}{self.captured}; {kept}; {self.microbatches} microbatch(es) of at most "
+            f"{self.largest_microbatch} tokens; {self.sweeps} sweep(s) of one forward and "
+            f"{_number(self.backwards)}{prompts}; about "
             f"{self.operations / 1e9:.3g} billion operations, {_size(self.stored_bytes)} of gradients and "
             f"{_size(self.activation_bytes)} of activations. " + "; ".join(self.reasons) + "."
         )
@@ -90,8 +98,11 @@ class PassLog:
     def add(self, request: SweepRequest, report: SweepReport, way: Way) -> None:
         """One sweep is done."""
         shared, columns = way.shares and not request.whole_sequences, request.columns
-        tokens = sum(prompt_tokens(request.rollouts, shared=shared))
-        scored = int(request.rollouts.response_lengths.sum())
+        own = [prompt for unit in request.units for prompt in unit]
+        of_prompts = prompt_tokens(request.rollouts, shared=shared)
+        tokens = sum(of_prompts[prompt] for prompt in own)
+        rows = torch.isin(request.rollouts.prompt_index, torch.tensor(own, dtype=torch.int64))
+        scored = int(request.rollouts.response_lengths[rows].sum())
         prefix = max(0, tokens - scored) if shared else 0
         if columns.backwards >= self._backwards:
             self._backwards = columns.backwards
@@ -109,26 +120,40 @@ class PassLog:
         self._reports.append((report, operations))
 
     def plan(self, context: ProbeContext, runner: Runner) -> OnePassPlan:
-        """After all sweeps."""
+        """After all sweeps; with several ranks, of all of them."""
         assert self._reports
         reports = [report for report, _ in self._reports]
-        largest = max(report.largest for report in reports)
+        microbatches, largest, copies = most_of(
+            context.team,
+            [
+                max(report.microbatches for report in reports),
+                max(report.largest for report in reports),
+                runner.way.prompt_forwards,
+            ],
+        )
+        total = torch.tensor(
+            [sum(operations for _, operations in self._reports), sum(float(report.halved) for report in reports)],
+            dtype=torch.float64,
+        )
+        add_up(context.team, [total])
+        operations, halved = total.tolist()
         return OnePassPlan(
             way=str(runner.way),
             not_taken=runner.not_taken,
-            reasons=tuple(self._reasons(context.run, runner.way, sum(report.halved for report in reports))),
+            reasons=tuple(self._reasons(context.run, runner.way, int(halved))),
             captured=runner.captured,
             kernel_kept=self.stored > 0,
-            microbatches=max(report.microbatches for report in reports),
+            microbatches=microbatches,
             largest_microbatch=largest,
             sweeps=len(reports),
             backwards=self._backwards,
-            prompt_forwards=runner.way.prompt_forwards,
+            prompt_forwards=copies,
             prompt_backwards=2 if runner.way.shares else 1,
             by_token=self.by_token,
-            operations=sum(operations for _, operations in self._reports),
+            operations=operations,
             stored_bytes=self.stored,
             activation_bytes=largest * self._costs.bytes_per_token,
+            ranks=context.team.size,
         )
 
     def _reasons(self, options: RunOptions, way: Way, halved: int) -> list[str]:

@@ -69,19 +69,29 @@ class Runner:
         self._modules = self._capture()
         self._choice = None
 
-    def choose(self, rollouts: Rollouts) -> None:
+    @property
+    def place(self) -> int:
+        """Of the way among those that are known; known after `choose`."""
+        assert self._choice is not None
+        return len(self._choice.not_taken)
+
+    def choose(self, rollouts: Rollouts, least: int = 0) -> None:
         """Find the first way that gives this model's log-probs, unless one is there; inside the context's ``probe_state``.
+
+        Args:
+            rollouts: the batch.
+            least: place before which none is to be taken.
 
         Raises:
             ModelStateError: log-probs are random, or sequences of one batch interact.
         """
-        if self._choice is not None:
+        if self._choice is not None and self.place >= least:
             return
         self._context.registry.check("one-pass engine")
         if self._trial is None:
             self._trial = Trial(self._context, rollouts)
             self._expected = self._trial.expected
-        self._choice = choose_way(self._context, self._modules, self._trial)
+        self._choice = choose_way(self._context, self._modules, self._trial, least)
 
     def run(self, microbatch: Microbatch, recorder: RowRecorder, table: SequenceTable | None) -> set[str]:
         """Add one microbatch to the recorder.

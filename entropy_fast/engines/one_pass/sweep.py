@@ -25,6 +25,7 @@ __all__ = [
     "MicrobatchLimit",
     "SweepReport",
     "SweepRequest",
+    "chosen",
     "prompt_tokens",
     "runs_whole",
     "score_batch",
@@ -59,7 +60,7 @@ class SweepRequest:
 
     Attributes:
         rollouts: the batch.
-        units: prompts of every unit.
+        units: prompts of every unit that is gone through.
         columns: whose gradients are wanted.
         stage: name for the progress report.
         table: where what is learned of sequences is written; None for nowhere.
@@ -114,6 +115,7 @@ def sweep(
         ModelStateError: log-probs are random, or sequences interact.
     """
     rollouts, units, report = request.rollouts, request.units, SweepReport()
+    total = sum(len(unit) for unit in units)
     # Compiled modules run as they were written: what is exchanged in them is not what was compiled.
     with context.probe_state(), torch.compiler.set_stance("force_eager"):
         runner.choose(rollouts)
@@ -144,8 +146,15 @@ def sweep(
                 report.largest = max(report.largest, *(cutter.size(part) for part in parts))
                 done += len(prompts)
                 del waiting[0]
-                context.report(request.stage, done, rollouts.n_prompts)
+                context.report(request.stage, done, total)
     return report
+
+
+def chosen(context: ProbeContext, runner: Runner, rollouts: Rollouts, least: int = 0) -> int:
+    """The place of the runner's way among those that are known, chosen now unless it is; not before ``least``."""
+    with context.probe_state(), torch.compiler.set_stance("force_eager"):
+        runner.choose(rollouts, least)
+    return runner.place
 
 
 def runs_whole(
@@ -160,19 +169,22 @@ def runs_whole(
         return runner.way.weighs_whole and len(groups) == 1 and len(cutter.parts(prompts)) == 1
 
 
-def score_batch(context: ProbeContext, runner: Runner, limit: MicrobatchLimit, rollouts: Rollouts) -> TokenScores:
-    """Log-probs and entropies of a batch, by forwards without a graph.
+def score_batch(
+    context: ProbeContext, runner: Runner, limit: MicrobatchLimit, rollouts: Rollouts, prompts: Sequence[int]
+) -> TokenScores:
+    """Log-probs and entropies of a batch's given prompts, by forwards without a graph; 0 at those of others.
 
     Arguments and errors as of `sweep`.
     """
-    units, scores = [[prompt] for prompt in range(rollouts.n_prompts)], TokenScores.empty(rollouts)
+    units, scores, done = [[prompt] for prompt in prompts], TokenScores.empty(rollouts), 0
     with context.probe_state(), torch.compiler.set_stance("force_eager"):
         runner.choose(rollouts)
         cutter = _Cutter(runner, limit, SweepRequest(rollouts, units, context.columns, "scores"))
         waiting = cutter.groups(units)
         while waiting:
             numbers = waiting[0]
-            rows = torch.cat([rollouts.rows_of_prompt(number) for number in numbers])
+            own = [prompts[number] for number in numbers]
+            rows = torch.cat([rollouts.rows_of_prompt(prompt) for prompt in own])
             try:
                 scores.put(
                     runner.way.score(Microbatch(rollouts, rows, rollouts.prompt_index[rows].tolist(), context.columns))
@@ -182,10 +194,11 @@ def score_batch(context: ProbeContext, runner: Runner, limit: MicrobatchLimit, r
                     raise
                 message = (str(error) or type(error).__name__).splitlines()[0]
                 release_memory()
-                waiting = cutter.halved(numbers, numbers, [numbers], message)
+                waiting = cutter.halved(numbers, own, [own], message)
                 continue
             del waiting[0]
-            context.report("scores", numbers[-1] + 1, rollouts.n_prompts)
+            done += len(own)
+            context.report("scores", done, len(prompts))
     return scores
 
 

@@ -16,6 +16,8 @@ KIND = EngineKind(
             "full_kernel",
             "max_excluded_share",
             "prompts_per_microbatch",
+            "rank_timeout",
+            "ranks",
             "strict",
             "y_pass",
         }

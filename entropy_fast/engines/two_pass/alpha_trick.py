@@ -16,12 +16,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from entropy_fast.checks.model_state import reentrant_checkpointing
-from entropy_fast.columns import Coefficients
+from entropy_fast.columns import Coefficients, Columns
 from entropy_fast.columns.coefficients import power_of_two_scale
+from entropy_fast.context import ProbeContext
 from entropy_fast.errors import CheckpointingError, GradientCoverageError, GraphDetachedError
+from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways.teacher_forcing import ForwardResult
 
-__all__ = ["AlphaProjections", "alpha_projections", "refuse_reentrant_checkpointing", "twice_differentiable_attention"]
+__all__ = [
+    "AlphaProjections",
+    "alpha_projections",
+    "put_projections",
+    "refuse_reentrant_checkpointing",
+    "twice_differentiable_attention",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +65,41 @@ def twice_differentiable_attention() -> AbstractContextManager[None]:
     """Context for forward *and* backward of the alpha trick: fused attention kernels have no second derivative."""
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
     return context
+
+
+def put_projections(
+    into: Tensor,
+    context: ProbeContext,
+    forward: ForwardResult,
+    columns: Columns,
+    entropy: Rollouts,
+    rows: Tensor,
+    y_mean: Sequence[Tensor],
+) -> Tensor:
+    """Write s_n of the prompts of one forward.
+
+    Args:
+        into: [B] where to.
+        context: of the probe.
+        forward: of ``rows``, with their graph.
+        columns: the one functional.
+        entropy: the batch.
+        rows: [n] whole prompts, one after the other.
+        y_mean: Ȳ, one tensor per parameter.
+
+    Returns:
+        The prompts' indices, ascending.
+
+    Raises:
+        GradientCoverageError, GraphDetachedError: see `alpha_projections`.
+    """
+    prompts: Tensor
+    prompts, local = torch.unique(entropy.prompt_index[rows], return_inverse=True)
+    coefficients = columns.weigh(forward.scored_tokens(entropy, rows))
+    parameters, strict = context.registry.tensors, context.run.strict
+    found = alpha_projections(forward, coefficients, local.to(context.device), parameters, y_mean, strict=strict)
+    into[prompts] = found.projections
+    return prompts
 
 
 def alpha_projections(

@@ -18,17 +18,19 @@ from entropy_fast.columns import Coefficients, Columns, SequenceTable, Side, Tok
 from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
+from entropy_fast.distributed.collectives import add_up, any_of
+from entropy_fast.distributed.dealing import Share, share_of
 from entropy_fast.engines.along import AlongSums, along_sums, with_rows
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products
 from entropy_fast.engines.resolving import resolved_context
-from entropy_fast.engines.sums import FinishedSums, by_column, coverage_of, finish_functional, finish_update, finished
+from entropy_fast.engines.sums import coverage_of, finish_functional, finish_update, finished
 from entropy_fast.engines.two_pass import alpha_trick
 from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
-from entropy_fast.engines.two_pass.passes import Pass, sums_of_dots
+from entropy_fast.engines.two_pass.passes import Pass, kernel_between, measured_of, sums_of_dots
 from entropy_fast.engines.two_pass.scoring import padded_scores
 from entropy_fast.engines.unit_dots import unit_dots
 from entropy_fast.estimates.kernel_sums import KernelSums
-from entropy_fast.estimates.measured import Measured, Plan
+from entropy_fast.estimates.measured import Measured
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import iter_microbatches, prompt_units
 from entropy_fast.step import AdamState
@@ -116,7 +118,7 @@ class ProbeComponents:
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_X")
         own = self._resolved(rollouts, None)
-        return finish_functional(own.context, own._pass(Side.FUNCTIONAL, rollouts).total, rollouts)[0]
+        return finish_functional(own.context, own._pass(Side.FUNCTIONAL, own._share(rollouts)).total, rollouts)[0]
 
     def accumulate_sum_Y(self, rollouts: Rollouts) -> GradientSum:  # noqa: N802 (Y as in the theory)
         """Y_sum = P Σ_n g_n over all prompts, preconditioned.
@@ -126,7 +128,7 @@ class ProbeComponents:
         """
         self._assert_grad_context("ProbeComponents.accumulate_sum_Y")
         own = self._resolved(None, rollouts)
-        return finish_update(own.context, own._pass(Side.UPDATE, rollouts).total, rollouts)[0]
+        return finish_update(own.context, own._pass(Side.UPDATE, own._share(rollouts)).total, rollouts)[0]
 
     def same_batch(self, rollouts: Rollouts) -> Measured:
         """See `Engine.same_batch`."""
@@ -144,23 +146,24 @@ class ProbeComponents:
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """See `Engine.two_batch`."""
         self._assert_grad_context("ProbeComponents.two_batch")
-        return self._resolved(entropy, update)._two_batch(entropy, update)
+        own = self._resolved(entropy, update)
+        return own._two_batch(own._share(entropy), own._share(update))
 
-    def _two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
-        context = self.context
-        x_pass, y_pass = self._both_passes(entropy, update)
+    def _two_batch(self, entropy_share: Share, update_share: Share) -> Measured:
+        context, entropy, update = self.context, entropy_share.rollouts, update_share.rollouts
+        x_pass, y_pass = self._both_passes(entropy_share, update_share)
         sums = finished(context, x_pass.total, y_pass.total, entropy, update)
-        x_totals = [(0, sums.x), *self.totals_after_first(Side.FUNCTIONAL, entropy)]
-        g_totals = [y_pass.total, *(total for _, total in self.totals_after_first(Side.UPDATE, update))]
+        x_totals = [(0, sums.x), *self.totals_after_first(Side.FUNCTIONAL, entropy_share)]
+        g_totals = [y_pass.total, *(total for _, total in self.totals_after_first(Side.UPDATE, update_share))]
         y_sums = [sums.y, *(finish_update(context, total, update)[0] for total in g_totals[1:])]
         along = along_sums(context, g_totals, update, len(x_totals), None, entropy.n_prompts)
         found = [
-            [self._between(entropy, update, x, (place, y), along[place : place + 1]) for x in x_totals]
+            [self._between(entropy_share, update_share, x, (place, y), along[place : place + 1]) for x in x_totals]
             for place, y in enumerate(y_sums)
         ]
-        found = with_rows(found, along)
+        found = with_rows(found, along, context.team)
         how = "the double backward" if context.run.conditional_variance == "alpha" else "a backward a prompt"
-        return self._measured(found, sums, (x_pass, y_pass), f"projections of the entropy batch by {how}")
+        return measured_of(context, found, sums, (x_pass, y_pass), f"projections of the entropy batch by {how}")
 
     def _resolved(self, entropy: Rollouts | None, update: Rollouts | None) -> ProbeComponents:
         """For batches whose scores are known; these components stay as they are, for other batches."""
@@ -168,12 +171,17 @@ class ProbeComponents:
 
     def score(self, rollouts: Rollouts) -> TokenScores:
         """Log-probs and entropies of every response token, by forwards without a graph."""
-        return padded_scores(self.context, rollouts, self._iter_prompt_microbatches(rollouts))
+        share = self._share(rollouts)
+        return padded_scores(self.context, share, self._iter_prompt_microbatches(rollouts, share.prompts))
+
+    def _share(self, rollouts: Rollouts, units: list[list[int]] | None = None) -> Share:
+        """The units (None for single prompts) that this rank goes through."""
+        return share_of(self.context.team, rollouts, prompt_units(rollouts.n_prompts, None) if units is None else units)
 
     def _between(
         self,
-        entropy: Rollouts,
-        update: Rollouts,
+        entropy: Share,
+        update: Share,
         x: tuple[int, GradientSum],
         y: tuple[int, GradientSum],
         along: Sequence[AlongSums],
@@ -181,8 +189,9 @@ class ProbeComponents:
         """Sums between two batches of a functional and an update column: their places and sums; ``along`` of the latter."""
         (x_place, x_sum), (y_place, y_sum) = x, y
         if self.context.run.conditional_variance == "alpha" and not x_place:
-            y_mean = [own / update.n_prompts for own in y_sum.tensors]
-            rows = self.compute_conditional_variance_over_E_alpha(entropy, y_mean) * update.n_prompts
+            n_update = update.rollouts.n_prompts
+            y_mean = [own / n_update for own in y_sum.tensors]
+            rows = self.compute_conditional_variance_over_E_alpha(entropy.rollouts, y_mean) * n_update
         else:
             rows = self._projections(Side.FUNCTIONAL, entropy, y_sum.tensors, x_place, along)
         columns = self._projections(Side.UPDATE, update, x_sum.tensors, y_place)
@@ -209,55 +218,43 @@ class ProbeComponents:
             GraphDetachedError: the model cannot be differentiated twice.
         """
         self._assert_grad_context("ProbeComponents.compute_conditional_variance_over_E_alpha")
-        return torch.cat([found.projections for found in self._alpha_projections(entropy, y_mean)])
-
-    def _alpha_projections(self, entropy: Rollouts, y_mean: Sequence[Tensor]) -> list[alpha_trick.AlphaProjections]:
-        """Of every microbatch."""
+        share = self._share(entropy)
         own = self._resolved(entropy, None)
-        context = own.context
-        alpha_trick.refuse_reentrant_checkpointing(context.model)
-        columns, found = own._column(Side.FUNCTIONAL, 0), []
-        with context.probe_state(), alpha_trick.twice_differentiable_attention():
-            for rows in self._iter_prompt_microbatches(entropy):
+        alpha_trick.refuse_reentrant_checkpointing(own.context.model)
+        columns, found = own._column(Side.FUNCTIONAL, 0), torch.zeros(entropy.n_prompts, dtype=torch.float64)
+        with own.context.probe_state(), alpha_trick.twice_differentiable_attention():
+            for rows in self._iter_prompt_microbatches(entropy, share.prompts):
                 forward = self._compute_aligned_batch_logprobs(entropy, rows)
-                prompt = entropy.prompt_index[rows]
-                found.append(
-                    alpha_trick.alpha_projections(
-                        forward,
-                        columns.weigh(forward.scored_tokens(entropy, rows)),
-                        (prompt - prompt.min()).to(context.device),
-                        context.registry.tensors,
-                        y_mean,
-                        strict=context.run.strict,
-                    )
-                )
-                context.report("alpha", int(prompt.max()) + 1, entropy.n_prompts)
+                prompts = alpha_trick.put_projections(found, own.context, forward, columns, entropy, rows, y_mean)
+                own.context.report("alpha", int(prompts.max()) + 1, entropy.n_prompts)
+        add_up(own.context.team, [found])
         return found
 
     def _kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
         """Aggregate passes, then the diagonal phase: X_u by one backward and Y_u by a second on a fresh graph."""
-        return self._resolved(rollouts, rollouts)._known_kernel_sums(rollouts, units)
+        return self._resolved(rollouts, rollouts)._known_kernel_sums(self._share(rollouts, units))
 
-    def _known_kernel_sums(self, rollouts: Rollouts, units: list[list[int]]) -> Measured:
-        context = self.context
-        x_pass, y_pass = self._both_passes(rollouts, rollouts)
+    def _known_kernel_sums(self, share: Share) -> Measured:
+        context, rollouts, sizes = self.context, share.rollouts, share.sizes
+        x_pass, y_pass = self._both_passes(share, share)
         first, second = (found.table.sequence_logprobs for found in (x_pass, y_pass))
         check_repeatable(first, second, torch.arange(rollouts.n_sequences))
         sums = finished(context, x_pass.total, y_pass.total, rollouts, rollouts)
-        x_totals = [sums.x, *(total for _, total in self.totals_after_first(Side.FUNCTIONAL, rollouts))]
-        g_totals = [y_pass.total, *(total for _, total in self.totals_after_first(Side.UPDATE, rollouts))]
+        x_totals = [sums.x, *(total for _, total in self.totals_after_first(Side.FUNCTIONAL, share))]
+        g_totals = [y_pass.total, *(total for _, total in self.totals_after_first(Side.UPDATE, share))]
         y_sums = [sums.y, *(finish_update(context, total, rollouts)[0] for total in g_totals[1:])]
-        dots: list[list[list[Tensor]]] = [[[] for _ in x_totals] for _ in y_sums]
+        dots = torch.zeros(len(y_sums), len(x_totals), len(sizes), len(sums.x.tensors), 3, dtype=torch.float64)
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         along = along_sums(context, g_totals, rollouts, len(x_totals), None)
-        for number, unit in enumerate(units):
+        context.team.enter("diagonal")
+        for number, unit in zip(share.numbers, share.units, strict=True):
             x_units, g_units = (
                 [self._gradient_sum(side, rollouts, unit, place=place).tensors for place in range(len(totals))]
                 for side, totals in ((Side.FUNCTIONAL, x_totals), (Side.UPDATE, y_sums))
             )
             for of_update, g_unit, y_sum in zip(dots, g_units, y_sums, strict=True):
                 for own, x_unit, x_sum in zip(of_update, x_units, x_totals, strict=True):
-                    own.append(unit_dots(context, x_unit, g_unit, x_sum, y_sum))
+                    own[number] = unit_dots(context, x_unit, g_unit, x_sum, y_sum)
             for steps, g_unit in zip(along, g_units, strict=False):
                 x_stacks = [[x.unsqueeze(0) for x in x_unit] for x_unit in x_units]
                 steps.add([number], x_stacks, [g.unsqueeze(0) for g in g_unit], torch.tensor([len(unit)]))
@@ -265,7 +262,7 @@ class ProbeComponents:
                 y_unit = context.step.apply_preconditioner(g_units[0])
                 kept.append(([x.cpu() for x in x_units[0]], [y.cpu() for y in y_unit]))
             context.report("diagonal", unit[-1] + 1, rollouts.n_prompts)
-        sizes = torch.tensor([len(unit) for unit in units])
+        add_up(context.team, [dots])
         found = [
             [
                 sums_of_dots(own, parameter_products(x_sum, y_sum), sizes)
@@ -273,53 +270,29 @@ class ProbeComponents:
             ]
             for of_update, y_sum in zip(dots, y_sums, strict=True)
         ]
-        kernel = [[inner_product(x, y) for _, y in kept] for x, _ in kept]
-        if kernel:
-            found[0][0] = dataclasses.replace(found[0][0], kernel=torch.tensor(kernel, dtype=torch.float64))
-        found = with_rows(found, along)
-        return self._measured(found, sums, (x_pass, y_pass), "then both again for every unit")
+        if context.run.full_kernel:
+            found[0][0] = dataclasses.replace(found[0][0], kernel=kernel_between(share, kept, context.registry.tensors))
+        found = with_rows(found, along, context.team)
+        return measured_of(context, found, sums, (x_pass, y_pass), "then both again for every unit")
 
-    def _measured(
-        self, found: Sequence[Sequence[KernelSums]], sums: FinishedSums, passes: tuple[Pass, Pass], then: str
-    ) -> Measured:
-        """From sums by update and functional, and what the passes of X and of Y learned."""
-        first, apart, candidates = by_column(self.context.columns, found)
-        tables = {side.value: own.table for side, own in zip(Side, passes, strict=True)}
-        return Measured(
-            first,
-            sums.coverage,
-            tables,
-            sums.excluded,
-            sums.leading_products,
-            self._plan(then),
-            apart=apart,
-            candidates=candidates,
-        )
-
-    def totals_after_first(self, side: Side, rollouts: Rollouts) -> Iterator[tuple[int, GradientSum]]:
-        """Place and raw sum of every column of a side after the first."""
+    def totals_after_first(self, side: Side, share: Share) -> Iterator[tuple[int, GradientSum]]:
+        """Place and raw sum of every column of a side after the first, over all ranks' prompts."""
         for place in range(1, len(self.context.columns.of_side(side))):
-            yield place, self._gradient_sum(side, rollouts, range(rollouts.n_prompts), place=place)
-
-    def _plan(self, then: str) -> Plan:
-        per_forward = self.context.run.prompts_per_microbatch or 1
-        return Plan(
-            f"padded whole sequences, {per_forward} prompt(s) in a forward, one forward and backward for the entropy gradient "
-            f"and one for the update's; {then}",
-            reasons=("the plain reference that faster engines are checked against",),
-        )
+            yield place, self._whole_sum(side, share, place=place)
 
     def _projections(
         self,
         side: Side,
-        rollouts: Rollouts,
+        share: Share,
         direction: Sequence[Tensor],
         place: int = 0,
         along: Sequence[AlongSums] = (),
     ) -> Tensor:
         """[B] inner products of every prompt's X_n (or Y_n) with a direction, and with steps ``along``, a backward a prompt."""
-        products = []
-        for prompt in range(rollouts.n_prompts):
+        rollouts = share.rollouts
+        products = torch.zeros(rollouts.n_prompts, dtype=torch.float64)
+        self.context.team.enter(f"{side.value} per prompt")
+        for prompt in share.prompts:
             gradient = self._gradient_sum(side, rollouts, [prompt], place=place).tensors
             for steps in along:
                 x_stacks: list[list[Tensor | None]] = [
@@ -329,23 +302,42 @@ class ProbeComponents:
                 steps.add([prompt], x_stacks, None, torch.ones(1))
             if side is Side.UPDATE:
                 gradient = self.context.step.apply_preconditioner(gradient)
-            products.append(inner_product(gradient, direction))
+            products[prompt] = inner_product(gradient, direction)
             self.context.report(f"{side.value} per prompt", prompt + 1, rollouts.n_prompts)
-        return torch.tensor(products, dtype=torch.float64)
+        add_up(self.context.team, [products])
+        return products
 
-    def _both_passes(self, entropy: Rollouts, update: Rollouts) -> tuple[Pass, Pass]:
+    def _both_passes(self, entropy: Share, update: Share) -> tuple[Pass, Pass]:
         """X first: what it reached is said where the update's route reaches nothing."""
         x_pass = self._pass(Side.FUNCTIONAL, entropy)
         if not any(x_pass.total.touched):
-            coverage_of(self.context, Side.FUNCTIONAL, x_pass.total, entropy)
+            coverage_of(self.context, Side.FUNCTIONAL, x_pass.total, entropy.rollouts)
         return x_pass, self._pass(Side.UPDATE, update, x_pass.total.touched)
 
-    def _pass(self, side: Side, rollouts: Rollouts, x_touched: Sequence[bool] | None = None) -> Pass:
+    def _pass(self, side: Side, share: Share, x_touched: Sequence[bool] | None = None) -> Pass:
         """The sum over a whole batch, and what was learned of its sequences."""
-        columns = self._column(side, 0)
+        columns, rollouts = self._column(side, 0), share.rollouts
         table = SequenceTable.of(rollouts.n_sequences, columns, ratios=rollouts.old_logprobs is not None)
-        total = self._gradient_sum(side, rollouts, range(rollouts.n_prompts), table, x_touched)
-        return Pass(total, table)
+        return Pass(self._whole_sum(side, share, table, x_touched), table)
+
+    def _whole_sum(
+        self,
+        side: Side,
+        share: Share,
+        table: SequenceTable | None = None,
+        x_touched: Sequence[bool] | None = None,
+        *,
+        place: int = 0,
+    ) -> GradientSum:
+        """See `_gradient_sum`: over the prompts of all ranks."""
+        team = self.context.team
+        team.enter(side.value)
+        total = self._gradient_sum(side, share.rollouts, share.prompts, table, x_touched, place=place)
+        add_up(team, total.tensors)
+        total.touched[:] = any_of(team, total.touched)
+        if table is not None:
+            share.fill(table.known)
+        return total
 
     def _gradient_sum(
         self,

@@ -9,24 +9,26 @@ from torch import Tensor
 
 from entropy_fast.columns import TokenScores
 from entropy_fast.context import ProbeContext
-from entropy_fast.rollouts import Rollouts
+from entropy_fast.distributed.dealing import Share
 from entropy_fast.ways.teacher_forcing import align_logprobs, model_logits, pad_rows
 
 __all__ = ["padded_scores"]
 
 
-def padded_scores(context: ProbeContext, rollouts: Rollouts, microbatches: Iterable[Tensor]) -> TokenScores:
+def padded_scores(context: ProbeContext, share: Share, microbatches: Iterable[Tensor]) -> TokenScores:
     """Of every response token, by forwards without a graph.
 
     Args:
         context: of the probe.
-        rollouts: the batch.
-        microbatches: rows of successive forwards.
+        share: the prompts of this rank.
+        microbatches: their rows, in successive forwards.
 
     Raises:
         GraphDetachedError, RolloutsError: a log-prob is not finite.
     """
-    scores, temperature = TokenScores.empty(rollouts), context.estimate.policy_temperature
+    rollouts, temperature = share.rollouts, context.estimate.policy_temperature
+    scores = TokenScores.empty(rollouts)
+    share.team.enter("scores")
     with context.probe_state():
         for rows in microbatches:
             batch = pad_rows(rollouts, rows, context.device)
@@ -35,4 +37,5 @@ def padded_scores(context: ProbeContext, rollouts: Rollouts, microbatches: Itera
             forward = align_logprobs(logits, batch, want_entropies=True, temperature=temperature)
             scores.put(forward.scored_tokens(rollouts, rows))
             context.report("scores", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
+    share.fill([scores.logprobs, scores.entropies])
     return scores

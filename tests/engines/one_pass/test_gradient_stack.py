@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from entropy_fast.capture import GradientRecorder
 from entropy_fast.capture.row_recorder import Term
-from entropy_fast.engines.one_pass.gradient_stack import GradientStack, kernel_of
+from entropy_fast.engines.kernel import kernel_of
+from entropy_fast.engines.one_pass.gradient_stack import GradientStack
 
 # Below, at and above the number of elements that are added up in the accumulator's dtype, and several times it.
 SHAPES = ((3,), (5, 7), (4096,), (64, 65), (3, 4096), (5000, 3))

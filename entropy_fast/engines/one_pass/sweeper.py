@@ -1,0 +1,221 @@
+"""The sweeps of one probe: what they share, and what ranks settle with one another after each.
+
+Legend: X_u gradient of unit u in a functional column, g_u raw in an update column; sums of them over all units of all ranks.
+
+No rank waits for another within a sweep: each goes through its own units. Afterwards parameters that any of them had to leave
+out are left out by all, and a forward is nowhere larger than the smallest that memory allowed on any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from entropy_fast.capture import Directions, GradientRecorder, ProjectionRecorder
+from entropy_fast.columns import Columns, SequenceTable, TokenScores
+from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.agreement import united
+from entropy_fast.distributed.collectives import add_up, any_of, least_of, most_of
+from entropy_fast.distributed.dealing import Share, share_of
+from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.one_pass.costs import CostModel
+from entropy_fast.engines.one_pass.gradient_stack import GradientStack
+from entropy_fast.engines.one_pass.plan import OnePassPlan, PassLog
+from entropy_fast.engines.one_pass.runner import Runner
+from entropy_fast.engines.one_pass.sweep import (
+    Found,
+    MicrobatchLimit,
+    SweepReport,
+    SweepRequest,
+    chosen,
+    runs_whole,
+    score_batch,
+    sweep,
+)
+from entropy_fast.rollouts import Rollouts
+from entropy_fast.rollouts.units import prompt_units
+
+__all__ = ["Sweeper"]
+
+Storage = Callable[[list[int]], Mapping[str, Sequence[Tensor]]]  # for the given units, zeroed
+
+
+class Sweeper:
+    """Sweeps of one model.
+
+    Args:
+        context: of the probe.
+    """
+
+    def __init__(self, context: ProbeContext) -> None:
+        self._context, self._team = context, context.team
+        self._runner = Runner(context)
+        self._costs = CostModel.of(context.model, context.registry.module, context.device)
+        self._limit = MicrobatchLimit.of(context.run, self._costs)
+        self._log = PassLog(self._costs)
+
+    @property
+    def note(self) -> str | None:
+        """See `Runner.note`."""
+        return self._runner.note
+
+    def share(self, rollouts: Rollouts, blocks: int | None) -> Share:
+        """The units of a batch, dealt to ranks."""
+        return share_of(self._team, rollouts, prompt_units(rollouts.n_prompts, blocks))
+
+    def runs_whole(self, context: ProbeContext, share: Share) -> bool:
+        """Whether one forward of this rank says all that there is to know of a batch's coefficients."""
+        return self._team.size == 1 and runs_whole(context, self._runner, self._limit, share.rollouts, share.units)
+
+    def stack_bytes(self, share: Share, columns: Columns) -> int:
+        """What gradients of the units of a rank take, on the rank that has most."""
+        return GradientStack.bytes_of(self._context.registry.tensors, share.most, len(columns))
+
+    def empty_sum(self) -> GradientSum:
+        """Zeros for every parameter."""
+        return GradientSum.zeros(self._context.registry.tensors, self._context.sums_device)
+
+    def add(self, total: GradientSum, gradients: Mapping[str, Tensor]) -> None:
+        """Add gradients of a few units to their sum."""
+        total.add([gradients[n].sum(0) if n in gradients else None for n in self._context.registry.names])
+
+    def add_ranks(self, totals: Sequence[GradientSum]) -> None:
+        """Sums over the units of this rank become those over all."""
+        self._team.enter("gradient sums")
+        for total in totals:
+            add_up(self._team, total.tensors)
+            total.touched[:] = any_of(self._team, total.touched)
+
+    def score(self, rollouts: Rollouts) -> TokenScores:
+        """Log-probs and entropies of every response token of a batch, by forwards without a graph."""
+        self._log.scored += 1
+        share = self.share(rollouts, None)
+        self._team.enter("scores")
+        self._settle(rollouts)
+        found = score_batch(self._context, self._runner, self._limit, rollouts, share.prompts)
+        share.fill([found.logprobs, found.entropies])
+        return found
+
+    def sums_of(
+        self, share: Share, columns: Columns, table: SequenceTable
+    ) -> tuple[list[GradientSum], GradientStack | None]:
+        """Raw sums of every column over all units, and, where they fit the budget, its gradients of this rank's units."""
+        registry = self._context.registry
+        totals = [self.empty_sum() for _ in columns]
+        request = SweepRequest(share.rollouts, share.units, columns, " and ".join(c.name for c in columns), table)
+        stack = None
+        if self.stack_bytes(share, columns) > self._context.run.memory_bytes:
+
+            def collect(_: list[int], gradients: GradientRecorder) -> None:
+                for total, found in zip(totals, gradients.columns, strict=True):
+                    self.add(total, found)
+
+            def start_again() -> None:
+                for total in totals:
+                    total.clear()
+
+            self.sweep(request, collect, start_again=start_again)
+        else:
+            on_cpu = self._context.run.accumulate_on == "cpu"
+            n_units = len(share.units)
+            stack = GradientStack(registry.names, registry.tensors, n_units, len(columns), on_cpu=on_cpu)
+            self._log.stored = max(self._log.stored, self.stack_bytes(share, columns))
+            self.sweep(request, stack.collect, start_again=stack.clear, storage=stack.storage)
+            for total, stored in zip(totals, stack.columns, strict=True):
+                for index, tensor in enumerate(stored):
+                    if stack.touched[index]:
+                        torch.sum(tensor, 0, out=total.tensors[index])
+                total.touched[:] = stack.touched
+        self.add_ranks(totals)
+        share.fill(table.known)
+        return totals, stack
+
+    def project(self, share: Share, directions: Directions, columns: Columns, *, by_unit: bool) -> Tensor:
+        """``[N, C]`` every sequence's part in the columns, projected; by one sweep of whole sequences.
+
+        Directions are by name of a parameter and place of a unit among this rank's.
+        """
+        device, n_sequences = self._context.device, share.rollouts.n_sequences
+        values = torch.zeros(n_sequences, len(columns), dtype=torch.float64, device=device)
+
+        def recorder(numbers: list[int]) -> ProjectionRecorder:
+            return ProjectionRecorder(
+                lambda name, place: directions(name, numbers[place]),
+                n_sequences,
+                range(len(columns)),
+                device,
+                by_unit=by_unit,
+            )
+
+        def collect(_: list[int], found: ProjectionRecorder) -> None:
+            values.add_(found.values)
+
+        request = SweepRequest(share.rollouts, share.units, columns, "sequences", whole_sequences=True)
+        self._record(request, recorder, collect, lambda: values.zero_())
+        found = values.cpu()
+        share.fill([found])
+        return found
+
+    def sweep(
+        self,
+        request: SweepRequest,
+        visit: Callable[[list[int], GradientRecorder], None],
+        *,
+        start_again: Callable[[], object],
+        storage: Storage | None = None,
+    ) -> None:
+        """Go through units; ``visit`` sees their gradients, by their places among the request's."""
+        registry = self._context.registry
+        parameters = dict(zip(registry.names, registry.tensors, strict=True))
+
+        def recorder(numbers: list[int]) -> GradientRecorder:
+            kept = None if storage is None else storage(numbers)
+            return GradientRecorder(parameters, len(numbers), len(request.columns), kept)
+
+        self._record(request, recorder, visit, start_again)
+
+    def plan(self) -> OnePassPlan:
+        """How the batches were gone through, by all ranks; after all sweeps."""
+        return self._log.plan(self._context, self._runner)
+
+    def _record(
+        self,
+        request: SweepRequest,
+        recorder: Callable[[list[int]], Found],
+        visit: Callable[[list[int], Found], None],
+        start_again: Callable[[], object],
+    ) -> None:
+        """One `sweep`, counted in the plan."""
+        team = self._team
+        team.enter(request.stage)
+        self._settle(request.rollouts)
+
+        def go() -> SweepReport:
+            return sweep(self._context, self._runner, self._limit, request, recorder, visit, start_again)
+
+        report = go()
+        if team.size > 1:
+            # What one of them had to leave out, the others leave out too, and go through their units once more.
+            while any_of(
+                team, [bool(missing := set(united(team, self._runner.left_out)) - set(self._runner.left_out))]
+            )[0]:
+                if missing:
+                    self._runner.leave_out(missing)
+                    start_again()
+                    report = go()
+            self._settle(request.rollouts)
+            self._limit.tokens, prompts = least_of(team, [self._limit.tokens, self._limit.prompts or 0])
+            self._limit.prompts = prompts or None
+        self._log.add(request, report, self._runner.way)
+
+    def _settle(self, rollouts: Rollouts) -> None:
+        """All ranks go the same way: the first that none of them has a reason against."""
+        if self._team.size == 1:
+            return
+        least, behind = 0, True
+        while behind:
+            own = chosen(self._context, self._runner, rollouts, least)
+            least = most_of(self._team, [own])[0]
+            behind = any_of(self._team, [own < least])[0]

@@ -1,0 +1,54 @@
+"""Start `ranks_at_work`, and read what its processes wrote."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ranks_at_work
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a job came to.
+
+    Attributes:
+        statuses: exit status of every rank.
+        ranks: what every rank wrote; None where it wrote nothing.
+    """
+
+    statuses: list[int]
+    ranks: list[dict[str, Any] | None]
+
+
+def job(world: int, mode: str, **arguments: Any) -> dict[str, Any]:
+    return {"world": world, "mode": mode, "arguments": arguments}
+
+
+def run_jobs(folder: Path, jobs: Sequence[dict[str, Any]], timeout: float = 300) -> list[Done]:
+    """Jobs one after the other; the libraries are imported once for all of them."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, ranks_at_work.__file__, str(folder), json.dumps(list(jobs))],
+        env=environment,
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = []
+    for number, own in enumerate(jobs):
+        files = [folder / str(number) / f"rank{rank}.json" for rank in range(own["world"])]
+        written = [json.loads(file.read_text()) if file.exists() else None for file in files]
+        statuses = json.loads((folder / str(number) / "statuses.json").read_text())
+        if any(status == 1 for status in statuses):
+            raise AssertionError(done.stdout[-5000:])
+        found.append(Done(statuses, written))
+    return found

@@ -1,0 +1,50 @@
+"""The formulas of docs/scaling.md against what a rank sends, and the counting itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch.distributed as dist
+
+from benchmarks import scaling
+from benchmarks.scaling import WORKLOADS, Sizes, by_ranks, compared, predicted
+
+
+def sizes(**changed: object) -> Sizes:
+    known = Sizes(
+        ranks=2,
+        prompts=4,
+        own=2,
+        rows=8,
+        columns=10,
+        elements=1000,
+        tensors=3,
+        functionals=2,
+        updates=1,
+        parts=3,
+        width=4,
+        keeps=True,
+    )
+    return dataclasses.replace(known, **changed)  # type: ignore[arg-type]
+
+
+def test_one_rank_sends_nothing():
+    assert set(predicted(sizes(ranks=1)).values()) == {0.0}
+
+
+def test_sums_are_sent_twice_and_gradients_of_units_once():
+    found = predicted(sizes())
+    assert found["gradient sums"] == 3 * 4 * 1000
+    assert found["influence kernel"] == 3 * 4 * 2 * 1000 / 2 + 2 * 8 * (16 + 3)
+    assert "influence kernel" not in predicted(sizes(keeps=False))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="needs torch's gloo backend")
+@pytest.mark.parametrize("workload", WORKLOADS[:3], ids=lambda own: own.name)
+def test_what_is_sent_is_what_the_formulas_say(tmp_path, workload):
+    line = compared(workload, 2, by_ranks(workload, 2, tmp_path))
+    for count in ("counted", "written"):
+        assert line[count] == pytest.approx(line["formula"], rel=scaling.ALLOWED)
+    assert line["stored"] == line["stored_formula"] and line["same"]
