@@ -1,4 +1,4 @@
-"""What is taken from inside peft and transformers, in one place, and imported when it is used.
+"""What is taken from inside peft, transformers and torch's FSDP, in one place, and imported when it is used.
 
 Their private names move; here is where to look when they have. Classes are told by their names: a model that holds an instance
 of one has imported its library, and a model that holds none needs no import.
@@ -19,7 +19,9 @@ __all__ = [
     "attention_function",
     "dequantized_weight",
     "embedding_scale",
+    "flattened_by_fsdp",
     "is_exactly",
+    "overwrites_what_it_saved",
     "prompt_learning",
     "runs_its_own_forward",
     "trainer_decay_names",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 _IMPLEMENTATION = "_attn_implementation_internal"
+_OVERWRITERS = ("liger", "unsloth")  # in the name of a package; a kernel hub puts more around it
 
 
 def is_exactly(module: object, *classes: str) -> bool:
@@ -41,6 +44,21 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
 
     weight: Tensor = dequantize_module_weight(layer)
     return weight
+
+
+def flattened_by_fsdp(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a flattened one of torch's FSDP1, or shows a part of one under its original name."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+def overwrites_what_it_saved(module: nn.Module) -> bool:
+    """Whether a module's forward is of a library whose backwards write their results over the activations that they saved.
+
+    Liger's and Unsloth's gated products do, from Triton, where autograd does not see it: a first backward is right, and a
+    second one over the same graph goes through what the first has left.
+    """
+    function = getattr(module.forward, "__func__", module.forward)
+    return any(name in getattr(function, "__module__", "").split(".")[0] for name in _OVERWRITERS)
 
 
 def embedding_scale(layer: nn.Module) -> Tensor | None:

@@ -231,7 +231,8 @@ class OfflineEntropyProbe:
             raise RolloutsError(
                 f"scores: the log-probs of row {row} (empty responses not counted) are {float(gap[row]):.3g} nats a token away "
                 "from the model's.",
-                fix="pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none.",
+                fix="pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none. "
+                "Where a trainer made them with learned positions and padding on the left: have it pass position_ids.",
             )
 
     def _alone(self, measure: Callable[[], Measured], *batches: Rollouts) -> Measured:

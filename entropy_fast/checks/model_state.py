@@ -12,11 +12,12 @@ import functools
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from entropy_fast.checks.parameter_registry import unwrap_model
 from entropy_fast.errors import CheckpointingError
+from entropy_fast.libraries import overwrites_what_it_saved
 
 __all__ = ["checkpointed_modules", "probe_state", "reentrant_checkpointing", "refuse_shared_keys"]
 
@@ -74,6 +75,8 @@ def probe_state(model: nn.Module) -> Iterator[None]:
     cuda_devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda_devices))
+        if any(overwrites_what_it_saved(m) for m in module.modules()):
+            stack.enter_context(_every_backward_gets_copies(module))
         if isinstance(model, DistributedDataParallel):
             stack.enter_context(model.no_sync())
         try:
@@ -95,6 +98,19 @@ def probe_state(model: nn.Module) -> Iterator[None]:
                 submodule.training = training
             for parameter, gradient in gradients:
                 parameter.grad = gradient
+
+
+def _every_backward_gets_copies(module: nn.Module) -> contextlib.AbstractContextManager[object]:
+    """Graphs that are made in it hand copies of what was saved to every backward, so that there may be several.
+
+    Parameters themselves are handed on: nothing that trains may write over them.
+    """
+    owned = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def handed_on(saved: Tensor) -> Tensor:
+        return saved if saved.untyped_storage().data_ptr() in owned else saved.clone()
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, handed_on)
 
 
 def _keeps_training(module: nn.Module) -> bool:

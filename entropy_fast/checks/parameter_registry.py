@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from entropy_fast.checks.sharding import refuse_sharded
 from entropy_fast.errors import ModelStateError, ParameterRegistryError
 
 __all__ = ["ParameterRegistry", "RegisteredParameter", "unwrap_model"]
@@ -60,9 +61,10 @@ class ParameterRegistry:
             group_of: parameter name -> optimizer group, for the parameters the optimizer holds.
 
         Raises:
-            ModelStateError: nothing is trainable, a parameter was created under inference mode, or a hook would act on
-                gradients as they are accumulated.
+            ModelStateError: nothing is trainable, a parameter was created under inference mode, parameters are flattened or
+                sharded, or a hook would act on gradients as they are accumulated.
         """
+        refuse_sharded(model)
         module = unwrap_model(model)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         for name, parameter in module.named_parameters():

@@ -190,6 +190,8 @@ class StepForecaster:
 
     def _sample_of(self, window: StepWindow) -> tuple[int | None, str | None]:
         """From how many prompts; or None, and why."""
+        if window.skipped is not None:
+            return None, window.skipped
         available = len(set(window.rollouts.prompt_index[window.rollouts.response_lengths > 0].tolist()))
         if available < 2:
             return None, f"{available} prompts of the step have responses that count in its loss"

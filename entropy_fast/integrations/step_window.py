@@ -27,6 +27,7 @@ class StepWindow:
         scores: what the training forward said of the rows; None where dropout or rounding makes it another policy's.
         functionals: by name one number per row, [N], whose expectation is forecast too.
         on_policy: [N] whether a row was sampled from the policy as it is now; None where that is not known.
+        skipped: why the optimizer will not take the step; None where it will.
     """
 
     rollouts: Rollouts
@@ -35,6 +36,7 @@ class StepWindow:
     scores: TokenScores | None = None
     functionals: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     on_policy: Tensor | None = None
+    skipped: str | None = None
 
     @property
     def coefficients(self) -> tuple[Tensor, Tensor] | Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from entropy_fast.checks.parameter_registry import unwrap_model
+from entropy_fast.checks.sharding import refuse_sharded
 from entropy_fast.errors import OptimizerStateError
 from entropy_fast.step.adam_values import (
     AdamGroup,
@@ -20,7 +21,7 @@ from entropy_fast.step.adam_values import (
     read_moments,
 )
 
-__all__ = ["AdamGroup", "AdamState", "ParameterMoments", "innermost", "is_adam", "refuse_sharding"]
+__all__ = ["AdamGroup", "AdamState", "ParameterMoments", "innermost", "is_adam"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +49,13 @@ class AdamState:
             model: the model it steps, possibly wrapped; parameters are matched by identity.
 
         Raises:
+            ModelStateError: parameters are flattened or sharded.
             OptimizerStateError: another optimizer, or state of the wrong shape or with impossible values.
             LearningRateError: a group's learning rate is negative, not finite, or too small to be multiplied with.
         """
         optimizer = innermost(optimizer)
         _refuse_other_kinds(optimizer)
-        refuse_sharding(model)
+        refuse_sharded(model)
         module = unwrap_model(model)
         groups = read_groups(optimizer.param_groups)
         if isinstance(optimizer, torch.optim.AdamW) or type(optimizer) is torch.optim.Adam:
@@ -150,16 +152,4 @@ def _refuse_other_kinds(optimizer: torch.optim.Optimizer) -> None:
             f"the optimizer is a {called}; the geometry 'adam_static' is Adam's.",
             fix="take step='next', which is of any optimizer; or pass torch.optim.Adam or AdamW, or the path of a file "
             "that one of them wrote.",
-        )
-
-
-def refuse_sharding(model: nn.Module) -> None:
-    """FSDP1 keeps parameters and their state in flattened shards, also where it shows the original ones."""
-    wrapped = next((m for m in model.modules() if type(m).__name__ == "FullyShardedDataParallel"), None)
-    if wrapped is not None:
-        raise OptimizerStateError(
-            f"the model has a {type(wrapped).__module__}.{type(wrapped).__name__}: its optimizer keeps second moments of "
-            "flattened shards, which cannot be matched to parameters.",
-            fix="save whole states with torch.distributed.checkpoint.state_dict (get_model_state_dict and "
-            "get_optimizer_state_dict, StateDictOptions(full_state_dict=True)) and probe an unwrapped model with that file.",
         )

@@ -180,7 +180,7 @@ def plain_entry(entry: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def read_moments(name: str, shape: tuple[int, ...], entry: Mapping[str, Any], amsgrad: bool) -> ParameterMoments | None:
-    """Moments of one parameter, None when it was never stepped.
+    """Moments of one parameter, None when it was never stepped: no state, or step 0 and nothing in the moments.
 
     Args:
         name: the parameter's name.
@@ -214,6 +214,8 @@ def read_moments(name: str, shape: tuple[int, ...], entry: Mapping[str, Any], am
             f"optimizer state of {name!r} has shape {list(moment.shape)}, the parameter {list(shape)}.",
             fix="use the optimizer state that was saved with this model and adapter.",
         )
+    if step == 0 and not any(bool(found.any()) for found in entry.values() if _is_dense(found)):
+        return None  # a fused optimizer makes its state also at a step that an fp16 scaler has it skip
     if not (1 <= step < math.inf and step == math.floor(step)):
         raise OptimizerStateError(
             f"optimizer state of {name!r} has step {step}; a whole number of at least 1 is expected.",

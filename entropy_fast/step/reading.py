@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.checks.parameter_registry import ParameterRegistry, unwrap_model
+from entropy_fast.checks.sharding import refuse_sharded
 from entropy_fast.config import EstimateOptions
 from entropy_fast.errors import LearningRateError, OptimizerStateError
-from entropy_fast.step.adam_state import AdamState, innermost, is_adam, refuse_sharding
+from entropy_fast.step.adam_state import AdamState, innermost, is_adam
 from entropy_fast.step.adam_values import AdamGroup, ParameterMoments, check_learning_rate, maximize_notes
 from entropy_fast.step.dry_run import DryRun
 from entropy_fast.step.next_step import DryRunRule, NextStep, live_gradients
@@ -53,9 +54,11 @@ def read_optimizer(
         any_kind: whether a live one may be of another kind than Adam.
 
     Raises:
+        ModelStateError: the model's parameters are flattened or sharded.
         OptimizerStateError: it is none of these, of another kind, or not this model's.
         LearningRateError: a learning rate that no step can be taken with.
     """
+    refuse_sharded(model)
     if isinstance(optimizer, AdamState):
         return OptimizerAtHand(optimizer)
     if isinstance(optimizer, (str, os.PathLike)):
@@ -63,7 +66,6 @@ def read_optimizer(
     inner = innermost(optimizer)
     if is_adam(inner) or not any_kind:
         return OptimizerAtHand(AdamState.from_optimizer(inner, model), inner)
-    refuse_sharding(model)
     return OptimizerAtHand(_without_geometry(inner, model), inner)
 
 

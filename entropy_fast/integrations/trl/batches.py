@@ -5,7 +5,8 @@ Legend: P and C padded lengths of prompts and completions of the whole window, T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,33 +14,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from entropy_fast.columns import TokenScores
-from entropy_fast.errors import ConfigError, RolloutsError
+from entropy_fast.errors import ConfigError, ModelStateError, RolloutsError
 from entropy_fast.integrations.step_window import StepWindow
-from entropy_fast.integrations.trl.hooks import BORN, GROUP, REWARD, MicroBatch
+from entropy_fast.integrations.trl.hooks import BORN, GROUP, REWARD, Clipped, MicroBatch
+from entropy_fast.integrations.trl.setting import sampling_of, scaler_of
 from entropy_fast.rollouts import Rollouts
 
 __all__ = ["window_of"]
 
-IMAGES = ("pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "spatial_shapes")
+IMAGES = (
+    "pixel_values", "image_grid_thw", "pixel_attention_mask", "image_sizes", "spatial_shapes", "image_position_ids",
+    "num_tiles", "pixel_values_videos", "input_features",
+)  # fmt: skip
+# Who sampled, as near as the batch says it: an engine of its own, else the policy before the rows were used a first time.
+SAMPLED = ("sampling_per_token_logps", "old_per_token_logps")
+InPlace = Callable[[Sequence[Tensor]], Tensor]
 NUMBERS = ("reward", "length")
 
 
-def window_of(
-    trainer: Any, batches: Sequence[MicroBatch], functionals: Sequence[str], clip_factor: float = 1.0
-) -> StepWindow:
+def window_of(trainer: Any, batches: Sequence[MicroBatch], functionals: Sequence[str], clipped: Clipped) -> StepWindow:
     """All micro-batches of a step as one window, whatever their widths.
 
     Args:
         trainer: whose step it is.
         batches: at least one, after their backward.
         functionals: of ``reward`` and ``length``.
-        clip_factor: what clipping has multiplied the gradient by.
+        clipped: what clipping has done to the gradient.
 
     Raises:
         ConfigError: the batches are of images, the gradient is still scaled, or nothing was captured.
+        ModelStateError: the gradient is not finite, and the step is taken all the same.
         RolloutsError: a row cannot be used.
     """
-    _check(trainer, batches)
+    _check(trainer, batches, clipped)
     width_p = max(batch.inputs["prompt_ids"].shape[1] for batch in batches)
     width_c = max(batch.inputs["completion_ids"].shape[1] for batch in batches)
 
@@ -59,6 +66,7 @@ def window_of(
     attended = completions([b.inputs["completion_mask"] for b in batches])
     counted = completions([_counted(b) for b in batches])
     prompt_mask = prompts("prompt_mask")
+    drawn = sampling_of(trainer)
     rollouts = Rollouts(
         input_ids=torch.cat([prompts("prompt_ids"), completions([b.inputs["completion_ids"] for b in batches])], 1),
         attention_mask=torch.cat([prompt_mask, attended], 1),
@@ -66,13 +74,15 @@ def window_of(
         group_ids=joined(GROUP),
         advantages=_advantages(batches),
         max_lengths=trainer.max_completion_length,
-        temperature=float(trainer.temperature),
-        top_p=float(trainer.top_p),
-        top_k=trainer.top_k,
-        min_p=trainer.min_p,
+        old_logprobs=_sampled_logprobs(batches, in_place),
+        temperature=drawn.temperature,
+        top_p=drawn.top_p,
+        top_k=drawn.top_k,
+        min_p=drawn.min_p,
         prompts=_texts(trainer, batches),
     )
-    scale = _scale(trainer) / clip_factor
+    skipped = _skipped(trainer, clipped)
+    scale = 1.0 if skipped is not None else _scale(trainer) / clipped.factor
     a, e = (_coefficients(batches, name, scale, in_place) for name in ("by_logprob", "by_entropy"))
     if a is None:
         raise ConfigError("no micro-batch of the step has a gradient by log-probs.", fix="look at the trainer's loss.")
@@ -83,10 +93,11 @@ def window_of(
         _scores(trainer, batches, in_place),
         _functionals(functionals, batches, rollouts),
         joined(BORN).cpu() == trainer.state.global_step,
+        skipped,
     )
 
 
-def _check(trainer: Any, batches: Sequence[MicroBatch]) -> None:
+def _check(trainer: Any, batches: Sequence[MicroBatch], clipped: Clipped) -> None:
     if not batches:
         raise ConfigError(
             "no micro-batch was seen before the optimizer's step.",
@@ -105,12 +116,24 @@ def _check(trainer: Any, batches: Sequence[MicroBatch]) -> None:
             "the responses of this step were made before the callback was there.",
             fix="nothing: forecasts begin with the next generation.",
         )
-    scaler = getattr(trainer.accelerator, "scaler", None)
-    if scaler is not None and scaler.is_enabled() and not trainer.args.max_grad_norm:
+    scaled = scaler_of(trainer) is not None
+    if scaled and clipped.norm is None:
         raise ConfigError(
             "the gradient is still multiplied by the fp16 scaler's factor before the step.",
             fix="set max_grad_norm, with which the trainer takes the factor out first, or train in bf16.",
         )
+    if not scaled and clipped.norm is not None and not math.isfinite(clipped.norm):
+        raise ModelStateError(
+            f"the gradient has norm {clipped.norm}, and the optimizer steps with it.",
+            fix="look for what is not finite in the loss (rewards, log-probs); the policy may be lost after this step.",
+        )
+
+
+def _skipped(trainer: Any, clipped: Clipped) -> str | None:
+    """Why the optimizer will not take the step."""
+    if scaler_of(trainer) is None or clipped.norm is None or math.isfinite(clipped.norm):
+        return None
+    return "the fp16 scaler has found gradients that overflow, so that the optimizer skips the step"
 
 
 def _counted(batch: MicroBatch) -> Tensor:
@@ -134,11 +157,25 @@ def _advantages(batches: Sequence[MicroBatch]) -> Tensor:
 
 def _scale(trainer: Any) -> float:
     """What an fp16 scaler multiplies the loss by before its backward."""
-    scaler = getattr(trainer.accelerator, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+    scaler = scaler_of(trainer)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
-def _coefficients(batches: Sequence[MicroBatch], name: str, scale: float, in_place: Any) -> Tensor | None:
+def _sampled_logprobs(batches: Sequence[MicroBatch], in_place: InPlace) -> Tensor | None:
+    """[N, T] log-probs of the policy that sampled; None where the batch says nothing of it."""
+    for name in SAMPLED:
+        tables = [batch.inputs.get(name) for batch in batches]
+        if all(table is not None for table in tables):
+            # An engine gives NaN where it has none: taken for the policy's own, as the trainer's ratios take it.
+            return in_place([
+                torch.where(_counted(b).bool(), torch.where(table.isnan(), b.logprobs, table), 0.0)
+                for table, b in zip(tables, batches, strict=True)
+                if table is not None and b.logprobs is not None
+            ])  # fmt: skip
+    return None
+
+
+def _coefficients(batches: Sequence[MicroBatch], name: str, scale: float, in_place: InPlace) -> Tensor | None:
     """[N, T] -∂L/∂s_t or -∂L/∂H_t, 0 at tokens that the loss does not count; None where no micro-batch has any."""
     tables = [getattr(batch, name) for batch in batches]
     if all(table is None for table in tables):
@@ -155,7 +192,7 @@ def _coefficients(batches: Sequence[MicroBatch], name: str, scale: float, in_pla
     return found
 
 
-def _scores(trainer: Any, batches: Sequence[MicroBatch], in_place: Any) -> TokenScores | None:
+def _scores(trainer: Any, batches: Sequence[MicroBatch], in_place: InPlace) -> TokenScores | None:
     """What the training forward said, where it is what the policy says."""
     if any(batch.entropies is None for batch in batches) or _drops_out(trainer.model):
         return None

@@ -18,6 +18,8 @@ from entropy_fast.integrations.forecaster import OnForecast, StepForecaster, Ver
 from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.integrations.trl.batches import NUMBERS, window_of
 from entropy_fast.integrations.trl.hooks import TrainerHooks
+from entropy_fast.integrations.trl.same_policy import check_same_policy
+from entropy_fast.integrations.trl.setting import autocast_of, refuse_setting, sampling_of
 from entropy_fast.run_folder.bundle import write_bundle
 
 __all__ = ["EntropyForecastCallback", "EntropyForecastMixin"]
@@ -55,6 +57,7 @@ class EntropyForecastCallback(TrainerCallback):
 
     Raises:
         ConfigError: the trainer cannot be listened to, or trains in a way whose steps cannot be forecast.
+        ModelStateError: its model is sharded.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class EntropyForecastCallback(TrainerCallback):
         bundle: str | os.PathLike[str] | None = None,
         bundle_every: int = 100,
     ) -> None:
-        _refuse(trainer)
+        refuse_setting(trainer)
         unknown = [name for name in functionals if name not in NUMBERS]
         if unknown:
             raise ConfigError(f"functionals: {unknown[0]!r} is not known.", fix=f"use some of {', '.join(NUMBERS)}.")
@@ -81,7 +84,7 @@ class EntropyForecastCallback(TrainerCallback):
             trainer.model,
             trainer.optimizer,  # None until the training begins
             estimate=_estimate(trainer, estimate),
-            run=run or RunOptions(autocast_dtype=_autocast(trainer)),
+            run=run or RunOptions(autocast_dtype=autocast_of(trainer)),
             every_n_steps=every_n_steps,
             budget=budget,
             sample=sample,
@@ -95,8 +98,10 @@ class EntropyForecastCallback(TrainerCallback):
             raise ConfigError(f"bundle_every is {bundle_every!r}.", fix="use a whole number from 1.")
         self._bundle_every, self._keep_from = bundle_every, 0
         # What truncated sampling visits is another policy's: the direct part alone can be forecast, and no functional.
-        self._trainer, self._functionals = trainer, () if _truncates(trainer) else tuple(functionals)
+        self._trainer = trainer
+        self._functionals = () if sampling_of(trainer).truncates else tuple(functionals)
         self._hooks = TrainerHooks(trainer)
+        self._same_policy = False  # whether that is known, where dropout hides it
         self._since: float | None = None  # when training time was last counted
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -141,7 +146,13 @@ class EntropyForecastCallback(TrainerCallback):
             raise ConfigError(
                 f"the trainer could not be listened to ({problem}).", fix="look at what its own methods return."
             )
-        return window_of(self._trainer, hooks.window, self._functionals, hooks.clip_factor)
+        trainer, forecaster = self._trainer, self.forecaster
+        window = window_of(trainer, hooks.window, self._functionals, hooks.clipped)
+        if window.scores is None and not self._same_policy:
+            self._same_policy = check_same_policy(
+                trainer, hooks.window, window.rollouts, estimate=forecaster.estimate, run=forecaster.run
+            )
+        return window
 
     def _keep(self, step: int, window: StepWindow, result: DeltaH1Result) -> None:
         """Write a step down, where it is one of those that are kept."""
@@ -194,26 +205,6 @@ class EntropyForecastMixin:
         self.add_callback(self.entropy_forecast)  # type: ignore[attr-defined]
 
 
-def _refuse(trainer: Any) -> None:
-    """Ways of training whose steps cannot be forecast."""
-    accelerator = getattr(trainer, "accelerator", None)
-    if accelerator is None:
-        raise ConfigError(
-            f"a {type(trainer).__name__} is no trainer.", fix="pass the GRPOTrainer that the callback is added to."
-        )
-    for name, what in (
-        ("is_deepspeed_enabled", "DeepSpeed steps inside the backward, so that no gradient stands before its step"),
-        ("is_fsdp_enabled", "FSDP keeps every rank's shard of a parameter alone"),
-    ):
-        if getattr(trainer, name, False):
-            raise ConfigError(f"EntropyForecastCallback: {what}.", fix="train without it to have forecasts.")
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"EntropyForecastCallback: {accelerator.num_processes} processes, whose batches would have to be put together.",
-            fix="train in one process to have forecasts.",
-        )
-
-
 def _base_model(model: Any) -> str | None:
     """Where an adapter's base is from; None for a model that is trained itself."""
     return getattr(model.config, "_name_or_path", None) if hasattr(model, "peft_config") else None
@@ -223,14 +214,4 @@ def _estimate(trainer: Any, given: EstimateOptions | None) -> EstimateOptions:
     found = dataclasses.replace(
         given or EstimateOptions(weighting="pooled"), policy_temperature=float(trainer.temperature)
     )
-    return dataclasses.replace(found, parts=("direct",)) if _truncates(trainer) else found
-
-
-def _truncates(trainer: Any) -> bool:
-    """Whether the trainer samples from less than its policy."""
-    penalty = getattr(trainer, "repetition_penalty", 1.0)
-    return trainer.top_p < 1 or (trainer.top_k or 0) > 0 or (trainer.min_p or 0) > 0 or penalty not in (None, 1.0)
-
-
-def _autocast(trainer: Any) -> Literal["bfloat16", "float16"] | None:
-    return "bfloat16" if trainer.args.bf16 else "float16" if trainer.args.fp16 else None
+    return dataclasses.replace(found, parts=("direct",)) if sampling_of(trainer).truncates else found

@@ -25,7 +25,7 @@ from torch import Tensor
 from entropy_fast.errors import ConfigError
 from entropy_fast.step.next_step import CLIP_EPS
 
-__all__ = ["BORN", "GROUP", "REWARD", "MicroBatch", "TrainerHooks"]
+__all__ = ["BORN", "GROUP", "REWARD", "Clipped", "MicroBatch", "TrainerHooks"]
 
 GROUP, BORN, REWARD = TAGS = ("entropy_fast_group", "entropy_fast_born", "entropy_fast_reward")
 CLIP = "clip_grad_norm_"
@@ -56,6 +56,19 @@ class MicroBatch:
     by_entropy: Tensor | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Clipped:
+    """What clipping did to a step's gradient.
+
+    Attributes:
+        factor: that it was multiplied by.
+        norm: of the gradient before; None where nothing measured it, so that an fp16 scaler's factor is still in it.
+    """
+
+    factor: float = 1.0
+    norm: float | None = None
+
+
 class TrainerHooks:
     """Collects the micro-batches of every step of a trainer.
 
@@ -64,7 +77,7 @@ class TrainerHooks:
 
     Attributes:
         window: of the step that is being made.
-        clip_factor: what clipping multiplied its gradient by; 1 until it was clipped.
+        clipped: what clipping did to its gradient, so far.
         problem: what could not be listened to, last; None for nothing.
 
     Raises:
@@ -80,7 +93,7 @@ class TrainerHooks:
                 "entropy_fast.integrations.loops.forecast_step.",
             )
         self.window: list[MicroBatch] = []
-        self.clip_factor = 1.0
+        self.clipped = Clipped()
         self.problem: str | None = None
         self._trainer = trainer
         self._current: MicroBatch | None = None
@@ -103,7 +116,7 @@ class TrainerHooks:
 
     def begin(self) -> None:
         """A new step."""
-        self.window, self.clip_factor = [], 1.0
+        self.window, self.clipped = [], Clipped()
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
@@ -168,7 +181,8 @@ class TrainerHooks:
             norm = original(parameters, max_norm, *args, **kwargs)
             with self._listening():
                 if norm is not None:
-                    self.clip_factor *= min(1.0, float(max_norm) / (float(norm) + CLIP_EPS))
+                    factor = min(1.0, float(max_norm) / (float(norm) + CLIP_EPS))
+                    self.clipped = Clipped(self.clipped.factor * factor, float(norm))
             return norm
 
         return clip
@@ -196,21 +210,21 @@ class TrainerHooks:
                 logprobs, entropies = found[0], found[1]
                 batch.logprobs = logprobs.detach()
                 if logprobs.requires_grad:
-                    logprobs.register_hook(_keeping(batch, "by_logprob"))
+                    logprobs.register_hook(self._keeping(batch, "by_logprob"))
                 if entropies is not None:
                     batch.entropies = entropies.detach()
                     if entropies.requires_grad:
-                        entropies.register_hook(_keeping(batch, "by_entropy"))
+                        entropies.register_hook(self._keeping(batch, "by_entropy"))
             return found
 
         return score
 
+    def _keeping(self, batch: MicroBatch, name: str) -> Callable[[Tensor], None]:
+        """A hook that keeps a gradient, added up where there are several backwards."""
 
-def _keeping(batch: MicroBatch, name: str) -> Callable[[Tensor], None]:
-    """A hook that keeps a gradient, added up where there are several backwards."""
+        def keep(gradient: Tensor) -> None:
+            with self._listening():  # it runs within the trainer's backward
+                own, before = gradient.detach().double(), getattr(batch, name)
+                setattr(batch, name, own if before is None else before + own)
 
-    def keep(gradient: Tensor) -> None:
-        own, before = gradient.detach().double(), getattr(batch, name)
-        setattr(batch, name, own if before is None else before + own)
-
-    return keep
+        return keep

@@ -1,0 +1,129 @@
+"""How a TRL trainer trains, as far as a forecast depends on it: what is refused, in which dtype it computes, how it samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from entropy_fast.checks.sharding import refuse_sharded
+from entropy_fast.errors import ConfigError
+
+__all__ = ["Sampling", "autocast_of", "refuse_setting", "sampling_of", "scaler_of"]
+
+# Generation options that leave alone from what every token is drawn, whichever engine generates.
+_HARMLESS = frozenset({
+    "bos_token_id", "cache_implementation", "detokenize", "disable_compile", "eos_token_id", "ignore_eos",
+    "include_stop_str_in_output", "logprobs", "max_length", "max_new_tokens", "max_tokens", "n", "num_return_sequences",
+    "pad_token_id", "prompt_logprobs", "return_dict_in_generate", "seed", "skip_special_tokens", "stop", "stop_strings",
+    "stop_token_ids", "use_cache",
+})  # fmt: skip
+_WITHOUT = (
+    "train without it, in one process and with an optimizer of torch's, to have forecasts; or probe consolidated checkpoints "
+    "with `entropy-fast probe`."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """What responses are drawn from.
+
+    Attributes:
+        temperature, top_p, top_k, min_p: as `Rollouts` have them.
+        others: names of further options that change it.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int | None
+    min_p: float | None
+    others: tuple[str, ...]
+
+    @property
+    def truncates(self) -> bool:
+        """Whether it is less, or something else, than the policy at a temperature."""
+        return self.top_p < 1 or (self.top_k or 0) > 0 or (self.min_p or 0) > 0 or bool(self.others)
+
+
+def refuse_setting(trainer: Any) -> None:
+    """Raise for ways of training whose steps cannot be forecast.
+
+    Raises:
+        ConfigError: it is no trainer, trains with DeepSpeed, FSDP, a fused loss or several processes.
+        ModelStateError: its model is sharded by other means.
+    """
+    accelerator = getattr(trainer, "accelerator", None)
+    if accelerator is None:
+        raise ConfigError(
+            f"a {type(trainer).__name__} is no trainer.", fix="pass the GRPOTrainer that the callback is added to."
+        )
+    kind = str(getattr(accelerator, "distributed_type", ""))
+    for name, said, what in (
+        (
+            "is_deepspeed_enabled",
+            "DEEPSPEED",
+            "DeepSpeed steps inside the backward, so that no gradient stands before its step",
+        ),
+        ("is_fsdp_enabled", "FSDP", "FSDP keeps every rank's shard of a parameter alone"),
+        ("is_megatron_lm_enabled", "MEGATRON_LM", "Megatron-LM splits parameters over ranks"),
+    ):
+        if getattr(trainer, name, False) or kind.endswith(said):
+            raise ConfigError(f"EntropyForecastCallback: {what}.", fix=_WITHOUT)
+    fused = next((name for name, held in vars(trainer).items() if _of_liger(held)), None)
+    if fused is not None:
+        raise ConfigError(
+            f"EntropyForecastCallback: the trainer's {fused} is a {type(vars(trainer)[fused]).__name__}: Liger's fused loss "
+            "makes gradients in its forward, and log-probs with a graph are nowhere to be listened to.",
+            fix="train with use_liger_kernel=False (its loss; TRL 1.16 takes Liger's layers alone, which may stay).",
+        )
+    if accelerator.num_processes > 1:
+        raise ConfigError(
+            f"EntropyForecastCallback: {accelerator.num_processes} processes, whose batches would have to be put together.",
+            fix="train in one process to have forecasts.",
+        )
+    for model in (trainer.model, getattr(trainer, "model_wrapped", None)):
+        if model is not None:
+            refuse_sharded(model)
+
+
+def autocast_of(trainer: Any) -> Literal["bfloat16", "float16"] | None:
+    """What the trainer's forwards really run in: accelerate leaves fp16 out on a CPU without a word."""
+    accelerator = trainer.accelerator
+    if not accelerator.native_amp:
+        return None
+    return "float16" if accelerator.mixed_precision == "fp16" else "bfloat16"
+
+
+def scaler_of(trainer: Any) -> Any:
+    """The gradient scaler of fp16; None where there is none, or it is off."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def sampling_of(trainer: Any) -> Sampling:
+    """What the trainer draws responses from, with what its ``generation_kwargs`` overrule."""
+    overruled: Mapping[str, Any] = getattr(trainer.args, "generation_kwargs", None) or {}
+
+    def said(name: str, default: object) -> Any:
+        found = overruled.get(name, getattr(trainer, name, default))
+        return default if found is None else found
+
+    known = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample"}
+    others = [name for name in overruled if name not in _HARMLESS | known and not name.startswith("output_")]
+    if said("repetition_penalty", 1.0) != 1:
+        others.append("repetition_penalty")
+    if not overruled.get("do_sample", True):
+        others.append("do_sample")
+    if getattr(trainer, "use_vllm", False) and getattr(trainer.args, "vllm_structured_outputs_regex", None):
+        others.append("vllm_structured_outputs_regex")
+    return Sampling(
+        float(said("temperature", 1.0)),
+        float(said("top_p", 1.0)),
+        said("top_k", None),
+        said("min_p", None),
+        tuple(sorted(others)),
+    )
+
+
+def _of_liger(held: object) -> bool:
+    return type(held).__module__.split(".")[0] == "liger_kernel"
