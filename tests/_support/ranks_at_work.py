@@ -322,11 +322,15 @@ def spread_rows(rank: int) -> dict[str, Any]:
         own = narrowed(batch.select_rows(rows)) if len(rows) else None
         if own is not None and name == "rewards":
             own = dataclasses.replace(own, advantages=None)  # centred on what is here
-        given = {} if own is None else {
-            "number": rows.double(),
-            "tokens": own.input_ids.double(),
-            "shared": own.advantages,  # memory that the rollouts hold
-        }
+        given = (
+            {}
+            if own is None
+            else {
+                "number": rows.double(),
+                "tokens": own.input_ids.double(),
+                "shared": own.advantages,  # memory that the rollouts hold
+            }
+        )
         gathered = gather_rows(own, given, order=rows if own is not None else None)
         both = []
         for one in (gathered.rollouts, batch):
