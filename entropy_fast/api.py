@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from entropy_fast.checks.grad_context import assert_grad_context
@@ -19,14 +17,14 @@ from entropy_fast.errors import ConfigError, RolloutsError
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.step.adam_state import AdamState
+from entropy_fast.step import GivenOptimizer
 
 __all__ = ["fast_delta_h1"]
 
 
 def fast_delta_h1(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str],
+    optimizer: GivenOptimizer,
     rollouts: Rollouts,
     *,
     entropy_rollouts: Rollouts | None = None,
@@ -51,9 +49,10 @@ def fast_delta_h1(
 
     Args:
         model: a causal language model (LoRA or not, quantised base or not, DDP-wrapped or not).
-        optimizer: the live optimizer that trains it, of any kind (then the step is the whole one that it will take next); or
-            the path of an Adam's ``optimizer.pt``, or an `AdamState` (then it is Adam's static geometry, which comes from
-            second moments, unless ``EstimateOptions(step="next")`` asks for the whole).
+        optimizer: the live optimizer that trains it, of any kind, or a list of those that train it together (then the step is
+            the whole one that they will take next); or the path of an optimizer's file or checkpoint folder, or an `AdamState`
+            (then it is Adam's static geometry, which comes from second moments, unless ``EstimateOptions(step="next")`` asks
+            for the whole, or the file is of another kind of optimizer, of which there is no other).
         rollouts: the batch the update will be made from. Alone, it is also where the entropy gradient is estimated.
         entropy_rollouts: an independent batch for the entropy gradient; then the two-batch estimate is returned, with
             the error conditional on the update.

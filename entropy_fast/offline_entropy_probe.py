@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import os
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -34,7 +33,7 @@ from entropy_fast.estimates.merging import merged
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.estimates.sampled_prompts import PromptChunks, of_rows, refuse_other_updates
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
-from entropy_fast.step import AdamState, read_optimizer
+from entropy_fast.step import GivenOptimizer, read_optimizer
 
 __all__ = ["OfflineEntropyProbe"]
 
@@ -44,7 +43,7 @@ class OfflineEntropyProbe:
 
     Args:
         model: a causal language model, possibly wrapped.
-        optimizer: live Adam/AdamW, path of an ``optimizer.pt``, or `AdamState`.
+        optimizer: see `fast_delta_h1`.
         estimate: what is estimated; None takes the defaults.
         run: how it is run; None takes the defaults.
         on_progress: called with stage, prompts done and prompts in all.
@@ -62,7 +61,7 @@ class OfflineEntropyProbe:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str],
+        optimizer: GivenOptimizer,
         *,
         estimate: EstimateOptions | None = None,
         run: RunOptions | None = None,

@@ -39,7 +39,8 @@ def doctor(
         typer.Option(parser=given_path, metavar="FOLDER", help="LoRA adapter folder.", show_default=False),
     ] = None,
     optimizer: Annotated[
-        Path | None, typer.Option(parser=given_path, metavar="FILE", help="optimizer.pt.", show_default=False)
+        Path | None,
+        typer.Option(parser=given_path, metavar="PATH", help="optimizer.pt or checkpoint folder.", show_default=False),
     ] = None,
     rollouts: Annotated[
         Path | None,
@@ -60,7 +61,7 @@ def doctor(
     from entropy_fast.cli.inputs import load_policy, read_batch, require_no_pipe, resolve
     from entropy_fast.report.doctor import check_environment, check_model, verdict
     from entropy_fast.report.doctor_rows import synthetic_rollouts
-    from entropy_fast.step import adam_state_from_file
+    from entropy_fast.step import optimizer_from_file
 
     checks = check_environment()
     model_options = {
@@ -77,11 +78,11 @@ def doctor(
             policy, state = inputs.load()
             checks += check_model(policy, state, batch, estimate=inputs.estimate, run=inputs.run)
     elif (source := model_source(None, **model_options)) is not None:
-        for path in (optimizer, rollouts):
-            require_no_pipe(path)
+        require_no_pipe(optimizer, or_folder=True)
+        require_no_pipe(rollouts)
         with errors().status(Text(f"Loading {source.name}")):
             policy = load_policy(source, adapter)
-        known = None if optimizer is None else adam_state_from_file(optimizer, policy)
+        known = None if optimizer is None else optimizer_from_file(optimizer, policy)
         if rollouts is None:
             batch = synthetic_rollouts(policy.config.get_text_config().vocab_size)
         else:

@@ -16,7 +16,7 @@ from entropy_fast.run_folder.adapter import load_policy
 from entropy_fast.run_folder.bundle_reading import BUNDLE_NAME, Bundle, read_bundle
 from entropy_fast.run_folder.manifest import read_manifest
 from entropy_fast.run_folder.model_source import ModelSource, load_tokenizer
-from entropy_fast.step import AdamState, adam_state_from_file
+from entropy_fast.step import AdamState, OptimizerAtHand, optimizer_from_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,12 +48,12 @@ class Inputs:
         """The update by token, of a bundle; None where options describe it."""
         return None if self.bundle is None else self.bundle.coefficients(update)
 
-    def load(self) -> tuple[PreTrainedModel | PeftModel, AdamState]:
-        """Model (with its adapter, and the gradient of a bundle) and the optimizer state matched to it."""
+    def load(self) -> tuple[PreTrainedModel | PeftModel, AdamState | OptimizerAtHand]:
+        """Model (with its adapter, and the gradient of a bundle) and the optimizer matched to it."""
         if self.bundle is not None:
             return self.bundle.load(self.model)
         model = load_policy(self.model, self.adapter)
-        return model, adam_state_from_file(self.optimizer, model)
+        return model, optimizer_from_file(self.optimizer, model)
 
 
 def read_batch(path: Path, source: ModelSource) -> Rollouts:
@@ -79,7 +79,7 @@ def resolve(
         folder: folder with ``run.json``, or None.
         model_options: fields of `ModelSource` from the command line; None means not given.
         adapter: folder of a LoRA adapter, from the command line.
-        optimizer: ``optimizer.pt``, likewise.
+        optimizer: file or checkpoint folder, likewise.
         rollouts: update batch, likewise.
         entropy_rollouts: entropy batch, likewise.
         options: of the probe, likewise.
@@ -127,7 +127,8 @@ def resolve(
             run=run,
             bundle=bundle,
         )
-    for path in (found.optimizer, found.rollouts, found.entropy_rollouts):
+    require_no_pipe(found.optimizer, or_folder=True)
+    for path in (found.rollouts, found.entropy_rollouts):
         require_no_pipe(path)
     return found
 
@@ -146,11 +147,15 @@ def refuse_others(adapter: Path | None, optimizer: Path | None, rollouts: Path |
             )
 
 
-def require_no_pipe(path: Path | None) -> None:
+def require_no_pipe(path: Path | None, *, or_folder: bool = False) -> None:
     """Raise where reading could wait for ever: on a pipe that nobody writes to, or a device. A missing file is not looked at.
+
+    Args:
+        path: what is to be read; None for nothing.
+        or_folder: whether it may be a folder.
 
     Raises:
         RunFolderError: it is something other than a file.
     """
-    if path is not None and path.exists() and not path.is_file():
+    if path is not None and path.exists() and not path.is_file() and not (or_folder and path.is_dir()):
         raise RunFolderError(f"{path} is not a file.", fix="check the path.")

@@ -45,7 +45,7 @@ def probe(
     ] = None,
     optimizer: Annotated[
         Path | None,
-        typer.Option(parser=given_path, metavar="FILE", help="optimizer.pt of Adam or AdamW.", show_default=False),
+        typer.Option(parser=given_path, metavar="PATH", help="optimizer.pt or checkpoint folder.", show_default=False),
     ] = None,
     rollouts: Annotated[
         Path | None,

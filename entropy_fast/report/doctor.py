@@ -23,7 +23,8 @@ from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.ops import backend_report
 from entropy_fast.report.doctor_rows import few_short_rows, prompts_with_advantage
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.step import AdamState
+from entropy_fast.step import AdamState, OptimizerAtHand
+from entropy_fast.step.joined import kind_name
 
 __all__ = ["Check", "check_environment", "check_model", "verdict"]
 
@@ -67,7 +68,7 @@ def check_environment() -> list[Check]:
 
 def check_model(
     model: nn.Module,
-    state: AdamState | None,
+    state: AdamState | OptimizerAtHand | None,
     rollouts: Rollouts,
     *,
     estimate: EstimateOptions | None = None,
@@ -77,7 +78,7 @@ def check_model(
 
     Args:
         model: the policy, with its adapter.
-        state: the optimizer's; None skips what needs it, visibly.
+        state: the optimizer's, or as it was read; None skips what needs it, visibly.
         rollouts: at least two responses per prompt.
         estimate: what the probe will estimate; None takes the defaults.
         run: how it will be run; None takes the defaults. A two-batch engine is tried as the one-batch default.
@@ -108,7 +109,7 @@ def verdict(checks: list[Check]) -> Check:
 def _run(
     checks: list[Check],
     model: nn.Module,
-    state: AdamState | None,
+    given: AdamState | OptimizerAtHand | None,
     rollouts: Rollouts,
     estimate: EstimateOptions,
     run: RunOptions,
@@ -118,9 +119,12 @@ def _run(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     numel = sum(p.numel() for p in trained.values())
     checks.append(Check("trainable parameters", bool(trained), f"{len(trained)} tensors, {numel:,} elements"))
+    at_hand = OptimizerAtHand(given) if isinstance(given, AdamState) else given
+    # The reference knows Adam's geometry alone; of another optimizer the engines are compared without any.
+    state = None if at_hand is None or not at_hand.is_adam else at_hand.state
     known = state or AdamState.identity(model)
-    rate = known.groups[0].learning_rate
-    if state is not None:
+    rate = (known if at_hand is None else at_hand.state).groups[0].learning_rate
+    if at_hand is not None:
         found = f"{rate}" if rate > 0 else f"{rate}: a probe needs learning_rate=...; the other checks go on without it"
         checks.append(Check("learning rate", rate > 0, found))
     checks.append(_checkpointing(model))
@@ -137,7 +141,8 @@ def _run(
     rate_option = None if rate > 0 else 1.0
     # The reference has no live gradient, and a few rows are not what one is of.
     described: dict[str, Any] = {"blocks": None, "gradient": "rollouts", "sample": None, "relative_error": None}
-    asked = dataclasses.replace(estimate, **described, learning_rate=estimate.learning_rate or rate_option)
+    whole = dataclasses.replace(estimate, **described, learning_rate=estimate.learning_rate or rate_option)
+    asked = whole if state is not None or at_hand is None else dataclasses.replace(whole, step=None, max_grad_norm=None)
     start = time.perf_counter()
     result = _probe(model, known, few, asked, tried)
     seconds = time.perf_counter() - start
@@ -145,7 +150,11 @@ def _run(
     checks.append(_cost(result, few, batch, seconds))
     if result.engine != REFERENCE:
         checks.append(_agreement(result, _probe(model, known, few, asked, plain), model, tried))
-    checks.append(_optimizer(result, state, list(trained), run.max_excluded_share))
+    if at_hand is not None and state is None:
+        _probe(model, at_hand, few, whole, tried)
+        checks.append(_other_optimizer(at_hand, list(trained)))
+    else:
+        checks.append(_optimizer(result, state, list(trained), run.max_excluded_share))
 
 
 def _default_engine(plain: RunOptions, run: RunOptions) -> RunOptions:
@@ -155,7 +164,7 @@ def _default_engine(plain: RunOptions, run: RunOptions) -> RunOptions:
 
 
 def _probe(
-    model: nn.Module, state: AdamState, rows: Rollouts, estimate: EstimateOptions, run: RunOptions
+    model: nn.Module, state: AdamState | OptimizerAtHand, rows: Rollouts, estimate: EstimateOptions, run: RunOptions
 ) -> DeltaH1Result:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EntropyFastWarning)  # what it says stands in the result
@@ -285,4 +294,14 @@ def _optimizer(result: DeltaH1Result, state: AdamState | None, trained: list[str
         excluded.share <= limit,
         f"holds {held} and has stepped {stepped} of {len(trained)} tensors; {excluded.share:.2%} of ‖g‖² without second "
         f"moment (the limit is {limit:.0%}), {excluded.below_eps} elements with sqrt(v̂) below ε",
+    )
+
+
+def _other_optimizer(at_hand: OptimizerAtHand, trained: list[str]) -> Check:
+    held = sum(name in at_hand.state.group_of for name in trained)
+    return Check(
+        "optimizer",
+        True,
+        f"{kind_name(at_hand.live)}, made again from its file: holds {held} of {len(trained)} tensors, and its whole next step was "
+        "found by steps on copies",
     )

@@ -33,7 +33,7 @@ class RunManifest:
     Attributes:
         model: the base model.
         rollouts: the update batch.
-        optimizer: ``optimizer.pt``.
+        optimizer: ``optimizer.pt``, or a checkpoint folder.
         adapter: LoRA adapter folder; None means that the model itself is trained.
         entropy_rollouts: entropy batch of the two-batch estimate.
         estimate: what the probe estimates.
@@ -98,7 +98,8 @@ def read_manifest(folder: Path, *, device: str | None = None) -> RunManifest:
     fields["estimate"] = _build(EstimateOptions, probe.get("estimate", {}), f"{path}: probe.estimate")
     fields["run"] = _build(RunOptions, probe.get("run", {}), f"{path}: probe.run")
     manifest = _build(RunManifest, fields, str(path))
-    files = (manifest.rollouts, manifest.optimizer, manifest.entropy_rollouts, manifest.gradient, manifest.coefficients)
+    _check_named(folder, path, manifest.optimizer, is_folder=None)
+    files = (manifest.rollouts, manifest.entropy_rollouts, manifest.gradient, manifest.coefficients)
     for name in files:
         if name is not None:
             _check_named(folder, path, name, is_folder=False)
@@ -150,11 +151,12 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _check_named(folder: Path, path: Path, name: str, *, is_folder: bool) -> None:
+def _check_named(folder: Path, path: Path, name: str, *, is_folder: bool | None) -> None:
+    """What a manifest names has to be there, and inside of its folder: a folder, a file, or (None) either."""
     try:
         target = (folder / name).resolve()
         inside = target.is_relative_to(folder.resolve())
-        there = target.is_dir() if is_folder else target.is_file()
+        there = (is_folder is not False and target.is_dir()) or (is_folder is not True and target.is_file())
     except (ValueError, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise RunFolderError(f"{path} names {name[:200]!r}: {reason}.", fix="correct the field.") from error

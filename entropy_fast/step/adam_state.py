@@ -20,6 +20,7 @@ from entropy_fast.step.adam_values import (
     read_groups,
     read_moments,
 )
+from entropy_fast.step.joined import kind_name
 
 __all__ = ["AdamGroup", "AdamState", "ParameterMoments", "innermost", "is_adam"]
 
@@ -139,13 +140,14 @@ def is_adam(optimizer: torch.optim.Optimizer) -> bool:
 
 def _refuse_other_kinds(optimizer: torch.optim.Optimizer) -> None:
     """Raise unless it has Adam's second moments."""
-    kind = type(optimizer)
-    called = f"{kind.__module__}.{kind.__qualname__}"
-    if kind.__module__.split(".")[0] == "bitsandbytes":
+    called = kind_name(optimizer)
+    if type(optimizer).__module__.split(".")[0] == "bitsandbytes":
         raise OptimizerStateError(
-            f"the optimizer is a {called}: bitsandbytes' optimizers are not read live. 8-bit ones, LAMB, LARS, Lion, Adagrad, "
-            "RMSprop, SGD and AdEMAMix are not supported at all; 32-bit Adam and AdamW (paged or not) are, from a file.",
-            fix="for 32-bit Adam or AdamW: torch.save(optimizer.state_dict(), path), and pass the path.",
+            f"the optimizer is a {called}: for 'adam_static' bitsandbytes' optimizers are not read live. Adam and AdamW with "
+            "32-bit or 8-bit states (paged or not) are, from a file; LAMB, LARS, Lion, Adagrad, RMSprop, SGD and AdEMAMix have "
+            "another geometry.",
+            fix="take step='next', which is of any optimizer; or, for Adam and AdamW, "
+            "torch.save(optimizer.state_dict(), path), and pass the path.",
         )
     if not is_adam(optimizer):
         raise OptimizerStateError(

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from entropy_fast.errors import LearningRateError, OptimizerStateError
+from entropy_fast.step.quantized_moments import dequantized_entry, is_quantized
+from entropy_fast.step.saved_optimizer import plain_entry
 from entropy_fast.step.scalars import real_number, shown, shown_keys
 
 __all__ = [
@@ -20,13 +23,10 @@ __all__ = [
     "check_learning_rate",
     "check_moments",
     "maximize_notes",
-    "plain_entry",
     "read_groups",
     "read_moments",
 ]
 
-# Where bitsandbytes puts state1, state2 and their scales in its state_dict, out of FSDP's sight.
-BITSANDBYTES_WRAPPING = "__bnb_optimizer_quant_state__"
 MOMENT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -62,7 +62,7 @@ class ParameterMoments:
     Attributes:
         second_moment: v; AMSGrad's running maximum where it is used.
         step: number of optimizer steps taken.
-        first_moment: m; None where it was not found.
+        first_moment: m; None where it was not found, or is v under another name.
         running_second_moment: v itself where ``second_moment`` is a maximum; None elsewhere.
     """
 
@@ -173,19 +173,13 @@ def maximize_notes(groups: Sequence[AdamGroup]) -> tuple[str, ...]:
     )
 
 
-def plain_entry(entry: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A parameter's state with what bitsandbytes wraps laid flat."""
-    wrapped = entry.get(BITSANDBYTES_WRAPPING)
-    return {**entry, **wrapped} if isinstance(wrapped, dict) else entry
-
-
 def read_moments(name: str, shape: tuple[int, ...], entry: Mapping[str, Any], amsgrad: bool) -> ParameterMoments | None:
     """Moments of one parameter, None when it was never stepped: no state, or step 0 and nothing in the moments.
 
     Args:
         name: the parameter's name.
         shape: its shape.
-        entry: its state, from torch's Adam or a 32-bit one of bitsandbytes (which calls v ``state2``).
+        entry: its state, from torch's Adam or one of bitsandbytes (which calls v ``state2``, and may keep it as 8-bit codes).
         amsgrad: take AMSGrad's running maximum.
 
     Raises:
@@ -194,19 +188,16 @@ def read_moments(name: str, shape: tuple[int, ...], entry: Mapping[str, Any], am
     entry = plain_entry(entry)
     if not entry:
         return None
+    if is_quantized(entry):
+        entry = dequantized_entry(name, entry)
     key = "max_exp_avg_sq" if amsgrad else "state2" if "state2" in entry else "exp_avg_sq"
     moment, step = entry.get(key), real_number(entry.get("step"))
-    if key == "state2" and isinstance(moment, Tensor) and (moment.dtype == torch.uint8 or "absmax2" in entry):
-        raise OptimizerStateError(
-            f"optimizer state of {name!r} is 8-bit (bitsandbytes): its second moments are codes and a scale per block, too "
-            "coarse where a moment is small beside its block's largest.",
-            fix="train with 32-bit states (optim='adamw_torch' or 'paged_adamw_32bit'); bitsandbytes' 32-bit ones are read.",
-        )
     if not _is_dense(moment) or step is None:
         raise OptimizerStateError(
             f"optimizer state of {name!r} has keys {shown_keys(entry)}; expected '{key}' and 'step', a tensor of "
             "floating-point values and a number.",
-            fix="use torch's Adam or AdamW (factored optimizers, and those with one state, keep no elementwise second moment).",
+            fix="use torch's Adam or AdamW (factored optimizers, and those with one state, keep no elementwise second moment); "
+            "an optimizer of another kind can be given live, for step='next'.",
         )
     assert isinstance(moment, Tensor)
     if tuple(moment.shape) != shape:
@@ -228,9 +219,11 @@ def read_moments(name: str, shape: tuple[int, ...], entry: Mapping[str, Any], am
             "that are not finite; they are means of squares.",
             fix="use the state of a healthy checkpoint.",
         )
-    first = entry.get("state1" if key == "state2" else "exp_avg")
-    running = entry.get("exp_avg_sq") if amsgrad else None
-    return ParameterMoments(moment.detach(), step, _beside(first, shape), _beside(running, shape))
+    first = _beside(entry.get("state1" if key == "state2" else "exp_avg"), shape)
+    running = _beside(entry.get("exp_avg_sq"), shape) if amsgrad else None
+    if first is not None and torch.equal(first, moment if running is None else running) and bool(first.any()):
+        first = None  # FSDP1 on CPUs writes one buffer under both names when it offloads a whole state of original parameters
+    return ParameterMoments(moment.detach(), step, first, running)
 
 
 def _beside(moment: object, shape: tuple[int, ...]) -> Tensor | None:
@@ -257,9 +250,10 @@ def check_moments(moments: Mapping[str, ParameterMoments]) -> None:
 
 
 def _is_dense(moment: object) -> bool:
-    """Whether values can be read: no sparse, meta or quantised tensor, no integers and no complex numbers."""
+    """Whether values can be read: no sparse, meta or sharded tensor, no integers and no complex numbers."""
     return (
-        isinstance(moment, Tensor)
+        type(moment) in (Tensor, Parameter)
+        and isinstance(moment, Tensor)
         and moment.layout == torch.strided
         and not moment.is_meta
         and moment.dtype in MOMENT_DTYPES

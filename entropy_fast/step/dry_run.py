@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.errors import OptimizerStateError
+from entropy_fast.step.joined import bare_copy, kind_name
 
 __all__ = ["DryRun"]
 
@@ -81,9 +82,8 @@ class DryRun:
             try:
                 type(scratch).step(scratch)
             except Exception as error:  # whatever another library's step may raise
-                kind = type(self.optimizer)
                 raise OptimizerStateError(
-                    f"{kind.__module__}.{kind.__qualname__} cannot step on copies of the parameters: "
+                    f"{kind_name(self.optimizer)} cannot step on copies of the parameters: "
                     f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
                     fix="take step='adam_static' (--step adam_static) with an Adam, or an optimizer whose step() needs nothing "
                     "but gradients.",
@@ -95,17 +95,7 @@ class DryRun:
     def _scratch(self, places: list[int], decay: bool, wide: bool) -> tuple[torch.optim.Optimizer, list[Tensor]]:
         """An optimizer of the same class and state over copies, and the copies."""
         optimizer = self.optimizer
-        scratch = object.__new__(type(optimizer))
-        # Not a scheduler's wrapped step, and no hooks of the user's.
-        left_out = {"step", "state", "param_groups"}
-        kept = {
-            # What a step may change beside the state is its own.
-            key: copy.deepcopy(value) if isinstance(value, (dict, list, set, Tensor)) else value
-            for key, value in optimizer.__dict__.items()
-            if key not in left_out and "_hooks" not in key
-        }
-        hooks: dict[str, Any] = {key: collections.OrderedDict() for key in optimizer.__dict__ if "_hooks" in key}
-        scratch.__dict__.update(kept, **hooks)
+        scratch = bare_copy(optimizer)
         copies: dict[int, Tensor] = {}
         state: collections.defaultdict[Tensor, Any] = collections.defaultdict(dict)
         for place in places:
@@ -122,9 +112,16 @@ class DryRun:
                 settings["weight_decay"] = type(settings["weight_decay"])(0)
             of_group = [copies[place] for place in places if self._group_of[id(self._parameters[place])] == index]
             if of_group:
+                _keep_eps(settings, next(p.dtype for p in group["params"]))
                 groups.append({"params": of_group, **settings})
         scratch.param_groups, scratch.state = groups, state
         return scratch, [copies[place] for place in places]
+
+
+def _keep_eps(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    """The ε₁ that torch.optim.Adafactor takes from its parameters' type, for copies in another type."""
+    if "beta2_decay" in settings and settings["eps"][0] is None:
+        settings["eps"] = (torch.finfo(dtype).eps, settings["eps"][1])
 
 
 def _copied(value: Any, wide: bool) -> Any:

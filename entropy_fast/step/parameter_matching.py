@@ -7,28 +7,30 @@ note says that the order was guessed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from entropy_fast.errors import OptimizerStateError
-from entropy_fast.step.adam_values import plain_entry
-from entropy_fast.step.optimizer_archive import SavedOptimizer
+from entropy_fast.step.optimizer_kinds import OptimizerKind, misfit
+from entropy_fast.step.saved_optimizer import SavedOptimizer, plain_entry
 from entropy_fast.step.scalars import shown
 
-__all__ = ["match_parameters"]
+__all__ = ["match_parameters", "of_trained_parameter"]
 
 # What DistributedDataParallel, torch.compile, checkpoint_wrapper and FSDP1 put into names.
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 IN_FRONT = "module"
 
 
-def match_parameters(saved: SavedOptimizer, module: nn.Module) -> tuple[list[list[str]], tuple[str, ...]]:
+def match_parameters(
+    saved: SavedOptimizer, kinds: Sequence[OptimizerKind | None], module: nn.Module
+) -> tuple[list[list[str]], tuple[str, ...]]:
     """The model's names for the entries of every group, and notes about how sure they are.
 
     Args:
         saved: the file's content.
+        kinds: the optimizer that each group is of; None for Adam.
         module: the unwrapped model. Names may be those of frozen parameters too.
 
     Raises:
@@ -36,10 +38,20 @@ def match_parameters(saved: SavedOptimizer, module: nn.Module) -> tuple[list[lis
     """
     if saved.names is not None:
         return _by_name(saved, saved.names, module), ()
-    return _by_order(saved, module)
+    return _by_order(saved, kinds, module)
 
 
-def _by_name(saved: SavedOptimizer, names: list[list[str]], module: nn.Module) -> list[list[str]]:
+def of_trained_parameter(module: nn.Module) -> Callable[[str], bool]:
+    """Whether a name in a file may be that of a trainable parameter, whatever wrappers have added to it.
+
+    Args:
+        module: the unwrapped model.
+    """
+    trained = {_plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return lambda name: _plain_name(name) in trained
+
+
+def _by_name(saved: SavedOptimizer, names: Sequence[Sequence[str]], module: nn.Module) -> list[list[str]]:
     first = {id(p): name for name, p in module.named_parameters()}
     exact = {
         name: first[id(p)] for name, p in module.named_parameters(remove_duplicate=False)
@@ -84,7 +96,9 @@ def _plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _by_order(saved: SavedOptimizer, module: nn.Module) -> tuple[list[list[str]], tuple[str, ...]]:
+def _by_order(
+    saved: SavedOptimizer, kinds: Sequence[OptimizerKind | None], module: nn.Module
+) -> tuple[list[list[str]], tuple[str, ...]]:
     """The first known order in which every count and shape fits."""
     named = dict(module.named_parameters())
     every, trainable = list(named), [name for name, p in named.items() if p.requires_grad]
@@ -94,7 +108,7 @@ def _by_order(saved: SavedOptimizer, module: nn.Module) -> tuple[list[list[str]]
         orders += _orders(module, every, sizes, "named_parameters() order, frozen ones included")
     fitting, problems = [], []
     for label, order in orders:
-        problem = _first_mismatch(saved, order, named)
+        problem = _first_mismatch(saved, kinds, order, named)
         if problem is None:
             fitting.append((label, order))
         else:
@@ -151,21 +165,18 @@ def _trainer_order(module: nn.Module, names: Sequence[str]) -> list[list[str]]:
 
 
 def _first_mismatch(
-    saved: SavedOptimizer, order: Sequence[Sequence[str]], named: Mapping[str, nn.Parameter]
+    saved: SavedOptimizer,
+    kinds: Sequence[OptimizerKind | None],
+    order: Sequence[Sequence[str]],
+    named: Mapping[str, nn.Parameter],
 ) -> str | None:
-    for names, keys in zip(order, saved.keys, strict=True):
+    for names, keys, group, kind in zip(order, saved.keys, saved.groups, kinds, strict=True):
         for name, key in zip(names, keys, strict=True):
             entry = plain_entry(saved.state.get(key, {}))
             if entry and not named[name].requires_grad:
                 return f"entry {key} was stepped where '{name}' is frozen"
-            moment, shape = _moment(entry), tuple(named[name].shape)
-            if moment is not None and tuple(moment.shape) != shape:
-                return f"entry {key} has shape {list(moment.shape)} where '{name}' has {list(shape)}"
-    return None
-
-
-def _moment(entry: Mapping[str, Any]) -> Tensor | None:
-    for key in ("exp_avg_sq", "state2"):
-        if isinstance(moment := entry.get(key), Tensor):
-            return moment
+            shape = tuple(named[name].shape)
+            found = misfit(kind, group, entry, shape)
+            if found is not None:
+                return f"entry {key} has shape {list(found)} where '{name}' has {list(shape)}"
     return None

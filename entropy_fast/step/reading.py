@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +18,21 @@ from entropy_fast.errors import LearningRateError, OptimizerStateError
 from entropy_fast.step.adam_state import AdamState, innermost, is_adam
 from entropy_fast.step.adam_values import AdamGroup, ParameterMoments, check_learning_rate, maximize_notes
 from entropy_fast.step.dry_run import DryRun
+from entropy_fast.step.joined import JoinedOptimizer, kind_name
 from entropy_fast.step.next_step import DryRunRule, NextStep, live_gradients
-from entropy_fast.step.optimizer_file import adam_state_from_file
+from entropy_fast.step.optimizer_file import RestoredOptimizer, read_optimizer_file
 from entropy_fast.step.preconditioner import AdamPreconditioner
 from entropy_fast.step.rules import AdamRule, SgdGroup, SgdRule, StepRule
 from entropy_fast.step.scalars import real_number, shown
 
-__all__ = ["OptimizerAtHand", "next_step_of", "preconditioner_of", "read_optimizer"]
+__all__ = [
+    "GivenOptimizer",
+    "OptimizerAtHand",
+    "next_step_of",
+    "optimizer_from_file",
+    "preconditioner_of",
+    "read_optimizer",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +41,8 @@ class OptimizerAtHand:
 
     Attributes:
         state: groups and, of an Adam, its moments; of another kind every element has the same weight.
-        live: the optimizer itself, without wrappers; None where a file or a state was given.
+        live: the optimizer itself, without wrappers, or another kind than Adam made again from its file; None where an Adam's
+            file or state was given.
     """
 
     state: AdamState
@@ -43,15 +54,19 @@ class OptimizerAtHand:
         return self.live is None or is_adam(self.live)
 
 
-def read_optimizer(
-    optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str], model: nn.Module, *, any_kind: bool
-) -> OptimizerAtHand:
+GivenOptimizer: TypeAlias = (
+    "torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | AdamState | OptimizerAtHand | str | os.PathLike[str]"
+)
+
+
+def read_optimizer(optimizer: GivenOptimizer, model: nn.Module, *, any_kind: bool) -> OptimizerAtHand:
     """Read an optimizer.
 
     Args:
-        optimizer: live (also wrapped by accelerate), the path of an Adam's ``optimizer.pt``, or an `AdamState`.
+        optimizer: live (also wrapped by accelerate), several live ones that train the model together, the path of a file or
+            checkpoint folder, an `AdamState`, or what was read before.
         model: the model it belongs to, possibly wrapped.
-        any_kind: whether a live one may be of another kind than Adam.
+        any_kind: whether it may be of another kind than Adam.
 
     Raises:
         ModelStateError: the model's parameters are flattened or sharded.
@@ -62,11 +77,39 @@ def read_optimizer(
     if isinstance(optimizer, AdamState):
         return OptimizerAtHand(optimizer)
     if isinstance(optimizer, (str, os.PathLike)):
-        return OptimizerAtHand(adam_state_from_file(optimizer, model))
+        optimizer = optimizer_from_file(optimizer, model)
+    if isinstance(optimizer, OptimizerAtHand):
+        if not optimizer.is_adam and not any_kind:
+            assert optimizer.live is not None
+            AdamState.from_optimizer(optimizer.live, model)  # says that it is of another kind
+        return optimizer
+    if isinstance(optimizer, (list, tuple)):
+        optimizer = JoinedOptimizer([innermost(one) for one in optimizer])
     inner = innermost(optimizer)
     if is_adam(inner) or not any_kind:
         return OptimizerAtHand(AdamState.from_optimizer(inner, model), inner)
     return OptimizerAtHand(_without_geometry(inner, model), inner)
+
+
+def optimizer_from_file(path: str | os.PathLike[str], model: nn.Module) -> OptimizerAtHand:
+    """Read an optimizer from a file or a checkpoint folder.
+
+    Args:
+        path: of ``optimizer.pt``, ``optimizer.bin`` or a folder of ``torch.distributed.checkpoint``.
+        model: the model it belongs to, possibly wrapped.
+
+    Returns:
+        Of Adam its state. Another optimizer is made again on the model's parameters, and its next step found as a live one's.
+
+    Raises:
+        OptimizerStateError: it is missing, damaged, of an optimizer that is not read, or not this model's.
+        LearningRateError: a learning rate that no step can be taken with.
+    """
+    found = read_optimizer_file(path, model)
+    if not isinstance(found, RestoredOptimizer):
+        return OptimizerAtHand(found)
+    state = _without_geometry(found.optimizer, model)
+    return OptimizerAtHand(dataclasses.replace(state, notes=(*found.notes, *state.notes)), found.optimizer)
 
 
 def preconditioner_of(
@@ -121,7 +164,7 @@ def _rule(at_hand: OptimizerAtHand, registry: ParameterRegistry, step: AdamPreco
         return SgdRule(registry.tensors, buffers, of_group, [step.rates[place] for place in places])
     if live is not None and type(live) not in (torch.optim.Adam, torch.optim.AdamW):
         found = state.groups[0].learning_rate
-        check_learning_rate(found, f"the {type(live).__name__}'s first group has")  # its steps are scaled from there
+        check_learning_rate(found, f"the {kind_name(live)}'s first group has")  # its steps are scaled from there
         return DryRunRule(DryRun(live, registry.tensors), registry.tensors, step.learning_rate / found)
     return AdamRule(
         registry.tensors,
@@ -158,7 +201,7 @@ def _without_geometry(optimizer: torch.optim.Optimizer, model: nn.Module) -> Ada
         rate = real_number(group.get("lr"))
         if rate is None:
             raise LearningRateError(
-                f"learning rate: group {index} of the {type(optimizer).__name__} has {shown(group.get('lr'))}.",
+                f"learning rate: group {index} of the {kind_name(optimizer)} has {shown(group.get('lr'))}.",
                 fix="set one; an optimizer that finds its own cannot be forecast yet.",
             )
         check_learning_rate(rate, f"the optimizer's group {index} has", or_zero=True)

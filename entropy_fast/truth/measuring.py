@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -35,7 +34,7 @@ from entropy_fast.engines.one_pass import OnePassEngine
 from entropy_fast.errors import ConfigError, LearningRateError, RolloutsError
 from entropy_fast.estimates.u_statistic import jackknife
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.step import AdamState, read_optimizer
+from entropy_fast.step import GivenOptimizer, read_optimizer
 from entropy_fast.truth.importance import Reweighted
 from entropy_fast.truth.policy_scores import Scored
 
@@ -115,7 +114,7 @@ class RealisedChanges:
 
 def measure_delta_h(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str],
+    optimizer: GivenOptimizer,
     rollouts: Rollouts,
     *,
     held_out: Rollouts | None = None,

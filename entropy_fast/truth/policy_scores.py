@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext
 from entropy_fast.engines.one_pass import OnePassEngine
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.step import AdamState, read_optimizer
+from entropy_fast.step import GivenOptimizer, read_optimizer
 from entropy_fast.truth.importance import Reweighted, reweighted
 
 __all__ = ["Scored", "scored"]
@@ -26,7 +25,7 @@ ROUNDINGS = 4  # of a mean entropy, in units of the narrowest type that it goes 
 
 def scored(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str],
+    optimizer: GivenOptimizer,
     rollouts: Rollouts,
     *,
     estimate: EstimateOptions | None = None,
