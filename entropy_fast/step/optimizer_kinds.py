@@ -178,7 +178,7 @@ _NOT_READ: Mapping[str, Callable[[Mapping[str, Any], list[Mapping[str, Any]]], b
     "an optimizer of projected gradients (GaLore, APOLLO)": lambda group, entries: "update_proj_gap" in group,
     "an AdamW without bias correction (correct_bias=False)": lambda group, entries: group.get("correct_bias") is False,
     "AdEMAMix": lambda group, entries: _length(group.get("betas")) == 3 and any("state2" in entry for entry in entries),
-    "Lion or another optimizer with one state": lambda group, entries: (
+    "an optimizer with one state (Lion, or bitsandbytes' RMSprop or Adagrad)": lambda group, entries: (
         _length(group.get("betas")) == 2
         and bool(entries)
         and all(bool({"exp_avg", "state1"} & entry.keys()) for entry in entries)
@@ -196,15 +196,16 @@ def unknown_settings(group: Mapping[str, Any]) -> list[str]:
     return sorted(key for key in group.keys() - SETTINGS_OF_ADAM if key != "correct_bias")
 
 
-def misfit(
-    kind: OptimizerKind | None, group: Mapping[str, Any], entry: Mapping[str, Any], shape: Shape
-) -> Shape | None:
-    """The first shape in a parameter's state that a parameter of this shape cannot have; None where all fit."""
+def misfit(kind: OptimizerKind | None, group: Mapping[str, Any], entry: Mapping[str, Any], shape: Shape) -> str | None:
+    """What a parameter of this shape cannot have in its state, in words; None where all fits."""
     layout: Layout = {"exp_avg_sq": shape, "state2": shape} if kind is None else kind.layout(shape, group)
+    found = {key: value for key, value in entry.items() if value is not None}
+    if kind is not None and found and found.keys() != layout.keys():
+        return f"keys {shown_keys(found)}"
     for name, expected in layout.items():
-        found = entry.get(name)
-        if expected is not None and isinstance(found, Tensor) and tuple(found.shape) != expected:
-            return tuple(found.shape)
+        value = found.get(name)
+        if expected is not None and isinstance(value, Tensor) and tuple(value.shape) != expected:
+            return f"shape {list(value.shape)}"
     return None
 
 

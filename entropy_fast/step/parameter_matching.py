@@ -178,5 +178,5 @@ def _first_mismatch(
             shape = tuple(named[name].shape)
             found = misfit(kind, group, entry, shape)
             if found is not None:
-                return f"entry {key} has shape {list(found)} where '{name}' has {list(shape)}"
+                return f"entry {key} has {found} where '{name}' has {list(shape)}"
     return None

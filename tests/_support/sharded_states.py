@@ -50,7 +50,9 @@ def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    generator = torch.Generator().manual_seed(4)  # the same batch everywhere: the mean over processes is every one's own
+    generator = torch.Generator().manual_seed(
+        4
+    )  # the same batch everywhere: the mean over processes is every one's own
     for _ in range(STEPS):
         x = torch.randn(8, 3, generator=generator, dtype=torch.float64)
         model(x).square().sum().backward()
@@ -87,7 +89,10 @@ def write_fsdp1(folder: Path, original: bool, with_accelerate: bool = False) -> 
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     model = FullyShardedDataParallel(
-        Layers(), auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), use_orig_params=original, device_id=torch.device("cpu")
+        Layers(),
+        auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+        use_orig_params=original,
+        device_id=torch.device("cpu"),
     )
     optimizer = optimizer_of(model, *split(model))
     train(model, optimizer)

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.errors import EntropyFastError, LearningRateError, OptimizerStateError
-from entropy_fast.step import AdamPreconditioner, AdamState, adam_state_from_file
+from entropy_fast.step import AdamPreconditioner, AdamState, adam_state_from_file, optimizer_from_file
+from entropy_fast.step.dry_run import DryRun
 
-FORMS = ("numbers", "numbers and names", "names")
+FORMS = ("numbers", "numbers and names", "names", "flat", "8-bit codes")
+OTHERS = ("adafactor", "transformers' adafactor", "muon beside adamw")
 CASES = [pytest.param(300, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.exhaustive)]
 
 
@@ -34,12 +36,35 @@ def healthy(form: str) -> tuple[nn.Module, dict[str, Any], bytes]:
     first, second = (list(layer.named_parameters(prefix=str(i))) for i, layer in enumerate(model))
     if form == "numbers":
         first, second = ([p for _, p in named] for named in (first, second))  # type: ignore[assignment]
-    optimizer = torch.optim.AdamW([{"params": first}, {"params": second, "lr": 5e-4}], lr=1e-3)
+    groups = [{"params": first}, {"params": second, "lr": 5e-4}]
+    optimizers = _optimizers(form, groups, dict(model.named_parameters()))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    content = get_optimizer_state_dict(model, optimizer) if form == "names" else optimizer.state_dict()
+    for optimizer in optimizers:
+        optimizer.step()
+    if form in ("names", *OTHERS):
+        content = get_optimizer_state_dict(model, optimizers)
+    elif form == "flat":
+        flat = StateDictOptions(flatten_optimizer_state_dict=True)
+        content = get_optimizer_state_dict(model, optimizers, options=flat)
+    else:
+        content = optimizers[0].state_dict()
     return model, content, as_file(content)
+
+
+def _optimizers(form: str, groups: list[Any], named: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    if form == "8-bit codes":
+        return [pytest.importorskip("bitsandbytes").optim.AdamW8bit(groups, lr=1e-3, min_8bit_size=1)]
+    if form == "adafactor":
+        return [torch.optim.Adafactor(groups, lr=1e-3)]
+    if form == "transformers' adafactor":
+        from transformers import Adafactor
+
+        return [Adafactor(groups, lr=1e-3, beta1=0.9, relative_step=False)]
+    if form == "muon beside adamw":
+        matrices = [(name, p) for name, p in named.items() if p.dim() == 2]
+        return [torch.optim.Muon(matrices), torch.optim.AdamW([(name, p) for name, p in named.items() if p.dim() == 1])]
+    return [torch.optim.AdamW(groups, lr=1e-3)]
 
 
 def as_file(content: Any) -> bytes:
@@ -201,6 +226,27 @@ def test_odd_content_is_refused_or_gives_numbers_that_can_be_used(tmp_path: Path
     assert cases / 4 < refused < cases  # both ways out are taken
 
 
+@pytest.mark.parametrize("cases", CASES)
+def test_odd_content_of_other_optimizers_is_refused_or_steps(tmp_path: Path, cases: int) -> None:
+    path, draw, refused = tmp_path / "optimizer.pt", random.Random(2), 0
+    for case in range(cases):
+        model, content, _ = healthy(OTHERS[case % len(OTHERS)])
+        path.write_bytes(as_file(changed_structure(content, draw)))
+        try:
+            found = optimizer_from_file(path, model)
+            if found.live is not None:
+                ones = [torch.ones_like(p) for p in model.parameters()]
+                list(DryRun(found.live, list(model.parameters())).steps(ones))
+            continue
+        except EntropyFastError as error:
+            refusal = error
+        refused += 1
+        assert isinstance(refusal, (OptimizerStateError, LearningRateError)), f"case {case}: {refusal}"
+        assert refusal.problem.isprintable(), f"case {case}: {refusal!r}"
+        assert "not understood" not in refusal.problem, f"case {case}: {refusal}, from {refusal.__cause__!r}"
+    assert cases / 4 < refused < cases
+
+
 def check_numbers(state: AdamState) -> None:
     for group in state.groups:
         assert 0 <= group.learning_rate < math.inf
@@ -273,5 +319,5 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "optimizer.pt")
-    with pytest.raises(OptimizerStateError, match="a folder, a pipe or a device"):
+    with pytest.raises(OptimizerStateError, match="it is a pipe or a device"):
         adam_state_from_file(tmp_path / "optimizer.pt", nn.Linear(1, 1))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from entropy_fast.errors import OptimizerStateError
 from entropy_fast.step import AdamState, adam_state_from_file
@@ -257,33 +257,14 @@ def test_bitsandbytes_32_bit_files_are_read(tmp_path: Path) -> None:
         AdamState.from_optimizer(optimizer, model)
 
 
-def test_bitsandbytes_8_bit_files_are_refused_as_such(tmp_path: Path) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    model = nn.Linear(80, 80, bias=False)
-    optimizer = stepped(model, bitsandbytes.optim.AdamW8bit(model.parameters(), lr=1e-3))
-    with pytest.raises(OptimizerStateError, match="'weight' is 8-bit"):
-        read(optimizer.state_dict(), model, tmp_path)
-
-
 @pytest.mark.parametrize("kind", ["Lion", "AdEMAMix"])
 def test_other_optimizers_of_bitsandbytes_are_refused_and_not_called_8_bit(tmp_path: Path, kind: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = Layers()
     optimizer = stepped(model, getattr(bitsandbytes.optim, kind)(model.parameters(), lr=1e-3))
-    with pytest.raises(
-        OptimizerStateError, match=r"expected 'exp_avg_sq'|betas \[.*, .*, .*\]|lr, betas and eps"
-    ) as refusal:
+    with pytest.raises(OptimizerStateError, match=rf"parameter group 0 is that of .*{kind}") as refusal:
         read(optimizer.state_dict(), model, tmp_path)
     assert "8-bit" not in str(refusal.value)
-
-
-def test_a_flattened_state_is_told_so(tmp_path: Path) -> None:
-    model = Layers()
-    flat = StateDictOptions(flatten_optimizer_state_dict=True)
-    content = get_optimizer_state_dict(model, from_the_top_down(model), options=flat)
-    with pytest.raises(OptimizerStateError, match="in flattened form"):
-        read(content, model, tmp_path)
 
 
 def test_a_scheduler_is_told_so_in_a_file_and_live(tmp_path: Path) -> None:
