@@ -302,6 +302,6 @@ def _other_optimizer(at_hand: OptimizerAtHand, trained: list[str]) -> Check:
     return Check(
         "optimizer",
         True,
-        f"{kind_name(at_hand.live)}, made again from its file: holds {held} of {len(trained)} tensors, and its whole next step was "
-        "found by steps on copies",
+        f"{kind_name(at_hand.live)}, made again from its file: holds {held} of {len(trained)} tensors, and its whole next step "
+        "was found by steps on copies",
     )

@@ -8,8 +8,10 @@ name. What comes out is checked, and torch's own objects are made of it here.
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import pickle
+import pickletools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,16 @@ STAND_INS: Mapping[tuple[str, str], type] = {
 }
 
 
+# What pickle writes for such tables since its fourth protocol. Not among them: instructions that put something at a place of
+# the file's choice into the unpickler's memory, which it would make as large as that takes.
+INSTRUCTIONS = frozenset(
+    {"PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINGET", "LONG_BINGET", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD"}
+    | {"EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS", "NONE", "NEWTRUE", "NEWFALSE"}
+    | {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"}
+    | {"SHORT_BINUNICODE", "BINUNICODE"}
+)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in for a name; a dtype is its own name.
@@ -153,12 +165,16 @@ def read_metadata(path: Path) -> CheckpointTables:
         OSError: it cannot be opened.
     """
     with open(path, "rb") as file:
-        try:
-            found = _Unpickler(file).load()
-        except MetadataError:
-            raise
-        except Exception as error:  # damage shows as any of a dozen exceptions
-            raise MetadataError(f"it is damaged or none of torch's ({type(error).__name__})") from error
+        content = file.read()
+    try:
+        for instruction, _, _ in pickletools.genops(content):
+            if instruction.name not in INSTRUCTIONS:
+                raise MetadataError(f"it has the instruction {instruction.name}, which no checkpoint of torch has")
+        found = _Unpickler(io.BytesIO(content)).load()
+    except MetadataError:
+        raise
+    except Exception as error:  # damage shows as any of a dozen exceptions
+        raise MetadataError(f"it is damaged or none of torch's ({type(error).__name__})") from error
     table = _state(found, _Metadata)
     items = {str(name): _item(of_name) for name, of_name in _table(table.get("state_dict_metadata")).items()}
     if not all(isinstance(name, str) for name in _table(table.get("state_dict_metadata"))):

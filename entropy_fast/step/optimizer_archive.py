@@ -18,6 +18,7 @@ __all__ = ["check_archive", "read_archive", "sharded_state"]
 
 ARCHIVE_START = b"PK\x03\x04"
 PIECE = 1 << 20  # bytes read at a time
+FOLDER = 0x10  # among a record's attributes in the archive's table
 SHARDS = ("DTensor", "ShardedTensor")  # classes of torch that hold one rank's piece of a tensor
 
 
@@ -82,11 +83,12 @@ def check_archive(where: str, file: IO[bytes]) -> None:
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        unusual = next(
-            (r for r in records if r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size), None
-        )
-        if unusual is not None or sum(record.file_size for record in records) > size:
+        compressed = any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records)
+        if compressed or sum(record.file_size for record in records) > size:
             raise zipfile.BadZipFile("records are compressed or overlap, which torch.save does not write")
+        # torch's reader takes nothing from a record that calls itself a folder, and leaves the tensor as memory was.
+        if any(record.is_dir() or record.external_attr & FOLDER for record in records):
+            raise zipfile.BadZipFile("a record calls itself a folder, which torch.save does not write")
         if len({record.filename.lower() for record in records}) < len(records):
             raise zipfile.BadZipFile("two records have one name")
         for record in records:

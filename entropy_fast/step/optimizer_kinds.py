@@ -58,7 +58,7 @@ def _muon(shape: Shape, group: Mapping[str, Any]) -> Layout:
 
 
 def _sgd(shape: Shape, group: Mapping[str, Any]) -> Layout:
-    return {"momentum_buffer": shape} if group.get("momentum") else {}
+    return {"momentum_buffer": shape} if real_number(group.get("momentum")) else {}
 
 
 def _adafactor(shape: Shape, group: Mapping[str, Any]) -> Layout:

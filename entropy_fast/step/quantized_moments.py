@@ -20,6 +20,7 @@ from entropy_fast.step.scalars import shown_keys
 __all__ = ["dequantized_entry", "is_quantized"]
 
 CODES = 256
+PARTS = ("state", "qmap", "absmax")
 BLOCK_SIZES = (256, 2048)  # elements to a scale: today's, and that of earlier releases
 
 
@@ -38,14 +39,15 @@ def dequantized_entry(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         OptimizerStateError: tables or scales are missing, of another form or not finite; or bitsandbytes is not installed.
     """
-    kept = {key: value for key, value in entry.items() if not key.startswith(("state", "qmap", "absmax"))}
+    own = {f"{part}{number}" for part in PARTS for number in (1, 2)}
+    kept = {key: value for key, value in entry.items() if key not in own}
     return {**kept, **{f"state{number}": _dequantized(name, entry, number) for number in (1, 2)}}
 
 
 def _dequantized(name: str, entry: Mapping[str, Any], number: int) -> Tensor:
     codes, table, scales = (
         _of_type(entry.get(f"{key}{number}"), dtype)
-        for key, dtype in (("state", torch.uint8), ("qmap", torch.float32), ("absmax", torch.float32))
+        for key, dtype in zip(PARTS, (torch.uint8, torch.float32, torch.float32), strict=True)
     )
     if codes is None or table is None or scales is None:
         raise OptimizerStateError(

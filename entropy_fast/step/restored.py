@@ -6,6 +6,7 @@ Where there is no geometry of Adam's, the next step is found by the optimizer's 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,11 @@ from entropy_fast.step.adam_values import read_groups, read_moments
 from entropy_fast.step.joined import JoinedOptimizer
 from entropy_fast.step.optimizer_kinds import OptimizerKind, checked_entry
 from entropy_fast.step.saved_optimizer import SavedOptimizer, plain_entry
+from entropy_fast.step.scalars import real_number, shown
 
 __all__ = ["restored_optimizer"]
+
+NO_SETTINGS = ("params", "param_names")
 
 
 def restored_optimizer(
@@ -114,6 +118,13 @@ def _other(
     entries: Mapping[str, Mapping[str, Any]],
     named: Mapping[str, nn.Parameter],
 ) -> torch.optim.Optimizer:
+    strange = next((key for key, value in group.items() if key not in NO_SETTINGS and not _is_setting(value)), None)
+    if strange is not None:
+        raise OptimizerStateError(
+            f"optimizer file {path}: parameter group {index}, of {kind.name}, has as {shown(strange)} {shown(group[strange])}; "
+            "settings are finite numbers, texts or nothing.",
+            fix="use the state of a healthy checkpoint.",
+        )
     try:
         taken = inspect.signature(kind.load().__init__).parameters
         optimizer = kind.load()(
@@ -133,6 +144,16 @@ def _other(
         if checked:
             optimizer.state[parameter] = {key: _kept(value, kind, parameter) for key, value in checked.items()}
     return optimizer
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a group can have it: a finite number (a tensor of one, too), a text, None, or a few of these."""
+    if isinstance(value, (tuple, list)):
+        return all(not isinstance(item, (tuple, list)) and _is_setting(item) for item in value)
+    if value is None or isinstance(value, (bool, str)):
+        return True
+    number = real_number(value)
+    return number is not None and math.isfinite(number)
 
 
 def _kept(value: Any, kind: OptimizerKind, parameter: Tensor) -> Any:

@@ -79,8 +79,8 @@ class AdamRule:
                 continue
             if moments.first_moment is None or (group.amsgrad and moments.running_second_moment is None):
                 raise OptimizerStateError(
-                    "the optimizer's state has second moments and no usable first ones (missing, not finite, or the second ones "
-                    "again), which the next step is made of.",
+                    "the optimizer's state has second moments and no usable first ones (missing, not finite, or the second "
+                    "ones again), which the next step is made of.",
                     fix="use the state of a healthy checkpoint, or take step='adam_static' (--step adam_static), which needs "
                     "second moments alone.",
                 )

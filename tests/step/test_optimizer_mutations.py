@@ -25,7 +25,8 @@ from entropy_fast.step.dry_run import DryRun
 
 FORMS = ("numbers", "numbers and names", "names", "flat", "8-bit codes")
 OTHERS = ("adafactor", "transformers' adafactor", "muon beside adamw")
-CASES = [pytest.param(300, id="some"), pytest.param(10_000, id="many", marks=pytest.mark.exhaustive)]
+MANY = (pytest.mark.exhaustive, pytest.mark.timeout(1500))
+CASES = [pytest.param(300, id="some"), pytest.param(10_000, id="many", marks=MANY)]
 
 
 @functools.cache
@@ -118,18 +119,19 @@ def changed_bytes(content: bytes, draw: random.Random) -> bytes:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("cases", CASES)
 def test_damaged_bytes_are_refused_or_change_nothing(tmp_path: Path, cases: int) -> None:
-    path, draw, refused = tmp_path / "optimizer.pt", random.Random(0), 0
+    path, draw, refused, expected = tmp_path / "optimizer.pt", random.Random(0), 0, dict[str, AdamState]()
     for case in range(cases):
-        model, _, file = healthy(FORMS[case % len(FORMS)])
-        path.write_bytes(file)
-        expected = adam_state_from_file(path, model)
+        model, _, file = healthy(form := FORMS[case % len(FORMS)])
+        if form not in expected:
+            path.write_bytes(file)
+            expected[form] = adam_state_from_file(path, model)
         path.write_bytes(changed_bytes(file, draw))
         try:
             found = adam_state_from_file(path, model)
         except OptimizerStateError:
             refused += 1
             continue
-        assert same(found, expected), f"case {case}"
+        assert same(found, expected[form]), f"case {case}"
     assert refused > cases / 2
 
 
@@ -226,7 +228,7 @@ def test_odd_content_is_refused_or_gives_numbers_that_can_be_used(tmp_path: Path
     assert cases / 4 < refused < cases  # both ways out are taken
 
 
-@pytest.mark.parametrize("cases", CASES)
+@pytest.mark.parametrize("cases", [pytest.param(100, id="some"), pytest.param(5_000, id="many", marks=MANY)])
 def test_odd_content_of_other_optimizers_is_refused_or_steps(tmp_path: Path, cases: int) -> None:
     path, draw, refused = tmp_path / "optimizer.pt", random.Random(2), 0
     for case in range(cases):
@@ -285,6 +287,18 @@ def test_archives_that_two_readers_could_read_differently_are_refused(
         adam_state_from_file(tmp_path / "optimizer.pt", model)
     (tmp_path / "optimizer.pt").write_bytes(rebuilt(file, lambda name, content: [(name, content)]))
     adam_state_from_file(tmp_path / "optimizer.pt", model)  # it was what is refused, and nothing else
+
+
+def test_a_record_that_calls_itself_a_folder_is_refused(tmp_path: Path) -> None:
+    """One bit of the archive's table, which no checksum covers: torch would leave the tensor as it found the memory."""
+    model, _, file = healthy("numbers")
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        name = next(record.filename for record in archive.infolist() if record.filename.endswith("data/2")).encode()
+    data = bytearray(file)
+    data[file.rindex(name) - 46 + 38] |= 0x10  # the attributes, in the last of two places that name the record
+    (tmp_path / "optimizer.pt").write_bytes(bytes(data))
+    with pytest.raises(OptimizerStateError, match="a record calls itself a folder"):
+        adam_state_from_file(tmp_path / "optimizer.pt", model)
 
 
 @pytest.mark.parametrize("record", range(1, 6))

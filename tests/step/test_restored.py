@@ -308,6 +308,8 @@ def test_state_that_no_such_optimizer_has_is_refused(tmp_path: Path, name: str, 
             "that of torch.optim.Muon, which cannot be made of it: ValueError",
         ),
         ("torch.optim.SGD", {"momentum": -1.0}, "that of torch.optim.SGD, which cannot be made of it"),
+        ("torch.optim.SGD", {"momentum": torch.ones(2)}, "of torch.optim.SGD, has as 'momentum' a tensor of shape"),
+        ("muon beside adamw", {"eps": float("nan")}, "of torch.optim.Muon, has as 'eps' nan"),
         ("torch.optim.SGD", {"lr": "fast"}, "that of torch.optim.SGD, which cannot be made of it"),
     ],
 )
