@@ -96,7 +96,7 @@ def _read_group(index: int, group: Mapping[str, Any]) -> AdamGroup:
             found = f"keys {shown_keys(group)}"
         raise OptimizerStateError(
             f"parameter group {index} has {found}; Adam's lr, betas and eps are expected: numbers, and two of them for betas.",
-            fix="pass an Adam or AdamW optimizer.",
+            fix="pass an Adam or AdamW optimizer; one of another kind can be given live, for step='next'.",
         )
     check_learning_rate(rate, f"the optimizer's {'first group' if index == 0 else f'group {index}'} has", or_zero=True)
     if not 0 <= beta2 < 1:

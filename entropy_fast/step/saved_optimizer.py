@@ -183,7 +183,9 @@ def _unflattened(where: str, flat: Mapping[str, Any]) -> SavedOptimizer:
     for key, value in flat.items():
         if key.startswith(FLAT_GROUPS):
             name, _, setting = key[len(FLAT_GROUPS) :].rpartition(".")
-            settings.setdefault(name, {})[setting] = value
+            of_name = settings.setdefault(name, {})
+            if setting != "param_names":  # of its group, which is not known
+                of_name[setting] = value
     groups: dict[str, dict[str, Any]] = {}
     for name, of_name in settings.items():
         same = groups.setdefault(

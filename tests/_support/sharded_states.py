@@ -37,16 +37,16 @@ class Layers(nn.Module):
         return out
 
 
-def optimizer_of(model: nn.Module, of_last: list[nn.Parameter], of_others: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The last parameters first: counts and shapes fit in named_parameters() order too."""
-    groups = [{"params": of_last, "lr": 3e-3, "eps": 1e-6}, {"params": of_others, "lr": 1e-3, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.8, 0.95), weight_decay=0.1)
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Two groups, the third layer before the second: counts and shapes fit in named_parameters() order too.
 
-
-def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Of the last two layers, and of the others; FSDP1's flattened parameters count as what they are of."""
-    late = [p for name, p in model.named_parameters() if "last" in name or "layers.2" in name]
-    return late, [p for p in model.parameters() if all(p is not own for own in late)]
+    FSDP1's flattened parameters count as what they are of.
+    """
+    named = list(model.named_parameters())
+    late = [p for layer in ("layers.2", "layers.1") for name, p in named if layer in name]
+    early = [p for _, p in named if all(p is not own for own in late)]
+    groups = [{"params": late, "lr": 3e-3, "eps": 1e-6}, {"params": early, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.8, 0.95), weight_decay=0.1)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -63,7 +63,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def plain() -> tuple[Layers, torch.optim.Optimizer]:
     """The same training in one process."""
     model = Layers()
-    optimizer = optimizer_of(model, *split(model))
+    optimizer = optimizer_of(model)
     train(model, optimizer)
     return model, optimizer
 
@@ -76,7 +76,7 @@ def write_fsdp2(folder: Path, with_accelerate: bool = False) -> None:
     for layer in model.layers:
         fully_shard(layer)
     fully_shard(model)
-    optimizer = optimizer_of(model, *split(model))
+    optimizer = optimizer_of(model)
     train(model, optimizer)
     if dist.get_rank() == 0:
         torch.save(optimizer.state_dict(), folder / "fsdp2-shards.pt")
@@ -94,7 +94,7 @@ def write_fsdp1(folder: Path, original: bool, with_accelerate: bool = False) -> 
         use_orig_params=original,
         device_id=torch.device("cpu"),
     )
-    optimizer = optimizer_of(model, *split(model))
+    optimizer = optimizer_of(model)
     train(model, optimizer)
     name = f"fsdp1-{'original' if original else 'flat'}"
     with FullyShardedDataParallel.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
