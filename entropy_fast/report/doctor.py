@@ -120,7 +120,7 @@ def _run(
     numel = sum(p.numel() for p in trained.values())
     checks.append(Check("trainable parameters", bool(trained), f"{len(trained)} tensors, {numel:,} elements"))
     at_hand = OptimizerAtHand(given) if isinstance(given, AdamState) else given
-    # The reference knows Adam's geometry alone; of another optimizer the engines are compared without any.
+    # With another optimizer the engines are compared without its step, which may magnify their rounding (Muon's is of 16 bits).
     state = None if at_hand is None or not at_hand.is_adam else at_hand.state
     known = state or AdamState.identity(model)
     rate = (known if at_hand is None else at_hand.state).groups[0].learning_rate

@@ -209,6 +209,23 @@ def test_nothing_of_the_users_changes(name: str) -> None:
         assert torch.equal(was, one) if isinstance(was, Tensor) else was == one or name == "transformers' adafactor"
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-8])
+def test_adafactors_smallest_root_is_that_of_the_parameters_type(size: float) -> None:
+    """Unless ε₁ is given, torch takes it from the parameter's type; gradients of RL are that small. Copies are wider."""
+    model = Model(torch.float32)
+    optimizer = torch.optim.Adafactor(groups(model), lr=1e-2)
+    for seed in range(3):
+        for p in fill(model, torch.Generator().manual_seed(seed)) and model.parameters():
+            p.grad = p.grad * size if p.grad is not None else None
+        optimizer.step()
+    gradients = [size * g for g in fill(model, torch.Generator().manual_seed(3))]
+    for p, g in zip(model.parameters(), gradients, strict=True):
+        p.data.zero_()  # so that θ rounds nothing of the step away
+        p.grad = g.clone()
+    found = total(read(model, optimizer), gradients)
+    close([f.double() for f in found], [m.double() for m in taken(model, optimizer)], 1e-5)
+
+
 def test_what_gets_no_gradient_stays() -> None:
     model, optimizer = stepped(LINEAR["adamw"])
     gradients: list[Tensor | None] = list(fill(model, torch.Generator().manual_seed(3)))
