@@ -31,8 +31,8 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
     if type(inner) not in (torch.optim.Adam, torch.optim.AdamW):
         kind = type(inner)
         raise OptimizerStateError(
-            f"the optimizer is a {kind.__module__}.{kind.__qualname__}, whose next step cannot be worked out from a file: that "
-            "is known of torch.optim.Adam and AdamW alone.",
+            f"the optimizer is a {kind.__module__}.{kind.__qualname__}; a step is kept with the state of torch.optim.Adam or "
+            "AdamW alone.",
             fix="train with torch.optim.AdamW to keep steps, or forecast online with the live optimizer.",
         )
     AdamState.from_optimizer(inner, model)  # says what is wrong with its state
