@@ -14,7 +14,7 @@ import torch
 
 from entropy_fast.errors import OptimizerStateError
 
-__all__ = ["check_archive", "read_archive", "sharded_state"]
+__all__ = ["SHARDS", "check_archive", "read_archive", "sharded_state"]
 
 ARCHIVE_START = b"PK\x03\x04"
 PIECE = 1 << 20  # bytes read at a time

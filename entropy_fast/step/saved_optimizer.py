@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from entropy_fast.errors import OptimizerStateError
-from entropy_fast.step.optimizer_archive import sharded_state
+from entropy_fast.step.optimizer_archive import SHARDS, sharded_state
 from entropy_fast.step.scalars import real_number, shown, shown_keys
 
 __all__ = ["QUANTIZED_WRAPPING", "SavedOptimizer", "plain_entry", "saved_optimizer"]
@@ -124,10 +124,12 @@ def _structure(where: str, saved: Any) -> SavedOptimizer:
     strange = [key for key in state if type(key) not in (int, str) or key not in known]
     if strange:
         raise _broken(where, f"'state' has an entry for {shown(strange[0])}, which no parameter group lists")
-    for entry in state.values():
-        # A tensor of another class may be a piece of one, under the whole's shape.
-        if any(isinstance(v, Tensor) and type(v) not in (Tensor, nn.Parameter) for v in plain_entry(entry).values()):
-            raise sharded_state(where)
+    for key, entry in state.items():
+        for value in plain_entry(entry).values():
+            # A tensor of another class may be a piece of one, under the whole's shape.
+            if isinstance(value, Tensor) and type(value) not in (Tensor, nn.Parameter):
+                kind = type(value).__name__
+                raise sharded_state(where) if kind in SHARDS else _broken(where, f"entry {shown(key)} has a {kind}")
     return SavedOptimizer(where, groups, keys, _names(where, groups, keys), state)
 
 

@@ -129,6 +129,7 @@ def _accelerate(folder: Path, name: str, model: nn.Module, optimizer: torch.opti
         )
         of_rank = SimpleNamespace(process_index=dist.get_rank())
         save_fsdp_optimizer(plugin, of_rank, optimizer, model, str(folder / f"{name}-accelerate-{kind.lower()}"))
+    save_fsdp_optimizer(plugin, of_rank, optimizer, model, str(folder / f"{name}-accelerate-ranks"), use_dcp=False)
 
 
 def main(rank: int, world: int, rendezvous: str, folder: str) -> None:

@@ -108,6 +108,18 @@ def test_flattened_parts_that_do_not_belong_together_are_refused(change: Any, me
         saved_optimizer("file", flat)
 
 
+class Own(torch.Tensor):
+    """A class that another library registers as safe to load."""
+
+
+def test_tensors_of_other_classes_are_refused_by_name() -> None:
+    _, optimizer = trained()
+    content = optimizer.state_dict()
+    content["state"][2]["exp_avg_sq"] = content["state"][2]["exp_avg_sq"].as_subclass(Own)
+    with pytest.raises(OptimizerStateError, match="entry 2 has a Own"):
+        saved_optimizer("file", content)
+
+
 def test_numbers_that_have_become_texts_are_numbers_where_all_have() -> None:
     _, optimizer = trained()
     content = optimizer.state_dict()

@@ -149,6 +149,15 @@ def test_two_processes_by_accelerate(together: Path, name: str) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.parametrize("rank", range(2))
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp1-flat", "fsdp1-original"])
+def test_the_files_that_accelerate_writes_by_rank_are_refused(together: Path, name: str, rank: int) -> None:
+    path = together / f"{name}-accelerate-ranks" / f"optimizer_0_rank{rank}.bin"
+    with pytest.raises(OptimizerStateError, match="one rank's pieces of a state that is sharded"):
+        adam_state_from_file(path, sharded_states.Layers())
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["fsdp2-shards.pt", "fsdp1-flat-raw.pt", "fsdp1-original-raw.pt"])
 def test_two_processes_and_pieces_of_one(together: Path, name: str) -> None:
     with pytest.raises(OptimizerStateError, match=r"one rank's pieces|they do not fit"):
