@@ -73,7 +73,7 @@ def probed(folder, *options):
     return json.loads((folder / "out" / "result.json").read_text())
 
 
-@pytest.mark.parametrize(("name", "make"), [("adamw", adamw), ("muon", muon)])
+@pytest.mark.parametrize(("name", "make"), [pytest.param("adamw", adamw, marks=pytest.mark.exhaustive), ("muon", muon)])
 def test_a_checkpoint_folder_is_the_live_optimizers(folder, name, make):
     model = loaded(folder)
     optimizers = make(model)
@@ -86,6 +86,7 @@ def test_a_checkpoint_folder_is_the_live_optimizers(folder, name, make):
     assert found["geometry"] == expected.geometry == "next_step"
 
 
+@pytest.mark.exhaustive
 def test_a_run_folder_may_have_a_checkpoint_folder(folder):
     expected = probed(folder, "--optimizer", str(folder / "adamw"))
     manifest = json.loads((folder / "run.json").read_text())

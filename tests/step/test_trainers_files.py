@@ -83,7 +83,9 @@ def taken(model: nn.Module, optimizer: Any, gradients: list[Tensor]) -> list[Ten
     return [p.detach() - was for p, was in zip(model.parameters(), before, strict=True)]
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    "optim", ["adafactor", *(pytest.param(optim, marks=pytest.mark.exhaustive) for optim in ("adamw_torch", "sgd"))]
+)
 def test_trainers_optimizer_pt(tmp_path: Path, optim: str) -> None:
     trainer, path = trained(tmp_path, optim)
     model, optimizer = trainer.model, trainer.optimizer
@@ -99,6 +101,7 @@ def test_trainers_optimizer_pt(tmp_path: Path, optim: str) -> None:
         assert (moved - real).norm() <= 1e-11 * real.norm() > 0
 
 
+@pytest.mark.exhaustive
 def test_trainers_optimizer_pt_in_8_bits(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     trainer, path = trained(tmp_path, "adamw_bnb_8bit", torch.float32)
