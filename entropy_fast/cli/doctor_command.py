@@ -75,8 +75,8 @@ def doctor(
         inputs = resolve(run, model_options, adapter, optimizer, rollouts, None, {})
         batch = inputs.read_rollouts()[0]
         with errors().status(Text(f"Checking {inputs.model.name}")):
-            policy, state = inputs.load()
-            checks += check_model(policy, state, batch, estimate=inputs.estimate, run=inputs.run)
+            policy, optimizer_at_hand = inputs.load()
+            checks += check_model(policy, optimizer_at_hand, batch, estimate=inputs.estimate, run=inputs.run)
     elif (source := model_source(None, **model_options)) is not None:
         require_no_pipe(optimizer, or_folder=True)
         require_no_pipe(rollouts)

@@ -16,7 +16,7 @@ from entropy_fast.run_folder.adapter import load_policy
 from entropy_fast.run_folder.bundle_reading import BUNDLE_NAME, Bundle, read_bundle
 from entropy_fast.run_folder.manifest import read_manifest
 from entropy_fast.run_folder.model_source import ModelSource, load_tokenizer
-from entropy_fast.step import AdamState, OptimizerAtHand, optimizer_from_file
+from entropy_fast.step import OptimizerAtHand, optimizer_from_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,12 +48,13 @@ class Inputs:
         """The update by token, of a bundle; None where options describe it."""
         return None if self.bundle is None else self.bundle.coefficients(update)
 
-    def load(self) -> tuple[PreTrainedModel | PeftModel, AdamState | OptimizerAtHand]:
+    def load(self) -> tuple[PreTrainedModel | PeftModel, OptimizerAtHand]:
         """Model (with its adapter, and the gradient of a bundle) and the optimizer matched to it."""
         if self.bundle is not None:
-            return self.bundle.load(self.model)
-        model = load_policy(self.model, self.adapter)
-        return model, optimizer_from_file(self.optimizer, model)
+            model, state = self.bundle.load(self.model)
+            return model, OptimizerAtHand(state)
+        policy = load_policy(self.model, self.adapter)
+        return policy, optimizer_from_file(self.optimizer, policy)
 
 
 def read_batch(path: Path, source: ModelSource) -> Rollouts:

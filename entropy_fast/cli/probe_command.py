@@ -117,12 +117,12 @@ def probe(
         check_folder(target)
         team.enter("loading the model")
         with errors().status(Text(f"Loading {inputs.model.name}")) if shows else nullcontext():
-            policy, state = inputs.load()
+            policy, optimizer_at_hand = inputs.load()
         how = inputs.run if team.size == 1 else dataclasses.replace(inputs.run, ranks="all", rank_timeout=seconds)
         with progress() if shows else nullcontext() as report:
             result = fast_delta_h1(
                 policy,
-                state,
+                optimizer_at_hand,
                 update,
                 entropy_rollouts=entropy,
                 coefficients=inputs.coefficients(update),

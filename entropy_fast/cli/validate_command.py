@@ -96,16 +96,23 @@ def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
     if estimate.step is None:
         estimate = dataclasses.replace(estimate, step="next")
     with errors().status(Text(f"Loading {inputs.model.name}")):
-        policy, state = inputs.load()
+        policy, optimizer_at_hand = inputs.load()
     given = inputs.coefficients(update)
     with progress() as report:
         result = fast_delta_h1(
-            policy, state, update, coefficients=given, estimate=estimate, run=inputs.run, on_progress=report
+            policy, optimizer_at_hand, update, coefficients=given, estimate=estimate, run=inputs.run, on_progress=report
         )
     with errors().status(Text("Taking the step, scoring, and putting it back")):
         plain = dataclasses.replace(inputs.run, engine="one_pass", full_kernel=False, by_sequence=False, by_token=False)
         found = measure_delta_h(
-            policy, state, update, held_out=others, etas=etas, coefficients=given, estimate=estimate, run=plain
+            policy,
+            optimizer_at_hand,
+            update,
+            held_out=others,
+            etas=etas,
+            coefficients=given,
+            estimate=estimate,
+            run=plain,
         )
     return validation_of(result, found)
 

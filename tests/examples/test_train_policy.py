@@ -242,6 +242,6 @@ def test_adapter_of_a_pretrained_model(training: ModuleType, monkeypatch: pytest
     small = {"steps": 2, "checkpoints": (2,), "prompts": 2, "responses": 2, "held_out_prompts": 2, "max_new_tokens": 3}
     (checkpoint,) = training.train(dataclasses.replace(smollm2, **small), tmp_path)
     inputs = resolve(checkpoint, {}, None, None, None, None, {})
-    _, state = inputs.load()
-    assert len(state.moments) == 2 * 7 * 30  # A and B, linear layers, blocks
+    _, at_hand = inputs.load()
+    assert len(at_hand.state.moments) == 2 * 7 * 30  # A and B, linear layers, blocks
     assert inputs.read_rollouts()[0].n_sequences == read_rollouts(checkpoint / "held_out.jsonl").n_sequences == 4
