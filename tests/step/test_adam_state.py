@@ -10,7 +10,7 @@ from probe_oracle.models import stepped_adam
 from torch import nn
 
 from entropy_fast.checks.parameter_registry import ParameterRegistry
-from entropy_fast.errors import OptimizerStateError
+from entropy_fast.errors import ModelStateError, OptimizerStateError
 from entropy_fast.step import AdamPreconditioner, AdamState
 
 
@@ -149,9 +149,7 @@ def test_a_model_under_fsdp1_is_refused_by_its_name() -> None:
     inner = small_model()
     optimizer = stepped(inner, torch.optim.AdamW(inner.parameters()))
     kind = type("FullyShardedDataParallel", (nn.Sequential,), {"__module__": "torch.distributed.fsdp"})
-    with pytest.raises(
-        OptimizerStateError, match=r"torch\.distributed\.fsdp\.FullyShardedDataParallel.*flattened shards"
-    ):
+    with pytest.raises(ModelStateError, match=r"torch\.distributed\.fsdp\.FullyShardedDataParallel.*flattened shards"):
         AdamState.from_optimizer(optimizer, nn.Sequential(kind(*inner)))
 
 
