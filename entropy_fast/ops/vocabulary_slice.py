@@ -118,7 +118,7 @@ def _described(name: str, tensor: Tensor) -> str:
     if not is_dtensor(tensor):
         return f"{name} {tuple(tensor.shape)}, a plain {type(tensor).__name__}"
     mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    placements = ", ".join(map(str, tensor.placements))  # type: ignore[attr-defined]
+    placements = ", ".join(map(repr, tensor.placements))  # type: ignore[attr-defined]
     return f"{name} {tuple(tensor.shape)}, a DTensor with placements ({placements}) on a mesh of {tuple(mesh.shape)}"
 
 

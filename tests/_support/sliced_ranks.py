@@ -291,7 +291,7 @@ def _replicated() -> Any:
 
 
 def layouts_that_are_no_slices() -> dict[str, str]:
-    """Messages of `VocabularySlice.from_dtensor`, by what it was given; and a second dimension of the mesh that is whole."""
+    """Messages of `VocabularySlice.from_dtensor`, by what it was given; and two on a mesh of two dimensions that are."""
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -302,6 +302,10 @@ def layouts_that_are_no_slices() -> dict[str, str]:
     assert torch.equal(held.weight, weight[cut(11).start : cut(11).stop]) and held.first == cut(11).start
     layer = parallelize_module(nn.Linear(4, 11), mesh["tp"], ColwiseParallel())
     fully_shard(layer, mesh=mesh["dp"])
+    layer.unshard()
+    held = ops.VocabularySlice.from_dtensor(layer.weight, layer.bias)
+    assert (held.first, held.weight.shape[0], held.vocabulary) == (cut(11).start, len(cut(11)), 11)
+    layer.reshard()
     calls = {
         "plain": (weight,),
         "whole": (distribute_tensor(weight, mesh["tp"], [Replicate()]),),
@@ -344,7 +348,7 @@ def disagreements() -> dict[str, str]:
         "gradient": call(hidden.clone().requires_grad_()),
         "a target": call(targets=torch.full_like(targets, 31)),
         "a backend": call(backend="cuda"),
-        "a tangent": call(hidden.to(torch.int64)),
+        "a dtype": call(hidden.to(torch.int64)),
         "lost rows": call(held=ops.VocabularySlice(own.weight[:-1], own.first, 31)),
         "doubled rows": call(held=ops.VocabularySlice(own.weight, max(own.first - 1, 0), 31)),
         "vocabulary": call(held=ops.VocabularySlice(own.weight, own.first, 32)),

@@ -77,7 +77,7 @@ def assert_told(ranks: Found) -> None:
     refused = {
         "a target": "expected a token in [0, 31)",
         "a backend": "does not have this op",
-        "a tangent": "expected float32, float64",
+        "a dtype": "expected float32, float64",
     }
     for rank, found in enumerate(ranks):
         assert set(found["disagreements"]) == {*differing, *refused}
@@ -113,11 +113,15 @@ def test_more_of_it(more: Found) -> None:
         assert_float64(found["impossible_tokens"], 2)
         assert all(value <= 1e-14 for value in found["an_impossible_target"].values())
         assert all(value <= 1e-14 for value in found["subsets_of_results_and_gradients"].values())
-        messages = found["layouts_that_are_no_slices"]
-        assert "a plain Tensor" in messages["plain"]
-        assert all("ConfigError" in message for message in messages.values())
-        assert "(Replicate()) on a mesh" in messages["whole"].replace("R)", "Replicate())").replace("(R", "(R")
-        assert "expected both split" in messages["bias"]
+        for name, text in {
+            "plain": "weight (11, 4), a plain Tensor; expected a DTensor that is split along the vocabulary",
+            "whole": "placements (Replicate()) on",
+            "hidden units": "placements (Shard(dim=1)) on",
+            "fsdp": "Shard(dim=0)) on a mesh of (1, ",
+            "bias": "bias (11,), a plain Tensor; expected both split along the vocabulary",
+        }.items():
+            assert found["layouts_that_are_no_slices"][name].startswith("ConfigError: VocabularySlice.from_dtensor got")
+            assert text in found["layouts_that_are_no_slices"][name]
 
 
 @pytest.mark.exhaustive
