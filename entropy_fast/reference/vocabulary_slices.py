@@ -47,7 +47,7 @@ class MergedSlices(NamedTuple):
         lse: ``[N]``.
         entropy: ``[N]`` nats; None unless the slices have theirs.
         share: ``[R, N]`` π_r.
-        log_share: ``[R, N]`` log π_r; 0 where the slice's tokens can never come.
+        log_share: ``[R, N]`` log π_r; -inf where the slice's tokens can never come.
     """
 
     logprob: Tensor
@@ -64,11 +64,11 @@ def merge_slices(values: SliceValues) -> MergedSlices:
     """
     lse = torch.logsumexp(values.lse, 0)
     usable = torch.where(lse.isfinite(), lse, torch.nan)
-    impossible = (values.lse == -torch.inf) & lse.isfinite()
-    log_share = torch.where(impossible, 0.0, values.lse - usable)
-    share = log_share.exp().masked_fill(impossible, 0.0)
+    log_share = values.lse - usable
+    share = log_share.exp()
     entropy = None
     if values.entropy is not None:
+        impossible = (values.lse == -torch.inf) & lse.isfinite()
         entropy = (share * torch.where(impossible, 0.0, values.entropy - log_share)).sum(0)
     return MergedSlices(values.target_logit.sum(0) - usable, lse, entropy, share, log_share)
 

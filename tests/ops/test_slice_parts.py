@@ -30,12 +30,13 @@ class Together:
 
     case: LinearCase
     sizes: list[int]
+    ignore_index: int = IGNORE
 
     def __post_init__(self) -> None:
         ends = list(itertools.accumulate(self.sizes))
         rows = [range(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
         case, options = self.case, {"softcap": self.case.softcap, "want_entropy": True, "units": True}
-        calls = [SliceCall.of(case.targets, r, ends[-1], ignore_index=IGNORE, **options) for r in rows]
+        calls = [SliceCall.of(case.targets, r, ends[-1], ignore_index=self.ignore_index, **options) for r in rows]
         weights = case.weight.split(self.sizes)
         biases = [None] * len(rows) if case.bias is None else case.bias.split(self.sizes)
         found = [own_values(case.hidden, *own) for own in zip(weights, biases, calls, strict=True)]
@@ -148,15 +149,22 @@ def test_targets_that_no_slice_holds_are_nan() -> None:
 
 
 def test_an_index_to_ignore_that_is_a_token_of_a_slice() -> None:
-    """Within the slice another token has that index."""
+    """Within the slices other tokens have that index."""
     case = make_linear_case(6, 4, 9, torch.float64, bias=True, masked=0)
-    targets = torch.tensor([2, 0, 7, 4, 2, 6])
-    whole = ops.linear_token_logprobs(case.hidden, case.weight, targets, bias=case.bias, ignore_index=2)
-    rows = (range(5), range(5, 9))
-    calls = [SliceCall.of(targets, own, 9, ignore_index=2) for own in rows]
-    numbers = [
-        values_of(own_values(case.hidden, case.weight[r.start : r.stop], case.bias[r.start : r.stop], call), call)
-        for r, call in zip(rows, calls, strict=True)
-    ]
-    merged = reference.merge_slices(reference.SliceValues(*torch.stack(numbers, 1).unbind(), None))
-    torch.testing.assert_close(calls[0].results(merged, torch.float64)[0], whole.logprob)
+    case = dataclasses.replace(case, targets=torch.tensor([2, 0, 7, 4, 2, 6]))
+    arguments, options = case.arguments()
+    whole = ops.linear_token_logprobs_with_units(*arguments, **options, want_entropy=True, ignore_index=2)
+    for found, expected in zip(Together(case, [5, 4], ignore_index=2).results(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_an_impossible_target_in_a_slice_without_probability() -> None:
+    case = make_linear_case(3, 4, 9, torch.float64, bias=True, masked=0)
+    bias = case.bias.clone()
+    bias[5:] = -torch.inf
+    case = dataclasses.replace(case, bias=bias, targets=torch.tensor([8, 5, 0]))
+    arguments, options = case.arguments()
+    whole = ops.linear_token_logprobs_with_units(*arguments, **options, want_entropy=True)
+    for found, expected in zip(Together(case, [5, 4]).results(), whole, strict=True):
+        torch.testing.assert_close(found, expected)
+    assert whole.logprob[:2].eq(-torch.inf).all()
