@@ -259,7 +259,7 @@ def _checked(hidden: Tensor, own: VocabularySlice, targets: Tensor, softcap: flo
         if is_dtensor(tensor):
             raise ConfigError(
                 f"{_NAME} got a DTensor as {name}; expected a plain tensor, whole on every rank.",
-                fix="gather it (redistribute to Replicate()) and pass to_local(); its grad_placements are Replicate() too.",
+                fix="gather it (redistribute to Replicate()) and pass to_local(); its gradient is whole on every rank too.",
             )
     check_linear_arguments(_NAME, hidden, own.weight, targets, own.bias, softcap, may_be_empty=True)
     check_targets(_NAME, targets, own.vocabulary, ignore_index)

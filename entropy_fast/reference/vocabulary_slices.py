@@ -86,7 +86,7 @@ def sliced_linear_token_logprobs(
 ) -> LinearTokenLogprobs:
     """`linear_token_logprobs` of the slices put one under the other, by way of each slice's own values.
 
-    Without ``unit_gradients`` it is differentiable any number of times, in reverse mode.
+    Without ``unit_gradients`` it is differentiable any number of times, in reverse and in forward mode.
 
     Args:
         hidden: ``[N, H]``, any floating dtype.

@@ -56,7 +56,7 @@ def test_gradients(drawn: tuple[LinearCase, list[int]]) -> None:
         torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-11)
 
 
-def test_second_derivatives() -> None:
+def test_forward_mode_and_second_derivatives() -> None:
     case = make_linear_case(3, 2, 7, torch.float64, bias=True, softcap=2.0, masked=0)
     inputs = [t.clone().requires_grad_() for t in (case.hidden, case.weight, case.bias)]
 
@@ -64,6 +64,7 @@ def test_second_derivatives() -> None:
         found = in_slices(dataclasses.replace(case, hidden=hidden, weight=weight, bias=bias), [3, 0, 4])
         return found.logprob, found.lse, found.entropy
 
+    assert torch.autograd.gradcheck(function, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, inputs)
 
 
