@@ -24,6 +24,7 @@ __all__ = [
     "overwrites_what_it_saved",
     "prompt_learning",
     "runs_its_own_forward",
+    "tensor_parallel_size",
     "trainer_decay_names",
     "transformers_base",
 ]
@@ -98,6 +99,15 @@ def attention_function(configurations: Sequence[Any], function: Callable[..., An
         for config, implementation in before:
             setattr(config, _IMPLEMENTATION, implementation)
         AttentionInterface._global_mapping.pop(name, None)
+
+
+def tensor_parallel_size(module: nn.Module) -> int:
+    """Over how many ranks transformers split a model's layers as it loaded it; 1 where it did not.
+
+    Versions before 5 leave plain tensors with this rank's part in some layers, which nothing else tells from whole ones.
+    """
+    found = (vars(submodule).get("_tp_size") for submodule in module.modules())
+    return max((size for size in found if isinstance(size, int)), default=1)
 
 
 def trainer_decay_names(module: nn.Module) -> set[str]:

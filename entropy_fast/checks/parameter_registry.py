@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from entropy_fast.checks.sharding import refuse_sharded
+from entropy_fast.checks.tensor_parallel import refuse_tensor_parallel
 from entropy_fast.errors import ModelStateError, ParameterRegistryError
 
 __all__ = ["ParameterRegistry", "RegisteredParameter", "unwrap_model"]
@@ -62,10 +63,11 @@ class ParameterRegistry:
 
         Raises:
             ModelStateError: nothing is trainable, a parameter was created under inference mode, parameters are flattened or
-                sharded, or a hook would act on gradients as they are accumulated.
+                sharded, layers are split over ranks, or a hook would act on gradients as they are accumulated.
         """
         refuse_sharded(model)
         module = unwrap_model(model)
+        refuse_tensor_parallel(module)
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         for name, parameter in module.named_parameters():
             if parameter.is_inference():

@@ -32,14 +32,13 @@ Upstream = tuple[Tensor, Tensor, Tensor | None]
 
 def gradient_of_hidden(
     grads: Upstream,
-    hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     result: LinearTokenLogprobs,
     softcap: float | None,
     ignore_index: int,
 ) -> Tensor:
-    """``[rows, H]``: the unit gradients, scaled by what comes from above.
+    """``[rows, H]``: the unit gradients, scaled by what comes from above, in their dtype.
 
     ∂lse/∂h = Σ_v p_v s_v W_v = s_y W_y - ∂logprob/∂h.
     """
@@ -55,7 +54,7 @@ def gradient_of_hidden(
         at_target = result.logprob[rows].double() + result.lse[rows]
         slope = torch.ones_like(at_target) if softcap is None else 1.0 - (at_target / softcap).square()
         total[rows] += (of_lse[rows] * slope).to(dtype).unsqueeze(1) * weight[targets[rows]].to(dtype)
-    return total.to(hidden.dtype)
+    return total
 
 
 def logits_dtype(backend: str, hidden: torch.dtype) -> torch.dtype:

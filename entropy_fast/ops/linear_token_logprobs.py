@@ -13,21 +13,19 @@ import torch
 from torch import Tensor
 
 from entropy_fast import reference
-from entropy_fast.errors import ConfigError
 from entropy_fast.ops import blockwise, linear_gradients, triton_backend
 from entropy_fast.ops.backends import AUTO, count_call, requested, resolve_backend
 from entropy_fast.ops.linear_gradients import logits_dtype
-from entropy_fast.ops.linear_inputs import LinearInputs
+from entropy_fast.ops.linear_inputs import LINEAR_BACKENDS, LinearInputs, as_autocast, check_linear_arguments
 from entropy_fast.ops.registration import accumulator, refuse_forward_mode, register
 from entropy_fast.ops.token_logprobs import TokenLogprobs, check_targets
 from entropy_fast.reference import LinearTokenLogprobs
 
 __all__ = ["linear_token_logprobs", "linear_token_logprobs_with_units"]
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_BACKENDS = ("reference", "native", "triton")
-_OP = "entropy_fast::linear_token_logprobs"
-_BACKWARD_OP = "entropy_fast::linear_token_logprobs_backward"
+_NAME = "linear_token_logprobs"
+_OP = f"entropy_fast::{_NAME}"
+_BACKWARD_OP = f"{_OP}_backward"
 
 
 def linear_token_logprobs(
@@ -67,9 +65,9 @@ def linear_token_logprobs(
         ConfigError: shapes, dtypes, devices, targets or softcap do not fit, or there is no such backend.
         BackendUnavailableError: the backend was asked for by name and cannot run here, or does not have this op.
     """
-    _check_arguments(hidden, weight, targets, bias, softcap)
-    refuse_forward_mode("linear_token_logprobs", hidden, weight, bias)
-    hidden = _autocast(hidden)
+    check_linear_arguments(_NAME, hidden, weight, targets, bias, softcap)
+    refuse_forward_mode(_NAME, hidden, weight, bias)
+    hidden = as_autocast(hidden)
     needs_units = torch.is_grad_enabled() and hidden.requires_grad
     result = LinearTokenLogprobs(
         *_linear_token_logprobs(
@@ -96,60 +94,13 @@ def linear_token_logprobs_with_units(
     Arguments and errors are the same. Nothing here carries a graph. ``lse`` and ``entropy`` are float64; ``unit_logprob``
     and ``unit_entropy`` (None without ``want_entropy``) are ``[rows, H]`` in the dtype of ``logprob``.
     """
-    _check_arguments(hidden, weight, targets, bias, softcap)
-    hidden = _autocast(hidden)
+    check_linear_arguments(_NAME, hidden, weight, targets, bias, softcap)
+    hidden = as_autocast(hidden)
     with torch.no_grad():
         return LinearTokenLogprobs(
             *_linear_token_logprobs(
                 hidden, weight, targets, bias, softcap, want_entropy, True, ignore_index, requested(backend)
             )
-        )
-
-
-def _autocast(hidden: Tensor) -> Tensor:
-    """As ``F.linear`` has it under autocast, which leaves float64 alone."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64 or not hidden.is_floating_point():
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(device))
-
-
-def _check_arguments(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None
-) -> None:
-    shapes = {"hidden": hidden.dim() == 2, "weight": weight.dim() == 2, "targets": targets.dim() == 1}
-    fits = all(shapes.values()) and hidden.shape == (targets.shape[0], weight.shape[1])
-    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
-        found = ", ".join(
-            f"{name} {tuple(tensor.shape)}"
-            for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias))
-            if tensor is not None
-        )
-        raise ConfigError(
-            f"linear_token_logprobs got {found}; expected [rows, H], [vocabulary, H], [rows] and [vocabulary].",
-            fix="flatten all leading dimensions into rows; weight is that of the output layer, as nn.Linear keeps it.",
-        )
-    dtypes = [tensor.dtype for tensor in (hidden, weight, bias) if tensor is not None]
-    if any(dtype not in _DTYPES for dtype in dtypes) or targets.dtype != torch.int64:
-        raise ConfigError(
-            f"linear_token_logprobs got {', '.join(map(str, dtypes))} and {targets.dtype} targets; expected float32, "
-            "float64, bfloat16 or float16, and int64.",
-            fix="convert them first; a quantised output layer has to be dequantised.",
-        )
-    if weight.shape[0] == 0:
-        raise ConfigError(
-            "linear_token_logprobs got a weight without rows: a vocabulary of 0.",
-            fix="pass the output layer's [V, H] weight.",
-        )
-    devices = {tensor.device for tensor in (hidden, weight, targets, bias) if tensor is not None}
-    if len(devices) > 1:
-        raise ConfigError(
-            f"linear_token_logprobs got tensors on {', '.join(sorted(map(str, devices)))}.",
-            fix="move them to one device.",
-        )
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ConfigError(
-            f"linear_token_logprobs got softcap={softcap}; expected a positive number.", fix="pass None for no softcap."
         )
 
 
@@ -176,9 +127,9 @@ class _Backward(NamedTuple):
 
 def _forward(*arguments: Any) -> LinearTokenLogprobs:
     call = LinearInputs(*arguments)
-    _check_arguments(call.hidden, call.weight, call.targets, call.bias, call.softcap)
-    check_targets("linear_token_logprobs", call.targets, call.weight.shape[0], call.ignore_index)
-    chosen = resolve_backend(call.backend, call.hidden.device, _BACKENDS)
+    check_linear_arguments(_NAME, call.hidden, call.weight, call.targets, call.bias, call.softcap)
+    check_targets(_NAME, call.targets, call.weight.shape[0], call.ignore_index)
+    chosen = resolve_backend(call.backend, call.hidden.device, LINEAR_BACKENDS)
     count_call(chosen, _OP)
     return _RUNS[chosen](call)
 
@@ -241,7 +192,7 @@ def _differentiate(
 
 def _backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     call = _Backward(*arguments)
-    chosen = resolve_backend(call.backend, call.hidden.device, _BACKENDS)
+    chosen = resolve_backend(call.backend, call.hidden.device, LINEAR_BACKENDS)
     count_call(chosen, _BACKWARD_OP)
     upstream = call[:3]
     of_hidden = of_weight = of_bias = None
@@ -249,8 +200,8 @@ def _backward(*arguments: Any) -> tuple[Tensor | None, Tensor | None, Tensor | N
         assert call.unit_logprob is not None
         result = LinearTokenLogprobs(*call[7:12])
         of_hidden = linear_gradients.gradient_of_hidden(
-            upstream, call.hidden, call.weight, call.targets, result, call.softcap, call.ignore_index
-        )
+            upstream, call.weight, call.targets, result, call.softcap, call.ignore_index
+        ).to(call.hidden.dtype)
     if call.wanted[1] or call.wanted[2]:
         of_weight, of_bias = linear_gradients.gradient_of_weight(
             upstream,
