@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from types import FrameType
 
@@ -15,14 +16,18 @@ from rich.text import Text
 
 from entropy_fast.cli import demo_command, doctor_command, probe_command, sample_command, validate_command
 from entropy_fast.cli.console import errors, lenient_streams, output
+from entropy_fast.cli.exit_status import MEANINGS, ExitStatus
 from entropy_fast.cli.launched import speaks
-from entropy_fast.errors import EntropyFastError
+from entropy_fast.errors import ConfigError, EntropyFastError, escaped
 from entropy_fast.run_folder.interrupts import ENDING
 
 __all__ = ["application", "run"]
 
 application = typer.Typer(
     help="Forecast how much the next RL update will change a language model's policy entropy, and why.",
+    epilog="Exit status: "
+    + "; ".join(f"{status.value} {meaning}" for status, meaning in MEANINGS.items())
+    + "; 128 + n ended by signal n (130 by Ctrl-C).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -52,9 +57,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; None takes ``sys.argv``.
 
     Returns:
-        Exit status: 0 done (also where the reader of standard output went away before its end), 1 a check of ``doctor``
-        failed, 2 bad input or an error of this package, 3 done, but standard output could not be written, 128 + n ended by
-        signal n. With ``ENTROPY_FAST_TRACEBACK=1`` errors of this package keep their traceback.
+        An `ExitStatus`, or 128 + n where signal n ended it. With ``ENTROPY_FAST_TRACEBACK=1`` errors of this package show
+        their traceback too.
     """
     with lenient_streams() as failure, _ending_signals() as received:
         try:
@@ -66,7 +70,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         if isinstance(lost := failure(), OSError) and not isinstance(lost, BrokenPipeError):
             errors().print(Text(f"error: standard output cannot be written: {lost.strerror}", style="bold red"))
-            status = status or 3
+            status = status or ExitStatus.UNPRINTED
     return status
 
 
@@ -74,18 +78,37 @@ def _status(arguments: list[str]) -> int:
     try:
         application(args=arguments, prog_name="entropy-fast")
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else 0
-    except (EntropyFastError, OSError) as error:
+        return stop.code if isinstance(stop.code, int) else ExitStatus.DONE
+    except EntropyFastError as error:
         if os.environ.get("ENTROPY_FAST_TRACEBACK") == "1":
-            raise
-        problem, fix = str(error), "check that the path exists and can be read or written."
-        if isinstance(error, EntropyFastError):
-            problem, fix = error.problem, error.fix
+            _show_traceback()
         if speaks(error):
-            errors().print(Text(f"error: {problem}", style="bold red"))
-            errors().print(Text(f"what to do: {fix}"))
-        return 2
-    return 0
+            _say(error.problem, error.fix)
+        return ExitStatus.USAGE if isinstance(error, ConfigError) else ExitStatus.REFUSED
+    except OSError as error:
+        if os.environ.get("ENTROPY_FAST_TRACEBACK") == "1":
+            _show_traceback()
+        if speaks():
+            _say(str(error), "check that the path exists and can be read or written.")
+        return ExitStatus.REFUSED
+    except Exception as error:  # whatever it is, it is no fault of the reader's, and is to be told from what is
+        _show_traceback()
+        _say(
+            f"unexpected {type(error).__name__}: {error}",
+            "this is a fault of entropy-fast, not of your data: report it with the lines above.",
+        )
+        return ExitStatus.FAULT
+    return ExitStatus.DONE
+
+
+def _say(problem: str, fix: str) -> None:
+    errors().print(Text(f"error: {escaped(problem)}", style="bold red"))
+    errors().print(Text(f"what to do: {escaped(fix)}"))
+
+
+def _show_traceback() -> None:
+    for line in traceback.format_exc().splitlines():
+        errors().print(Text(escaped(line)), soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -1,31 +1,47 @@
-"""Consoles, streams and progress bars shared by the commands."""
+"""Consoles and streams shared by the commands."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from entropy_fast.errors import EntropyFastWarning
-
-__all__ = ["errors", "lenient_streams", "output", "progress", "quiet_libraries"]
+__all__ = ["errors", "is_terminal", "lenient_streams", "output"]
 
 
 def output() -> Console:
     """Standard output; model text goes through `rich.text.Text`, never through markup."""
-    return Console(markup=False, highlight=False)
+    return _console(sys.stdout)
 
 
 def errors() -> Console:
     """Standard error."""
-    return Console(stderr=True, markup=False, highlight=False)
+    return _console(sys.stderr)
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream leads to a terminal that can move its cursor; False for one that is closed."""
+    try:
+        return bool(stream.isatty()) and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+    except (AttributeError, ValueError, OSError):
+        return False
+
+
+def _console(stream: Any) -> Console:
+    """Colours where it is a terminal, or ``FORCE_COLOR`` is set to anything; none, nor bold, where ``NO_COLOR`` is."""
+    wanted = is_terminal(stream) or bool(os.environ.get("FORCE_COLOR"))
+    coloured = wanted and not os.environ.get("NO_COLOR")
+    return Console(
+        file=stream,
+        force_terminal=wanted,
+        color_system="auto" if coloured else None,
+        markup=False,
+        highlight=False,
+    )
 
 
 class _Lenient:
@@ -91,38 +107,3 @@ def lenient_streams() -> Iterator[Callable[[], OSError | None]]:
             out.flush()
             err.flush()
             sys.stdout, sys.stderr = before
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per stage on standard error; yields the callback the probe reports to."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=errors(), transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-            if done >= total:
-                # The stage may come again (sampling before every step): a finished bar is taken down.
-                bars.remove_task(tasks.pop(stage))
-
-        yield report
-
-
-def quiet_libraries() -> None:
-    """Turn off the libraries' bars and info lines, and our own warnings, which the result repeats.
-
-    To be called before anything heavy is imported: some of it is said during the import.
-    """
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # What it warns of, missing weights, is an error here.
-    warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore", EntropyFastWarning)

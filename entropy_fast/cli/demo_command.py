@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from entropy_fast.cli.console import output, progress, quiet_libraries
+from entropy_fast.cli.bars import progress
 from entropy_fast.cli.model_options import given_path
-from entropy_fast.errors import ConfigError
+from entropy_fast.cli.quiet import quiet_libraries
+from entropy_fast.cli.showing import Showing, VerboseOption
+from entropy_fast.errors import ConfigError, escaped
 
 __all__ = ["demo"]
 
 
 def demo(
+    context: typer.Context,
     out: Annotated[
         Path, typer.Option(parser=given_path, metavar="FOLDER", help="Folder for everything the demo leaves.")
     ] = Path("runs/demo"),
@@ -27,9 +30,11 @@ def demo(
     learning_rate: Annotated[float, typer.Option(min=1e-12, help="AdamW's.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of prompts, sampling and LoRA initialisation.")] = 0,
     model: Annotated[str | None, typer.Option(help="Another model than the embedded one.", show_default=False)] = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Train a LoRA for a few real GRPO steps, then forecast what the next one does to the entropy."""
-    quiet_libraries()
+    showing = Showing.of(context, verbose=verbose, as_json=False)
+    context.with_resource(quiet_libraries())
     try:
         from entropy_fast.demo import DemoSettings, run_demo
         from entropy_fast.demo.story import DEFAULT_MODEL
@@ -42,7 +47,6 @@ def demo(
     from entropy_fast.run_folder.placing import check_folder
 
     check_folder(out)
-    console = output()
     settings = DemoSettings(
         prompts=prompts,
         training_prompts=training_prompts,
@@ -53,8 +57,9 @@ def demo(
         seed=seed,
         model=model or DEFAULT_MODEL,
     )
-    with progress() as report:
-        outcome = run_demo(settings, out, lambda sentence: console.print(Text(sentence)), report)
-    save_and_show(outcome.result, out, picture=None)
-    print_realised(outcome.result, outcome.realised, console)
-    console.print(Text(f"repeat the probe from these files: entropy-fast probe {out} --out DIR"), soft_wrap=True)
+    with progress("Demo") as bars:
+        outcome = run_demo(settings, out, bars.say, bars.report)
+    save_and_show(outcome.result, out, picture=None, showing=showing)
+    print_realised(outcome.result, outcome.realised, showing.aside, verbose=verbose)
+    again = f"repeat the probe from these files: entropy-fast probe {escaped(str(out))} --out DIR"
+    showing.aside.print(Text(again), soft_wrap=True)

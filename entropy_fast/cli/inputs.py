@@ -86,9 +86,10 @@ def resolve(
         options: of the probe, likewise.
 
     Raises:
-        RunFolderError: neither gives a model, an optimizer file and rollouts, or one of them is no file.
+        ConfigError: neither gives a model, an optimizer file and rollouts, an option has a value outside what there is, or a
+            kept step is given files of another.
+        RunFolderError: a file is none.
         BundleError: the folder is a kept step that is not whole.
-        ConfigError: an option of the probe has a value outside what there is, or a kept step is given files of another.
     """
     if folder is None:
         model = model_source(None, **model_options)
@@ -98,7 +99,7 @@ def resolve(
             if value is None
         ]
         if model is None or optimizer is None or rollouts is None:
-            raise RunFolderError(
+            raise ConfigError(
                 f"no run folder was given, and {', '.join(missing)} is missing.",
                 fix="pass a run folder (entropy-fast probe runs/demo), or all of --model, --optimizer, --rollouts and, for "
                 "LoRA, --adapter.",
@@ -107,6 +108,9 @@ def resolve(
         found = Inputs(model, adapter, optimizer, rollouts, entropy_rollouts, estimate, run)
     else:
         device = model_options.get("device")
+        model_source(
+            None, name=str(folder), device=device
+        )  # one that is not there is the command line's, not the folder's
         bundle = read_bundle(folder, device=device) if (folder / BUNDLE_NAME).exists() else None
         if bundle is not None:
             refuse_others(adapter, optimizer, rollouts)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from entropy_fast.errors import ConfigError, RunFolderError
 from entropy_fast.run_folder.model_source import ModelSource
 
 __all__ = [
@@ -64,8 +65,14 @@ def model_source(stored: ModelSource | None, **options: Any) -> ModelSource | No
 
     Returns:
         None when neither names a model.
+
+    Raises:
+        ConfigError: an option has a value that there is not, or that this machine lacks.
     """
     given = {key: value for key, value in options.items() if value is not None}
-    if stored is not None:
-        return dataclasses.replace(stored, **given)
-    return ModelSource(**given) if "name" in given else None
+    try:
+        if stored is not None:
+            return dataclasses.replace(stored, **given)
+        return ModelSource(**given) if "name" in given else None
+    except RunFolderError as error:
+        raise ConfigError(error.problem, fix=error.fix) from error

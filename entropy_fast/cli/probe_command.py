@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.text import Text
 
+from entropy_fast.cli.bars import progress
 from entropy_fast.cli.candidate_option import CandidateOption, candidate_updates
-from entropy_fast.cli.console import errors, progress, quiet_libraries
 from entropy_fast.cli.launched import launched_ranks
 from entropy_fast.cli.model_options import (
     CheckpointingOption,
@@ -22,6 +20,8 @@ from entropy_fast.cli.model_options import (
     given_path,
 )
 from entropy_fast.cli.probe_options import changed_options, with_probe_options
+from entropy_fast.cli.quiet import quiet_libraries
+from entropy_fast.cli.showing import JsonOption, Showing, VerboseOption
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError
 
@@ -30,6 +30,7 @@ __all__ = ["probe"]
 
 @with_probe_options
 def probe(
+    context: typer.Context,
     run: Annotated[
         Path | None, typer.Argument(parser=given_path, help="Run folder with run.json.", show_default=False)
     ] = None,
@@ -80,13 +81,16 @@ def probe(
             "--picture/--no-picture", help="contributions.png; drawn where matplotlib is.", show_default=False
         ),
     ] = None,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
     **options: Any,
 ) -> None:
     """Forecast the entropy change of the next update from a run folder, or from single files.
 
     Options that are not given are the run folder's. Under torchrun all processes make one forecast, and the first one writes.
     """
-    quiet_libraries()
+    showing = Showing.of(context, verbose=verbose, as_json=as_json)
+    context.with_resource(quiet_libraries())
     from entropy_fast.api import fast_delta_h1
     from entropy_fast.cli.inputs import resolve
     from entropy_fast.cli.saving import save_and_show, show_online
@@ -116,10 +120,10 @@ def probe(
         update, entropy = inputs.read_rollouts()
         check_folder(target)
         team.enter("loading the model")
-        with errors().status(Text(f"Loading {inputs.model.name}")) if shows else nullcontext():
+        with progress(f"Loading {inputs.model.name}", shows=shows):
             policy, optimizer_at_hand = inputs.load()
         how = inputs.run if team.size == 1 else dataclasses.replace(inputs.run, ranks="all", rank_timeout=seconds)
-        with progress() if shows else nullcontext() as report:
+        with progress("Forecast", shows=shows) as bars:
             result = fast_delta_h1(
                 policy,
                 optimizer_at_hand,
@@ -130,12 +134,12 @@ def probe(
                 updates=updates,
                 estimate=inputs.estimate,
                 run=how,
-                on_progress=report,
+                on_progress=bars.report,
                 team=team if team.size > 1 else None,
             )
         team.enter("writing")
         team.meet()  # nobody writes what somebody has not got
         if shows:
-            save_and_show(result, target, picture=picture)
+            save_and_show(result, target, picture=picture, showing=showing)
             if inputs.bundle is not None and all(given is None for given in (entropy_rollouts, *options.values())):
-                show_online(inputs.bundle.online, result)
+                show_online(inputs.bundle.online, result, showing.aside)

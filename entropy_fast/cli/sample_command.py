@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from entropy_fast.cli.console import errors, output, progress, quiet_libraries
+from entropy_fast.cli.bars import progress
+from entropy_fast.cli.console import output
 from entropy_fast.cli.model_options import DeviceOption, DtypeOption, FourBitOption, given_path, model_source
-from entropy_fast.errors import SamplingError
+from entropy_fast.cli.quiet import quiet_libraries
+from entropy_fast.errors import ConfigError, SamplingError, escaped
 
 __all__ = ["sample"]
 
 
 def sample(
+    context: typer.Context,
     prompts: Annotated[Path, typer.Argument(parser=given_path, help="JSONL of objects with `prompt` and `answer`.")],
     model: Annotated[str, typer.Option(help="Model folder, hub id, FILE.gguf, or package:NAME/FILE.gguf.")],
     out: Annotated[
@@ -47,14 +50,14 @@ def sample(
     device: DeviceOption = None,
 ) -> None:
     """Sample responses, reward them, and write rollouts a probe can read."""
-    quiet_libraries()
+    context.with_resource(quiet_libraries())
     from entropy_fast.cli.inputs import load_policy
     from entropy_fast.rollouts import format_of, write_rollouts
     from entropy_fast.run_folder.model_source import load_tokenizer
     from entropy_fast.sampling import VERIFIERS, SamplingSettings, read_tasks, sample_rollouts
 
     if verifier not in VERIFIERS:
-        raise SamplingError(f"sampling: verifier is {verifier!r}.", fix=f"use one of {', '.join(VERIFIERS)}.")
+        raise ConfigError(f"sampling: verifier is {verifier!r}.", fix=f"use one of {', '.join(VERIFIERS)}.")
     settings = SamplingSettings(
         responses, max_new_tokens, temperature, top_p, tuple(stop or ()), seed, prompts_per_batch, top_k, min_p
     )
@@ -64,10 +67,10 @@ def sample(
         raise SamplingError(f"folder {out.parent} of --out does not exist.", fix="make it, or pass another path.")
     source = model_source(None, name=model, dtype=dtype, load_in_4bit=load_in_4bit, device=device)
     assert source is not None
-    with errors().status(Text(f"Loading {source.name}")):
-        policy = load_policy(source, adapter)
-    with progress() as report:
-        rollouts = sample_rollouts(policy, load_tokenizer(source), tasks, VERIFIERS[verifier], settings, report)
+    with progress(f"Loading {source.name}"):
+        policy, tokenizer = load_policy(source, adapter), load_tokenizer(source)
+    with progress("Sample") as bars:
+        rollouts = sample_rollouts(policy, tokenizer, tasks, VERIFIERS[verifier], settings, bars.report)
     write_rollouts(rollouts, out)
     assert rollouts.rewards is not None
     assert rollouts.advantages is not None
@@ -76,6 +79,7 @@ def sample(
     output().print(
         Text(
             f"{rollouts.n_sequences} responses to {rollouts.n_prompts} prompts, mean reward {mean:.3f}, "
-            f"{signal} prompts whose rewards differ: {out}"
+            f"{signal} prompts whose rewards differ."
         )
     )
+    output().print(Text(f"written: {escaped(str(out))}"), soft_wrap=True)

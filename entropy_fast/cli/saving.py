@@ -2,56 +2,68 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.text import Text
 
-from entropy_fast.cli.console import output
-from entropy_fast.errors import EntropyFastError, ResultError
+from entropy_fast.cli.showing import Showing
+from entropy_fast.errors import EntropyFastError, ResultError, escaped
 from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.report.layout import files_line
 from entropy_fast.report.picture import require_matplotlib, write_picture
 from entropy_fast.report.terminal import print_result
-from entropy_fast.run_folder.result_files import write_result
+from entropy_fast.run_folder.result_files import result_document, write_result
 
 __all__ = ["save_and_show", "show_online"]
 
 FAR = 1e-4  # of the number; the same arithmetic on the same machine is within 1e-6, in 16 bits with other padding it is not
 
 
-def save_and_show(result: DeltaH1Result, folder: Path, *, picture: bool | None) -> None:
-    """Write all files of a result, then print it and their paths. One that cannot be written is shown all the same.
+def save_and_show(result: DeltaH1Result, folder: Path, *, picture: bool | None, showing: Showing) -> None:
+    """Write all files of a result, then show it and where they are. One that cannot be written is shown all the same.
 
     Args:
         result: what to write and show.
         folder: where to.
         picture: whether to draw ``contributions.png``; None draws it where matplotlib can, and says where not.
+        showing: how much to show, and in which form.
 
     Raises:
         ResultError: a number of it is not finite.
         RunFolderError, OutputFileError: the folder or a file cannot be written.
     """
-    console = output()
+    console = showing.aside
     try:
         paths, undrawn = _write(result, folder, picture)
     except ResultError:
         raise
     except EntropyFastError:
-        print_result(result, console)
+        if showing.as_json:
+            showing.document(json.dumps(result_document(result), indent=2, allow_nan=False))
+        else:
+            print_result(result, console, verbose=showing.verbose)
         raise
-    print_result(result, console)
+    if showing.as_json:
+        showing.document(paths[0].read_text(encoding="utf-8"))
+    else:
+        print_result(result, console, verbose=showing.verbose)
     if undrawn is not None:
-        console.print(Text(f"note: contributions.png was not drawn: {undrawn}", style="yellow"))
-    console.print(Text("written: " + ", ".join(map(str, paths))), soft_wrap=True)
+        console.print(Text(f"note: contributions.png was not drawn: {escaped(undrawn)}", style="yellow"))
+    if not showing.as_json:
+        console.print(files_line(paths, console.width), soft_wrap=True)
 
 
-def show_online(online: Mapping[str, Any] | None, result: DeltaH1Result) -> None:
+def show_online(online: Mapping[str, Any] | None, result: DeltaH1Result, console: Console) -> None:
     """Say how far a repeated forecast is from the one that was made online: a base that has changed shows nowhere else.
 
     Args:
         online: of a kept step; None where no number was kept.
         result: the repeated one.
+        console: where to say it.
     """
     kept = None if online is None else online.get("forecast")
     if kept is None:
@@ -59,10 +71,10 @@ def show_online(online: Mapping[str, Any] | None, result: DeltaH1Result) -> None
     apart = abs(result.forecast.value - kept) / abs(kept) if kept else abs(result.forecast.value)
     text = f"online: {kept:.6g} {result.unit}; this one is {apart:.1e} of it away."
     if apart <= FAR:
-        output().print(Text(text))
+        console.print(Text(text))
     else:
         fix = "Was it on another device, or has the base model changed since?"
-        output().print(Text(f"note: {text} {fix}", style="yellow"))
+        console.print(Text(f"note: {text} {fix}", style="yellow"))
 
 
 def _write(result: DeltaH1Result, folder: Path, picture: bool | None) -> tuple[list[Path], str | None]:

@@ -11,9 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from entropy_fast.cli.console import errors, output, progress, quiet_libraries
+from entropy_fast.cli.bars import progress
 from entropy_fast.cli.model_options import given_path
-from entropy_fast.errors import ConfigError
+from entropy_fast.cli.quiet import quiet_libraries
+from entropy_fast.cli.showing import JsonOption, Showing, VerboseOption
+from entropy_fast.errors import ConfigError, escaped
 
 __all__ = ["validate"]
 
@@ -22,6 +24,7 @@ HELD_OUT = "held_out.jsonl"
 
 
 def validate(
+    context: typer.Context,
     runs: Annotated[
         list[Path],
         typer.Argument(parser=given_path, metavar="RUN...", help="Run folders with run.json.", show_default=False),
@@ -46,9 +49,13 @@ def validate(
         ),
     ] = None,
     picture: Annotated[bool, typer.Option("--picture/--no-picture", help="validation.png.")] = True,
+    verbose: VerboseOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Hold forecasts of run folders against what their steps really do to the entropy."""
-    quiet_libraries()
+    showing = Showing.of(context, verbose=verbose, as_json=as_json)
+    context.with_resource(quiet_libraries())
+    from entropy_fast.report.layout import files_line
     from entropy_fast.report.picture import require_matplotlib
     from entropy_fast.report.validation import print_validation, write_validation_picture
     from entropy_fast.run_folder.placing import check_folder
@@ -59,22 +66,27 @@ def validate(
     undrawn = require_matplotlib(quiet=True) if picture else None
     target = out or runs[0]
     check_folder(target)
-    console, found = output(), {}
+    console, found = showing.aside, {}
     for run in runs:
         found[str(run)] = one = _validated(run, held_out, multiples)
-        print_validation(str(run), one, console)
+        if not as_json:
+            print_validation(str(run), one, console, verbose=verbose)
     document = {"schema": SCHEMA, "runs": {name: _plain(dataclasses.asdict(one)) for name, one in found.items()}}
     from entropy_fast.atomic import atomic_path
 
+    text = json.dumps(document, indent=2, allow_nan=False)
     target.mkdir(parents=True, exist_ok=True)
     with atomic_path(target / "validation.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
     written = [target / "validation.json"]
     if picture and undrawn is None:
         written.append(write_validation_picture(found, target / "validation.png"))
     elif undrawn is not None:
-        console.print(Text(f"note: validation.png was not drawn: {undrawn}", style="yellow"))
-    console.print(Text("written: " + ", ".join(map(str, written))), soft_wrap=True)
+        console.print(Text(f"note: validation.png was not drawn: {escaped(undrawn)}", style="yellow"))
+    if as_json:
+        showing.document(text)
+    else:
+        console.print(files_line(written, console.width), soft_wrap=True)
 
 
 def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
@@ -95,15 +107,21 @@ def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
     estimate = inputs.estimate
     if estimate.step is None:
         estimate = dataclasses.replace(estimate, step="next")
-    with errors().status(Text(f"Loading {inputs.model.name}")):
+    with progress(f"Loading {inputs.model.name}"):
         policy, optimizer_at_hand = inputs.load()
     given = inputs.coefficients(update)
-    with progress() as report:
+    with progress("Forecast") as bars:
         result = fast_delta_h1(
-            policy, optimizer_at_hand, update, coefficients=given, estimate=estimate, run=inputs.run, on_progress=report
+            policy,
+            optimizer_at_hand,
+            update,
+            coefficients=given,
+            estimate=estimate,
+            run=inputs.run,
+            on_progress=bars.report,
         )
-    with errors().status(Text("Taking the step, scoring, and putting it back")):
-        plain = dataclasses.replace(inputs.run, engine="one_pass", full_kernel=False, by_sequence=False, by_token=False)
+    plain = dataclasses.replace(inputs.run, engine="one_pass", full_kernel=False, by_sequence=False, by_token=False)
+    with progress("Taking the step and putting it back") as bars:
         found = measure_delta_h(
             policy,
             optimizer_at_hand,
@@ -113,6 +131,7 @@ def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
             coefficients=given,
             estimate=estimate,
             run=plain,
+            on_progress=bars.report,
         )
     return validation_of(result, found)
 

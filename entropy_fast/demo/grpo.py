@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -16,7 +18,11 @@ __all__ = ["grpo_step"]
 
 
 def grpo_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, rollouts: Rollouts, prompts_per_microbatch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    prompts_per_microbatch: int,
+    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> float:
     """One on-policy Dr. GRPO step: descend on -mean_n Σ_i a_i S_i.
 
@@ -25,6 +31,7 @@ def grpo_step(
         optimizer: steps its trainable parameters.
         rollouts: B prompts sampled from the current policy.
         prompts_per_microbatch: prompts in one forward.
+        on_progress: called with a stage, prompts done and prompts in all.
 
     Returns:
         The gradient's Euclidean norm.
@@ -37,6 +44,8 @@ def grpo_step(
         forward = align_logprobs(model_logits(model, batch), batch)
         coefficients = columns.weigh(forward.scored_tokens(rollouts, rows))
         torch.autograd.backward(-coefficients.losses(forward, 0).sum() / rollouts.n_prompts)
+        if on_progress is not None:
+            on_progress("training", int(rollouts.prompt_index[rows].max()) + 1, rollouts.n_prompts)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     optimizer.step()

@@ -126,7 +126,7 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     for step in range(settings.optimizer_steps):
         rollouts = sample(step)
         model.train()
-        norm = grpo_step(model, optimizer, rollouts, prompts_per_microbatch=2)
+        norm = grpo_step(model, optimizer, rollouts, prompts_per_microbatch=2, on_progress=on_progress)
         moved += norm > 0
         announce(f"GRPO step {step + 1}: {_describe(rollouts)}, gradient norm {norm:.3g}")
     if not moved:
@@ -148,7 +148,8 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     )
     result = dataclasses.replace(result, updates=compared.updates)
     announce("Taking the step, scoring the same responses again, and putting it back")
-    return DemoOutcome(result, measure_delta_h(model, optimizer, rollouts, etas=STEPS, estimate=ESTIMATE))
+    realised = measure_delta_h(model, optimizer, rollouts, etas=STEPS, estimate=ESTIMATE, on_progress=on_progress)
+    return DemoOutcome(result, realised)
 
 
 def _save(

@@ -14,7 +14,7 @@ from entropy_fast.errors import ModelStateError
 from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.measured import Measured, UpdateSums
-from entropy_fast.estimates.notes import empty_response_message, notes_of, of_intervals
+from entropy_fast.estimates.notes import OUTSIDE, Note, aside, empty_response_message, notes_of, of_intervals
 from entropy_fast.estimates.response_rows import ResponseRows, response_rows
 from entropy_fast.estimates.result import (
     UNIT,
@@ -34,7 +34,6 @@ from entropy_fast.rollouts.units import prompt_units
 
 __all__ = ["Setting", "empty_response_message", "same_batch_result", "two_batch_result"]
 
-OUTSIDE = 0.01  # share of ‖g‖² without a second moment, from which the error for such updates is not known
 ADDS_UP = 1e-6  # relative; what shares may miss without a note
 ENTROPY, UPDATE = Side.FUNCTIONAL.value, Side.UPDATE.value
 
@@ -61,7 +60,8 @@ def same_batch_result(
         StandardError("x_row_means", forecast.std_error, "the change made by this batch's own update"),
         StandardError("jackknife", forecast.population_std_error, population),
     ]
-    notes, variance = [], None
+    notes: list[Note] = []
+    variance = None
     as_entropy, as_update = forecast.by_unit.tolist(), [None] * len(forecast.by_unit)
     if sums.along is None:
         errors += [
@@ -71,7 +71,8 @@ def same_batch_result(
         variance = estimate.unbiased_variance
         as_entropy = (lr * estimate.as_entropy).tolist()
         if variance is not None and variance < 0:
-            notes.append("the unbiased variance came out negative, as it can for few prompts; the other errors stand.")
+            negative = "the unbiased variance came out negative, as it can for few prompts; the other errors stand."
+            notes.append(aside(negative))
     if sums.along is None or FRESH not in sums.along.rows:
         as_update = (lr * estimate.as_update).tolist()
     shares = [
@@ -135,7 +136,7 @@ class _Told:
     standard_errors: tuple[StandardError, ...]
     shares: list[PromptContribution]
     unbiased_variance: float = math.nan
-    notes: list[str] = dataclasses.field(default_factory=list)
+    notes: list[Note] = dataclasses.field(default_factory=list)
 
 
 def _result(
@@ -165,10 +166,8 @@ def _result(
             whole = parts[FRESH].forecast.value
         gap = abs(float(shares_of.delta_h1.sum()) - whole)
         if gap > ADDS_UP * abs(whole):
-            notes.append(
-                f"the shares of sequences ({role}) add up to δH₁ but for {gap:.2g}, which rounding leaves where large shares "
-                "cancel."
-            )
+            apart = f"the shares of sequences ({role}) add up to δH₁ but for {gap:.2g}"
+            notes.append(aside(f"{apart}, which rounding leaves where large shares cancel."))
     # The direct part alone says nothing of the whole.
     known = 1.0 if estimate.wanted_parts != ("direct",) else math.nan
     return DeltaH1Result(
@@ -201,7 +200,8 @@ def _result(
             sampling={name: (batch.temperature, batch.top_p) for name, batch in batches.items()},
             truncation={name: (batch.top_k, batch.min_p) for name, batch in batches.items()},
             unbiased_variance=told.unbiased_variance,
-            warnings=tuple(notes),
+            warnings=tuple(note.text for note in notes),
+            asides=tuple(note.text for note in notes if not note.bears),
             plan=measured.plan,
             clip_factor=sums.clip,
             live_gradient=measured.agreement,

@@ -13,6 +13,7 @@ from entropy_fast.accessors import Accessor, accessed
 from entropy_fast.checks.coverage import PassCoverage
 from entropy_fast.columns import SequenceTable
 from entropy_fast.config import EntropyEstimator, EstimateOptions, RunOptions, Weighting
+from entropy_fast.errors import escaped
 from entropy_fast.estimates.attribution import Role, SequenceContributions
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
 from entropy_fast.estimates.explain import explanation
@@ -148,6 +149,8 @@ class Diagnostics:
         unbiased_variance: unbiased variance of δH₁ where the whole kernel was kept, which can be negative for few prompts; NaN
             where it was not.
         warnings: everything that deserves a sentence.
+        asides: those of them that do not bear on what may be concluded of this very update: how things were computed, counts,
+            and the error for such updates.
         plan: how the engine went through the batch, and why.
         clip_factor: what clipping by the global norm multiplies the gradient by; 1 where nothing is clipped.
         live_gradient: how the gradient that stood in ``.grad`` compares with the rollouts' own; None without one.
@@ -167,6 +170,12 @@ class Diagnostics:
     clip_factor: float = 1.0
     live_gradient: GradientAgreement | None = None
     truncation: Mapping[str, tuple[int | None, float | None]] = dataclasses.field(default_factory=dict)
+    asides: tuple[str, ...] = ()
+
+    @property
+    def bearing(self) -> tuple[str, ...]:
+        """The warnings that bear on what may be concluded: a bias, a guess, another quantity than one may think."""
+        return tuple(warning for warning in self.warnings if warning not in self.asides)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -362,8 +371,8 @@ class DeltaH1Result:
 
 
 def _called(prompt: PromptContribution) -> str:
-    """A prompt's text, cut short, or its group ids."""
+    """A prompt's text, escaped and cut short, or its group ids."""
     if prompt.prompt is None:
         return f"group {', '.join(map(str, prompt.group_ids))}"
-    text = " ".join(prompt.prompt.split())
+    text = escaped(" ".join(prompt.prompt.split()))
     return f'"{text}"' if len(text) <= PROMPT_SHOWN else f'"{text[:PROMPT_SHOWN]}..."'

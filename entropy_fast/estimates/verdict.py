@@ -76,18 +76,19 @@ class _Part:
 
 
 def percent_of(value: float, level: float) -> float:
-    """A change in percent of the entropy now; NaN where the one is not known or the other no positive number.
+    """A change in percent of the entropy now; NaN where the one is not known or the other no positive number to take it of.
 
     Args:
         value: the change.
         level: the entropy now, in the same unit.
     """
-    return 100 * value / level if math.isfinite(level) and level > 0 else math.nan
+    percent = 100 * value / level if math.isfinite(level) and level > 0 else math.nan
+    return percent if math.isfinite(percent) else math.nan
 
 
 def shown_percent(percent: float) -> str:
-    """Two significant digits, all that stand before the point, and the sign of what is below 0."""
-    return f"{percent:.0f} %" if abs(percent) >= 9.95 else f"{percent:.2g} %"
+    """Two significant digits, or all before the point up to a million; the sign of what is below 0."""
+    return f"{percent:.0f} %" if 9.95 <= abs(percent) < 1e6 else f"{percent:.2g} %"
 
 
 def verdict_of(forecast: Forecast, split: Split | None, level: float, unit: str) -> Verdict:

@@ -1,4 +1,4 @@
-"""A result as rich tables."""
+"""A result on the terminal: one screen, and the tables of everything else."""
 
 from __future__ import annotations
 
@@ -11,47 +11,28 @@ from rich.text import Text
 
 from entropy_fast.estimates.attribution import SequenceContributions
 from entropy_fast.estimates.forecast import Forecast
-from entropy_fast.estimates.result import DeltaH1Result, PromptContribution
+from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.estimates.split import Split, UpdateForecasts
+from entropy_fast.report.screen import print_screen, prompt_label
 from entropy_fast.report.text import printable
 
-__all__ = ["print_result", "split_verdict", "verdict"]
+__all__ = ["print_result"]
 
 PROMPTS_SHOWN = 10
 SEQUENCES_SHOWN = 5
+PROMPT_CELLS = 60  # of a prompt's text
 EXPLANATION = 2000  # characters at most
 
 
-def verdict(result: DeltaH1Result) -> str:
-    """What may be concluded about the sign, in words."""
-    if math.isnan(result.delta_h1):
-        return "The direct part alone was asked for: nothing can be said about the whole change."
-    if math.isnan(result.std_error):
-        return "There are too few prompts for a standard error: nothing can be said about the sign."
-    if result.delta_h1 == 0:
-        return "The forecast is exactly 0: see the notes."
-    if result.sign_established:
-        direction = "lower" if result.delta_h1 < 0 else "raise"
-        return f"The sign is established at two standard errors: this update is expected to {direction} the entropy."
-    return (
-        "The sign is not established: |δH₁| is below two standard errors, or its 95% interval holds 0. With few prompts that "
-        "is the usual case; probe more of them for a narrower interval."
-    )
+def print_result(result: DeltaH1Result, console: Console, *, verbose: bool = False) -> None:
+    """The one screen, or under ``verbose`` everything that there is to a result."""
+    print_screen(result, console)
+    if verbose:
+        console.print()
+        _print_details(result, console)
 
 
-def split_verdict(split: Split) -> str:
-    """What may be concluded about the direct part, in words."""
-    what = "At the prefixes that the policy visits today, this update"
-    direction = "lower" if split.direct.value < 0 else "raise"
-    if split.direct.established is None:
-        return f"{what} is forecast to {direction} the entropy; there are too few prompts to say how surely."
-    if split.direct.established:
-        return f"{what} is expected to {direction} the entropy; the sign of that part is established at 95%."
-    return f"{what} may lower or raise the entropy: the sign of that part is not established."
-
-
-def print_result(result: DeltaH1Result, console: Console) -> None:
-    """Forecast, standard errors, the prompts that matter most, and warnings."""
+def _print_details(result: DeltaH1Result, console: Console) -> None:
     console.print(Text(printable(result.explain(), EXPLANATION)))
     summary = Table(title="First-order entropy change of the next update", show_header=False, title_justify="left")
     summary.add_column(style="bold")
@@ -68,10 +49,8 @@ def print_result(result: DeltaH1Result, console: Console) -> None:
     summary.add_row("engine, geometry, estimate", Text(f"{result.engine}, {result.geometry}, {result.estimate}"))
     summary.add_row("plan", Text(str(result.plan)))
     console.print(summary)
-    console.print(Text(verdict(result), style="bold"))
     if result.split is not None:
         console.print(_parts(result.split))
-        console.print(Text(split_verdict(result.split)))
     if result.step_parts:
         console.print(_step_parts(result))
     if result.functionals:
@@ -183,7 +162,7 @@ def _prompts(result: DeltaH1Result) -> Table:
         table.add_column(column, justify="right")
     for p in ranked[:PROMPTS_SHOWN]:
         table.add_row(
-            Text(prompt_label(p)),
+            Text(prompt_label(p, PROMPT_CELLS)),
             *(Text(number) for number in (_number(p.delta_h1), _number(p.as_entropy), _number(p.as_update))),
             Text("" if p.mean_reward is None else f"{p.mean_reward:.2f}"),
             Text(f"{p.mean_response_length:.1f}"),
@@ -197,13 +176,6 @@ def _sequences(role: str, shares: SequenceContributions) -> str:
     which = "" if role == "both" else f"[{role}] "
     shown = ", ".join(f"row {row} ({_number(float(shares.delta_h1[row]))})" for row in ranked)
     return f"{which}Sequences that matter most ({len(ranked)} of {len(shares.delta_h1)}): {shown}"
-
-
-def prompt_label(prompt: PromptContribution, limit: int = 60) -> str:
-    """The prompt's text where there is one, its group ids otherwise; the role in front in the two-batch estimate."""
-    text = f"group {', '.join(map(str, prompt.group_ids))}" if prompt.prompt is None else prompt.prompt
-    role = "" if prompt.role == "both" else f"[{prompt.role}] "
-    return printable(role + text, limit)
 
 
 def _number(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""A validation as a table and as a picture."""
+"""A validation on the terminal, and as a picture."""
 
 from __future__ import annotations
 
@@ -11,24 +11,82 @@ from rich.table import Table
 from rich.text import Text
 
 from entropy_fast.atomic import atomic_path
+from entropy_fast.report.glyphs import Glyphs, glyphs_of
+from entropy_fast.report.layout import grid
 from entropy_fast.report.picture import require_matplotlib
-from entropy_fast.report.text import printable
+from entropy_fast.report.text import fitted, printable
 from entropy_fast.truth import RealisedChange, Validation
 
-__all__ = ["print_validation", "summary", "write_validation_picture"]
+__all__ = ["print_validation", "summary", "validation_verdict", "write_validation_picture"]
 
 
-def print_validation(name: str, found: Validation, console: Console) -> None:
-    """What was forecast and what was found, multiple by multiple, and what follows."""
+def print_validation(name: str, found: Validation, console: Console, *, verbose: bool = False) -> None:
+    """What follows, and what was forecast and found, multiple by multiple.
+
+    Args:
+        name: of the run.
+        found: its validation.
+        console: where to.
+        verbose: both ways of taking the step, and every number there is.
+    """
+    glyphs = glyphs_of(console)
+    console.print(Text(fitted(name, console.width, glyphs.cut)))
+    console.print(Text(validation_verdict(found), style="bold"))
+    if verbose:
+        _print_tables(found, console)
+        return
+    for line in grid(_rows(found, glyphs)):
+        console.print(Text(line))
+
+
+def validation_verdict(found: Validation) -> str:
+    """One sentence: what was found over what was forecast, and how far the first order reaches."""
+    if math.isnan(found.slope):
+        return f"Every change is below what rounding leaves ({found.floor:.2g}): nothing can be said; use larger multiples."
+    total = ""
+    if not math.isnan(found.total_slope):
+        total = f", and of the total forecast {found.total_slope:.3g}, standard error {found.total_slope_error:.2g}"
+    return (
+        f"Found is {found.slope:.4g} of the direct forecast on average up to the run's own step{total}; {_reach(found)}, the "
+        f"run's own being {found.learning_rate:.3g}."
+    )
+
+
+def _reach(found: Validation) -> str:
+    limit = found.ten_percent_off
+    if math.isinf(limit):
+        return "the first order is nowhere 10 % off"
+    if math.isnan(limit):
+        return "the first order is more than 10 % off from the smallest multiple on"
+    return f"the first order is 10 % off at learning rate {limit:.3g}"
+
+
+def _rows(found: Validation, glyphs: Glyphs) -> list[list[str]]:
+    """Per multiple the direct change, and the total one where it was measured; ratios are found / forecast."""
+    direct, total, _ = found.forecast
+    with_total = not math.isnan(found.points[0].total)
+    rows = [["step", "direct forecast", "found", "ratio"]]
+    if with_total:
+        rows[0] += ["total forecast", f"found {glyphs.plus_minus} s.e."]
+    for point in found.points:
+        forecast = direct * point.eta
+        ratio = "below floor" if point.below_floor or not forecast else f"{point.symmetric.direct / forecast:.4f}"
+        row = [f"{point.eta:g}", f"{forecast:+.4g}", f"{point.symmetric.direct:+.4g}", ratio]
+        if with_total:
+            row += [f"{total * point.eta:+.2g}", f"{point.total:+.2g} {glyphs.plus_minus} {point.total_std_error:.1g}"]
+        rows.append(row)
+    return rows
+
+
+def _print_tables(found: Validation, console: Console) -> None:
     direct, total, error = found.forecast
-    console.print(Text(f"{printable(name, 200)}, {found.unit}", style="bold"), soft_wrap=True)
     columns: tuple[str, ...] = ("step", "forecast", "found, halved", "ratio", "found, one way", "with 2nd order")
     rows = [_direct(point, direct) for point in found.points]
-    console.print(_table("direct: at the prefixes of the batch", columns, rows))
+    console.print(_table(f"direct: at the prefixes of the batch, {found.unit}", columns, rows))
     if not math.isnan(found.points[0].total):
         rows = [_total(point, total, error) for point in found.points]
         columns = ("step", "forecast", "found, one way", "ESS", "Pareto k")
-        console.print(_table("total: on held-out responses", columns, rows))
+        console.print(_table(f"total: on held-out responses, {found.unit}", columns, rows))
     console.print(Text(summary(found)))
 
 
@@ -70,15 +128,9 @@ def summary(found: Validation) -> str:
     """In sentences."""
     if math.isnan(found.slope):
         return f"Every change is below what rounding leaves ({found.floor:.2g}): nothing can be said; use larger multiples."
-    limit = found.ten_percent_off
-    reach = f"the first order is 10 % off at learning rate {limit:.3g}"
-    if math.isinf(limit):
-        reach = "the first order is nowhere 10 % off"
-    elif math.isnan(limit):
-        reach = "the first order is more than 10 % off from the smallest multiple on"
     said = (
-        f"Direct: slope {found.slope:.5f} of found on forecast, R² {found.r_squared:.4f} one way; {reach} (the run's own is "
-        f"{found.learning_rate:.3g}); at the run's own step found / (forecast + second order) is {found.own_ratio:.4f}."
+        f"Direct: slope {found.slope:.5f} of found on forecast, R² {found.r_squared:.4f} one way; {_reach(found)} (the run's "
+        f"own is {found.learning_rate:.3g}); at the run's own step found / (forecast + second order) is {found.own_ratio:.4f}."
     )
     if math.isnan(found.total_slope):
         return said

@@ -9,7 +9,13 @@ from collections.abc import Callable, Sequence
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from entropy_fast.errors import SamplingError
 from entropy_fast.rollouts import Rollouts
@@ -99,7 +105,7 @@ def sample_rollouts(
         tasks: B prompts.
         verifier: response text and task -> reward.
         settings: see `SamplingSettings`.
-        on_progress: called with stage, prompts done and prompts in all.
+        on_progress: called with a stage, decoding steps done, and decoding steps in all if no response ends before its budget.
 
     Returns:
         Rollouts of B·G sequences in task order, with rewards and group-centred advantages.
@@ -124,18 +130,39 @@ def sample_rollouts(
         base.generation_config = GenerationConfig()  # type: ignore[assignment]  # a mixin's attribute, seen as nn.Module's
         with torch.random.fork_rng(devices=devices), torch.inference_mode():
             torch.manual_seed(settings.seed)
-            for start in range(0, len(tasks), settings.prompts_per_batch):
+            starts = range(0, len(tasks), settings.prompts_per_batch)
+            told = _Told(on_progress, len(starts) * settings.max_new_tokens)
+            for batch, start in enumerate(starts):
                 part = [format_prompt(task, tokenizer) for task in tasks[start : start + settings.prompts_per_batch]]
-                responses = _generate(model, tokenizer, part, generation, settings)
+                told.so_far(batch * settings.max_new_tokens)
+                responses = _generate(model, tokenizer, part, generation, settings, told)
                 g = settings.responses_per_prompt
                 rows += [(start + i // g, part[i // g], response) for i, response in enumerate(responses)]
-                if on_progress is not None:
-                    on_progress("sampling", start + len(part), len(tasks))
+            told.so_far(told.total)
     finally:
         base.generation_config = own_generation
         for module, training in flags:
             module.training = training
     return _as_rollouts(rows, tokenizer, tasks, verifier, settings)
+
+
+class _Told(StoppingCriteria):
+    """Tells after every decoding step how many there were, and stops nothing."""
+
+    def __init__(self, on_progress: Callable[[str, int, int], None] | None, total: int) -> None:
+        self._on_progress, self.total, self._done = on_progress, total, 0
+
+    def so_far(self, done: int) -> None:
+        """So many steps are done."""
+        self._done = done
+        if self._on_progress is not None:
+            self._on_progress("sampling", done, self.total)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        """[N] of False."""
+        # All steps are told as done when the last response has been made.
+        self.so_far(min(self._done + 1, self.total - 1))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> GenerationConfig:
@@ -162,6 +189,7 @@ def _generate(
     prompts: Sequence[list[int]],
     generation: GenerationConfig,
     settings: SamplingSettings,
+    told: _Told,
 ) -> list[list[int]]:
     """Response token ids of len(prompts)·G responses, prompt by prompt, each cut after its end."""
     width = max(map(len, prompts))
@@ -174,6 +202,7 @@ def _generate(
         ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=generation,
+        stopping_criteria=StoppingCriteriaList([told]),
         tokenizer=tokenizer if settings.stop else None,
     )
     return [_cut(row, tokenizer, settings.stop) for row in generated[:, width:].tolist()]

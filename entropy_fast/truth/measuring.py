@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from entropy_fast.columns.caller import as_caller
 from entropy_fast.columns.given import LossFunction
 from entropy_fast.columns.wanted import entropy_measure
 from entropy_fast.config import EstimateOptions, RunOptions
-from entropy_fast.context import ProbeContext
+from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.engines.along import seen_gradient
 from entropy_fast.engines.one_pass import OnePassEngine
 from entropy_fast.errors import ConfigError, LearningRateError, RolloutsError
@@ -125,6 +125,7 @@ def measure_delta_h(
     coefficients: Tensor | tuple[Tensor, Tensor] | None = None,
     estimate: EstimateOptions | None = None,
     run: RunOptions | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> RealisedChanges:
     """Take multiples of the step on the model, score responses, and put the parameters back bit by bit.
 
@@ -143,6 +144,7 @@ def measure_delta_h(
         coefficients: likewise.
         estimate: which entropy, which update and which step; as of the forecast.
         run: how it is run, by the one-pass engine; ``autocast_dtype`` is left out.
+        on_progress: called with a stage, multiples done and multiples in all.
 
     Returns:
         What every multiple did.
@@ -188,7 +190,7 @@ def measure_delta_h(
         step = _step_of(context, batch.rollouts)
         moving = _Moving(context, step)
         try:
-            points = [_point(moving, eta, batch, apart, fresh) for eta in etas]
+            points = [_point(moving, eta, batch, apart, fresh) for eta in _told(etas, on_progress)]
         finally:
             moving.put_back()
     norm = math.sqrt(sum(float(own.double().square().sum()) for own in step if own is not None))
@@ -205,6 +207,16 @@ def _step_of(context: ProbeContext, rollouts: Rollouts) -> list[Tensor | None]:
     return context.next_step.exactly(
         seen_gradient(context.next_step, engine.gradient_sum(rollouts), rollouts.n_prompts).loss
     )
+
+
+def _told(etas: Sequence[float], on_progress: ProgressCallback | None) -> Iterator[float]:
+    """The multiples one after another, telling how many are done."""
+    for done, eta in enumerate(etas):
+        if on_progress is not None:
+            on_progress("multiples", done, len(etas))
+        yield eta
+    if on_progress is not None:
+        on_progress("multiples", len(etas), len(etas))
 
 
 class _Moving:

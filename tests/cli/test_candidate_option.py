@@ -96,7 +96,7 @@ def test_numbers_that_no_update_has(typed, message):
 def test_candidates_are_compared_in_the_table_and_in_the_result(folder, capsys):
     out = folder / "out"
     typed = ["--candidate", "clip_cov=0.2,-10,10", "--candidate", "entropy_bonus=0.01"]
-    assert run(["probe", str(folder), "--out", str(out), "--no-picture", *typed]) == 0
+    assert run(["probe", str(folder), "--out", str(out), "--no-picture", "--verbose", *typed]) == 0
     shown = capsys.readouterr().out
     assert "Updates compared" in shown
     for name in ("planned", "clip_cov=0.2,-10,10", "entropy_bonus=0.01"):
@@ -123,24 +123,24 @@ def test_candidates_are_compared_in_the_table_and_in_the_result(folder, capsys):
 
 
 def test_without_candidates_there_are_none(folder, capsys):
-    assert run(["probe", str(folder), "--out", str(folder / "out"), "--no-picture"]) == 0
+    assert run(["probe", str(folder), "--out", str(folder / "out"), "--no-picture", "--verbose"]) == 0
     assert "Updates compared" not in capsys.readouterr().out
     assert json.loads((folder / "out" / "result.json").read_text())["updates"] == {}
 
 
 @pytest.mark.parametrize(
-    ("typed", "message"),
+    ("typed", "message", "status"),
     [
-        ("warp", "use one of clip_cov[=share,low,high,seed]"),
-        ("entropy_bonus=much", "which is not a number"),
-        ("kl_cov", "kl_cov needs the update batch's `old_logprobs`"),
-        ("clip_higher", "needs the update batch's `old_logprobs`"),
+        ("warp", "use one of clip_cov[=share,low,high,seed]", 2),
+        ("entropy_bonus=much", "which is not a number", 2),
+        ("kl_cov", "kl_cov needs the update batch's `old_logprobs`", 3),
+        ("clip_higher", "needs the update batch's `old_logprobs`", 3),
     ],
 )
-def test_a_wrong_candidate_is_a_message_and_leaves_nothing(folder, monkeypatch, capsys, typed, message):
+def test_a_wrong_candidate_is_a_message_and_leaves_nothing(folder, monkeypatch, capsys, typed, message, status):
     monkeypatch.setenv("COLUMNS", "900")
     out = folder / "out"
-    assert run(["probe", str(folder), "--out", str(out), "--no-picture", "--candidate", typed]) == 2
+    assert run(["probe", str(folder), "--out", str(out), "--no-picture", "--candidate", typed]) == status
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown

@@ -15,8 +15,11 @@ from small_policy import saved_model, saved_run
 
 from entropy_fast import fast_delta_h1, read_rollouts, write_rollouts
 from entropy_fast.cli.app import run
+from entropy_fast.cli.exit_status import ExitStatus
 from entropy_fast.run_folder.adapter import attach_adapter
 from entropy_fast.run_folder.model_source import ModelSource, load_model
+
+USAGE, REFUSED = ExitStatus.USAGE, ExitStatus.REFUSED
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def direct(folder):
 
 def test_probe_writes_what_the_library_returns(folder, capsys):
     out = folder / "out"
-    assert run(["probe", str(folder), "--out", str(out)]) == 0
+    assert run(["probe", str(folder), "--out", str(out), "--verbose"]) == 0
     expected = direct(folder)
     document = json.loads((out / "result.json").read_text())
     assert document["schema"] == "entropy_fast.result/2"
@@ -55,8 +58,10 @@ def test_probe_writes_what_the_library_returns(folder, capsys):
     assert (out / "contributions.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert f"{expected.delta_h1:.17g}" in shown
-    said = "sign is not established" in shown
-    assert said == (abs(expected.delta_h1) < 2 * expected.std_error)
+    assert " ".join(shown.split()).startswith(expected.verdict.sentence)
+    assert "Standard errors, and what each is about" in shown
+    assert run(["probe", str(folder), "--out", str(out), "--no-picture"]) == 0
+    assert "Standard errors" not in capsys.readouterr().out
 
 
 def test_probe_from_single_files_equals_the_run_folder(folder):
@@ -103,7 +108,7 @@ def test_estimator_and_importance_ratios(folder, tmp_path):
 def test_the_direct_part_alone(folder, capsys):
     """The total is not known then, and stands nowhere as a number."""
     out = folder / "o"
-    assert run(["probe", str(folder), "--out", str(out), "--parts", "direct"]) == 0
+    assert run(["probe", str(folder), "--out", str(out), "--parts", "direct", "--verbose"]) == 0
     shown = capsys.readouterr().out
     document = json.loads((out / "result.json").read_text())
     assert document["delta_h1"] is None and document["std_error"] is None
@@ -112,7 +117,7 @@ def test_the_direct_part_alone(folder, capsys):
     direct = document["split"]["direct"]["value"]
     assert direct == document["forecast"]["value"]
     assert f"{direct:.17g}" in shown
-    assert "The direct part alone was asked for" in shown
+    assert "at the prefixes visited today" in shown and "in all" not in shown
     assert "nan" not in shown
     assert (out / "contributions.png").stat().st_size > 0
     assert run(["probe", str(folder), "--out", str(out), "--no-picture"]) == 0
@@ -125,7 +130,7 @@ def test_the_direct_part_alone(folder, capsys):
 def test_shares_of_sequences(folder, capsys):
     out = folder / "o"
     command = ["probe", str(folder), "--no-picture", "--out", str(out), "--engine", "one_pass"]
-    assert run([*command, "--by-sequence"]) == 0
+    assert run([*command, "--by-sequence", "--verbose"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     document = json.loads((out / "result.json").read_text())
     rows = pq.read_table(out / "per_sequence.parquet").to_pylist()
@@ -146,7 +151,7 @@ def test_two_batches(folder):
     rollouts = str(folder / "rollouts.jsonl")
     shutil.copy(rollouts, folder / "entropy.jsonl")
     again = ["probe", str(folder), "--entropy-rollouts", str(folder / "entropy.jsonl"), "--out", str(folder / "same")]
-    assert run([*again, "--no-picture"]) == 2  # one batch under two names
+    assert run([*again, "--no-picture"]) == REFUSED  # one batch under two names
     rows = [json.loads(line) for line in (folder / "entropy.jsonl").read_text().splitlines()]
     other = [{**row, "input_ids": [*row["input_ids"][:-1], 5]} for row in rows]
     (folder / "entropy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
@@ -202,48 +207,52 @@ def test_a_truncated_sample_is_recorded_and_refused(folder, tmp_path, monkeypatc
     assert run([*command, "--top-k", "12", "--min-p", "0.01"]) == 0
     assert read_rollouts(out).truncated_by == ("top-k 12", "min-p 0.01")
     probe = ["probe", str(folder), "--rollouts", str(out), "--out", str(tmp_path / "o"), "--no-picture"]
-    assert run(probe) == 2
+    assert run(probe) == REFUSED
     assert "sampled with top-k 12, min-p 0.01" in capsys.readouterr().err
     assert run([*probe, "--parts", "direct"]) == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "status"),
     [
-        (["probe"], "nowhere to write"),
-        (["probe", "--out", "o", "--model", "m"], "--optimizer, --rollouts is missing"),
-        (["probe", "RUN", "--engine", "warp"], "engine is 'warp'"),
-        (["probe", "RUN", "--weighting", "none"], "`weighting` is 'none'"),
-        (["probe", "RUN", "--entropy-estimator", "none"], "`entropy_estimator` is 'none'"),
-        (["probe", "RUN", "--importance-ratio", "token"], "needs the update batch's `old_logprobs`"),
-        (["probe", "RUN", "--clip-range", "0.2"], "clip_range=(0.2, 0.2) with importance_ratio='none'"),
-        (["probe", "RUN", "--clip-range", "0.2,x", "--importance-ratio", "token"], "`clip_range` is '0.2,x'"),
-        (["probe", "RUN", "--learning-rate", "fast"], "`learning_rate` is 'fast'"),
-        (["probe", "RUN", "--learning-rate", "nan"], "learning rate"),
-        (["probe", "RUN", "--blocks", "2.5"], "`blocks` is '2.5'"),
-        (["probe", "RUN", "--prompts-per-microbatch", "0"], "`prompts_per_microbatch` is 0"),
-        (["probe", "RUN", "--learning-rate", "0"], "learning rate"),
-        (["probe", "RUN", "--blocks", "99"], "blocks=99"),
-        (["probe", "RUN", "--rollouts", "missing.jsonl"], "missing.jsonl"),
-        (["probe", "RUN", "--optimizer", "missing.pt"], "does not exist"),
-        (["probe", "RUN", "--adapter", "missing"], "adapter_config.json"),
-        (["probe", "RUN", "--model", "/missing/model"], "does not exist"),
-        (["probe", "RUN", "--model", "base_without_weights"], "cannot be loaded"),
-        (["probe", "RUN", "--device", "gpu"], "device is 'gpu'"),
-        (["probe", "RUN", "--out", "base_without_weights/config.json"], "results cannot be written"),
-        (["probe", "RUN", "--dtype", "int4"], "dtype"),
-        (["probe", "RUN", "--accumulate-on", "disk"], "`accumulate_on` is 'disk'"),
-        (["probe", "RUN", "--max-excluded-share", "2"], "`max_excluded_share` is 2"),
-        (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl"], "cannot be read"),
-        (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl", "--verifier", "oracle"], "verifier is 'oracle'"),
-        (["doctor", "--device", "cpu"], "without a model"),
-        (["probe", "RUN", "--optimizer", "pipe"], "pipe is not a file"),
-        (["probe", "RUN", "--rollouts", "pipe"], "pipe is not a file"),
-        (["doctor", "--model", "m", "--rollouts", "pipe"], "pipe is not a file"),
-        (["doctor", "--model", "m", "--optimizer", "pipe"], "pipe is not a file"),
+        (["probe"], "nowhere to write", USAGE),
+        (["probe", "--out", "o", "--model", "m"], "--optimizer, --rollouts is missing", USAGE),
+        (["probe", "RUN", "--engine", "warp"], "engine is 'warp'", USAGE),
+        (["probe", "RUN", "--weighting", "none"], "`weighting` is 'none'", USAGE),
+        (["probe", "RUN", "--entropy-estimator", "none"], "`entropy_estimator` is 'none'", USAGE),
+        (["probe", "RUN", "--importance-ratio", "token"], "needs the update batch's `old_logprobs`", REFUSED),
+        (["probe", "RUN", "--clip-range", "0.2"], "clip_range=(0.2, 0.2) with importance_ratio='none'", USAGE),
+        (["probe", "RUN", "--clip-range", "0.2,x", "--importance-ratio", "token"], "`clip_range` is '0.2,x'", USAGE),
+        (["probe", "RUN", "--learning-rate", "fast"], "`learning_rate` is 'fast'", USAGE),
+        (["probe", "RUN", "--learning-rate", "nan"], "learning rate", REFUSED),
+        (["probe", "RUN", "--blocks", "2.5"], "`blocks` is '2.5'", USAGE),
+        (["probe", "RUN", "--prompts-per-microbatch", "0"], "`prompts_per_microbatch` is 0", USAGE),
+        (["probe", "RUN", "--learning-rate", "0"], "learning rate", REFUSED),
+        (["probe", "RUN", "--blocks", "99"], "blocks=99", USAGE),
+        (["probe", "RUN", "--rollouts", "missing.jsonl"], "missing.jsonl", REFUSED),
+        (["probe", "RUN", "--optimizer", "missing.pt"], "does not exist", REFUSED),
+        (["probe", "RUN", "--adapter", "missing"], "adapter_config.json", REFUSED),
+        (["probe", "RUN", "--model", "/missing/model"], "does not exist", REFUSED),
+        (["probe", "RUN", "--model", "base_without_weights"], "cannot be loaded", REFUSED),
+        (["probe", "RUN", "--device", "gpu"], "device is 'gpu'", USAGE),
+        (["probe", "RUN", "--out", "base_without_weights/config.json"], "results cannot be written", REFUSED),
+        (["probe", "RUN", "--dtype", "int4"], "dtype", USAGE),
+        (["probe", "RUN", "--accumulate-on", "disk"], "`accumulate_on` is 'disk'", USAGE),
+        (["probe", "RUN", "--max-excluded-share", "2"], "`max_excluded_share` is 2", USAGE),
+        (["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl"], "cannot be read", REFUSED),
+        (
+            ["sample", "none.jsonl", "--model", "m", "--out", "x.jsonl", "--verifier", "oracle"],
+            "verifier is 'oracle'",
+            USAGE,
+        ),
+        (["doctor", "--device", "cpu"], "without a model", USAGE),
+        (["probe", "RUN", "--optimizer", "pipe"], "pipe is not a file", REFUSED),
+        (["probe", "RUN", "--rollouts", "pipe"], "pipe is not a file", REFUSED),
+        (["doctor", "--model", "m", "--rollouts", "pipe"], "pipe is not a file", REFUSED),
+        (["doctor", "--model", "m", "--optimizer", "pipe"], "pipe is not a file", REFUSED),
     ],
 )
-def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message):
+def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch, capsys, arguments, message, status):
     monkeypatch.setenv("COLUMNS", "500")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
@@ -251,7 +260,7 @@ def test_wrong_input_is_a_message_not_a_traceback(folder, tmp_path, monkeypatch,
     shutil.copy(folder / "base" / "config.json", tmp_path / "base_without_weights")
     os.mkfifo(tmp_path / "pipe")
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
-    assert run([str(folder) if a == "RUN" else a for a in arguments]) == 2
+    assert run([str(folder) if a == "RUN" else a for a in arguments]) == status
     shown = capsys.readouterr()
     assert message in shown.err
     assert "what to do:" in shown.err
@@ -285,7 +294,7 @@ def test_a_truncated_rollouts_line_is_named(folder, capsys, monkeypatch):
     path = folder / "rollouts.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], lines[2][:30]]) + "\n")
-    assert run(["probe", str(folder)]) == 2
+    assert run(["probe", str(folder)]) == REFUSED
     assert "line 3" in capsys.readouterr().err
     assert not (folder / "result.json").exists()
 

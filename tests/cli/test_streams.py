@@ -73,13 +73,13 @@ class Full(io.StringIO):
         raise self.error(28, "No space left on device")
 
 
-@pytest.mark.parametrize(("error", "status"), [(OSError, 3), (BrokenPipeError, 0)])
+@pytest.mark.parametrize(("error", "status"), [(OSError, 4), (BrokenPipeError, 0)])
 def test_a_result_is_written_though_it_cannot_be_printed(folder, tmp_path, monkeypatch, capsys, error, status):
     monkeypatch.setattr(sys, "stdout", Full(error))
     assert run(["probe", str(folder), "--out", str(tmp_path / "out"), "--no-picture"]) == status
     assert read_result_document(tmp_path / "out")["delta_h1"] != 0
     said = "standard output cannot be written: No space left on device" in capsys.readouterr().err
-    assert said == (status == 3)
+    assert said == (status == 4)
 
 
 def test_files_are_there_before_anything_is_printed(folder, tmp_path, monkeypatch):
@@ -95,11 +95,13 @@ def test_files_are_there_before_anything_is_printed(folder, tmp_path, monkeypatc
 def test_what_cannot_be_encoded_is_replaced(folder, tmp_path, monkeypatch, encoding):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", stream)
-    assert run(["probe", str(folder), "--out", str(tmp_path / "out"), "--no-picture"]) == 0
+    assert run(["probe", str(folder), "--out", str(tmp_path / "out"), "--no-picture", "--verbose"]) == 0
     stream.flush()
     shown = stream.buffer.getvalue().decode(encoding)
     assert f"{read_result_document(tmp_path / 'out')['delta_h1']:.17g}" in shown
-    assert "?H" in shown  # δH₁
+    assert "?H" in shown  # δH₁, of the tables
+    screen = shown.partition("First-order")[0]
+    assert "|--" in screen and "+-" in screen and "┤" not in screen
 
 
 def test_a_progress_bar_that_cannot_be_shown_costs_nothing(folder, tmp_path, monkeypatch):
@@ -126,7 +128,7 @@ sys.exit(run(["doctor"]))
 def test_real_pipes_and_full_devices_end_without_a_traceback(monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # what is buffered is written again when Python ends
     command = f"{sys.executable} -c '{REAL}'"
-    for redirected, status in (("| head -1 > /dev/null; exit ${PIPESTATUS[0]}", 0), ("> /dev/full", 3), (">&-", 0)):
+    for redirected, status in (("| head -1 > /dev/null; exit ${PIPESTATUS[0]}", 0), ("> /dev/full", 4), (">&-", 0)):
         found = subprocess.run(["bash", "-c", f"{command} {redirected}"], capture_output=True, text=True, check=False)
         assert found.returncode == status, (redirected, found.stderr)
         assert "Traceback" not in found.stderr
@@ -177,7 +179,7 @@ def test_a_number_that_is_not_finite_is_refused_before_anything_is_written(folde
     monkeypatch.setattr(
         "entropy_fast.api.fast_delta_h1", lambda *a, **k: dataclasses.replace(real(*a, **k), x_dot_y=float("nan"))
     )
-    assert run(["probe", str(folder), "--out", str(tmp_path / "out")]) == 2
+    assert run(["probe", str(folder), "--out", str(tmp_path / "out")]) == 3
     assert "`x_dot_y` is nan" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -187,9 +189,9 @@ def test_a_result_that_cannot_be_written_is_shown(folder, tmp_path, monkeypatch,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("entropy_fast.run_folder.result_files.pq.write_table", full)
-    assert run(["probe", str(folder), "--out", str(tmp_path / "out"), "--no-picture"]) == 2
+    assert run(["probe", str(folder), "--out", str(tmp_path / "out"), "--no-picture"]) == 3
     shown = capsys.readouterr()
-    assert "δH₁" in shown.out
+    assert "Prompts that matter most" in shown.out
     assert "No space left on device" in shown.err
     assert list(tmp_path.iterdir()) == []
 

@@ -26,7 +26,7 @@ def folder(stored, tmp_path) -> Path:
 
 def test_a_run_folder_is_held_against_its_step(folder, capsys):
     out = folder / "out"
-    assert run(["validate", str(folder), "--etas", "0.1,1", "--out", str(out)]) == 0
+    assert run(["validate", str(folder), "--etas", "0.1,1", "--out", str(out), "--verbose"]) == 0
     document = json.loads((out / "validation.json").read_text())
     assert document["schema"] == "entropy_fast.validation/1"
     found = document["runs"][str(folder)]
@@ -39,21 +39,21 @@ def test_a_run_folder_is_held_against_its_step(folder, capsys):
 
 
 def test_its_own_responses_are_refused_as_held_out(folder, capsys):
-    assert run(["validate", str(folder), "--held-out", str(folder / "others.jsonl")]) == 2
+    assert run(["validate", str(folder), "--held-out", str(folder / "others.jsonl")]) == 3
     assert "that the forecast was made from" in " ".join(capsys.readouterr().err.split())
     assert not (folder / "validation.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "status"),
     [
-        (["--etas", "1,x"], "--etas is"),
-        (["--etas", "0"], "etas are"),
-        (["--held-out", "missing.jsonl"], "missing.jsonl"),
+        (["--etas", "1,x"], "--etas is", 2),
+        (["--etas", "0"], "etas are", 3),
+        (["--held-out", "missing.jsonl"], "missing.jsonl", 3),
     ],
 )
-def test_what_cannot_be_meant_is_said(folder, capsys, arguments, message):
-    assert run(["validate", str(folder), *arguments]) == 2
+def test_what_cannot_be_meant_is_said(folder, capsys, arguments, message, status):
+    assert run(["validate", str(folder), *arguments]) == status
     assert message in " ".join(capsys.readouterr().err.split())
 
 

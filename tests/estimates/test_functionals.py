@@ -131,7 +131,7 @@ def test_they_are_shown_and_written(setups: dict[str, Setup]) -> None:
     result = forecast(setups["qwen2"], rollouts, functionals={"evil\x1b[31m": numbers(rollouts)["reward"].tolist()})
     console = Console(width=200, record=True, file=None, quiet=False)
     with console.capture() as shown:
-        print_result(result, console)
+        print_result(result, console, verbose=True)
     assert "What else the update changes" in shown.get()
     assert "\x1b[31m" not in shown.get()
     assert result_document(result)["functionals"]["evil\x1b[31m"]["value"] == result.functionals["evil\x1b[31m"].value

@@ -16,7 +16,6 @@ from scipy.stats import t as student_t
 from entropy_fast import RunOptions, fast_delta_h1
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.errors import ConfigError, ModelStateError, OptimizerStateError, RolloutsError
-from entropy_fast.report.terminal import verdict
 from entropy_fast.run_folder.result_files import result_document
 
 
@@ -31,7 +30,7 @@ def test_an_update_of_nothing_is_said_to_be_nothing() -> None:
     assert result.delta_h1 == 0
     assert result.sign_established is False
     assert any("this batch's own update is exactly 0" in note for note in result.diagnostics.warnings)
-    assert "exactly 0" in verdict(result)
+    assert "exactly 0" in result.verdict.sentence
 
 
 def test_delta_h1_is_linear_in_the_advantages() -> None:
@@ -63,9 +62,12 @@ def test_a_sign_is_established_where_the_interval_leaves_out_0_too() -> None:
     assert t > 2.5
     for times, established in ((1.9, False), (2.1, False), (t - 0.01, False), (t + 0.01, True)):
         for sign in (1, -1):
-            moved = dataclasses.replace(result, delta_h1=sign * times * error)
+            value = sign * times * error
+            forecast = dataclasses.replace(result.forecast, value=value)
+            moved = dataclasses.replace(result, delta_h1=value, forecast=forecast, split=None)
             assert moved.sign_established is established
-            assert ("sign is established" in verdict(moved)) is established
+            assert moved.verdict.total_established is established
+            assert ("sign is established" in moved.verdict.sentence) is established
     known = dataclasses.replace(result.forecast, degrees=999.0)
     many = dataclasses.replace(result, delta_h1=1.99 * error, forecast=known)
     assert many.sign_established is False  # 1.96 standard errors are not two
@@ -85,7 +87,7 @@ def test_two_prompts_give_no_error_bar_and_no_sign() -> None:
     assert [error["value"] for error in document["diagnostics"]["standard_errors"]] == [None] * 4
     json.dumps(document, allow_nan=False)
     assert "no standard error" in str(result)
-    assert "too few prompts" in verdict(result)
+    assert "too few prompts" in result.verdict.sentence
 
 
 @pytest.mark.parametrize("engine", ["one_pass", "two_pass"])

@@ -57,7 +57,7 @@ def test_a_healthy_model(folder):
 def test_the_command_shows_it_and_its_verdict(folder, capsys):
     assert run(["doctor", str(folder)]) == 0
     shown = capsys.readouterr().out
-    for name in ("grad context", "optimizer", "ops backend native", "dropout off", "engine one_pass", "verdict"):
+    for name in ("grad context", "optimizer", "ops backend native", "dropout off", "engine one_pass", "will run"):
         assert name in shown
     assert "FAIL" not in shown
     assert run(["doctor", "--model", str(folder / "base"), "--adapter", str(folder / "adapter")]) == 0
@@ -84,7 +84,7 @@ def test_the_options_of_the_run_folder_are_tried(folder):
 def test_rollouts_sampled_otherwise_fail(folder, capsys, cut):
     rows = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
     (folder / "rollouts.jsonl").write_text("".join(json.dumps({**row, **cut}) + "\n" for row in rows))
-    assert run(["doctor", str(folder)]) == 1
+    assert run(["doctor", str(folder)]) == 3
     shown = capsys.readouterr().out
     assert "FAIL" in shown
     assert "see sampled at temperature 1" in shown

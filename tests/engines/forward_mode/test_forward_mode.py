@@ -316,7 +316,7 @@ def test_what_is_not_known_is_said() -> None:
     document = json.loads(json.dumps(result_document(result), allow_nan=False))
     assert document["derivatives"]["sequences"] == result.derivatives.sequences.tolist()
     console = Console(record=True, width=200)
-    print_result(result, console)
+    print_result(result, console, verbose=True)
     assert "not defined here" in console.export_text()
 
 

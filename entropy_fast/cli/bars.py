@@ -1,0 +1,125 @@
+"""How far a command has come: one bar at a time on standard error, with rate and time left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+from entropy_fast.cli.console import errors, is_terminal, output
+from entropy_fast.errors import escaped
+
+__all__ = ["Bars", "progress"]
+
+PATIENCE = 2.0  # seconds after which a bar appears
+UNITS = {"sampling": "step", "multiples": "multiple"}  # of stages that are not counted in prompts
+
+
+class _LateProgress(Progress):
+    """That shows nothing in its first seconds."""
+
+    def __init__(self, *columns: ProgressColumn, console: Console, clock: Callable[[], float]) -> None:
+        self._clock, self._began = clock, clock()
+        # What is said meanwhile goes over the bar by `Bars.say`: taken from standard output it would end on standard error.
+        super().__init__(*columns, console=console, transient=True, redirect_stdout=False, get_time=clock)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars, once it is time."""
+        if self._clock() - self._began >= PATIENCE:
+            yield from super().get_renderables()
+
+
+class _Counts(ProgressColumn):
+    """``12/128 prompts, 3.1 prompts/s, 0:00:37 left``; elapsed time where nothing is counted."""
+
+    def render(self, task: Task) -> Text:
+        """One line without a break."""
+        if task.total is None:
+            return Text(_duration(task.elapsed or 0.0))
+        unit = str(task.fields["unit"])
+        shown = f"{task.completed:.0f}/{task.total:.0f} {unit}s"
+        if not task.speed or task.time_remaining is None:
+            return Text(f"{shown}, {_duration(task.elapsed or 0.0)}")
+        rate = f"{task.speed:.3g} {unit}s/s" if task.speed >= 1 else f"{1 / task.speed:.2g} s/{unit}"
+        return Text(f"{shown}, {rate}, {_duration(task.time_remaining)} left")
+
+
+class Bars:
+    """What a command reports to. Without a terminal on standard error it shows nothing.
+
+    Args:
+        bars: where to show it; None for nowhere.
+        doing: what the command does as long as no stage of it is counted.
+    """
+
+    def __init__(self, bars: Progress | None, doing: str) -> None:
+        self._bars, self._doing = bars, doing
+        self._stages: dict[str, TaskID] = {}
+        if bars is not None:
+            self._uncounted = bars.add_task(_shown(doing), total=None, unit="")
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Show this stage and no other; one that is done is taken down, and may come again."""
+        if self._bars is None:
+            return
+        if stage not in self._stages:
+            what = f"{self._doing}: {stage}"
+            self._stages[stage] = self._bars.add_task(_shown(what), total=total, unit=UNITS.get(stage, "prompt"))
+        self._bars.update(self._stages[stage], completed=done, total=total)
+        if done >= total:
+            self._bars.remove_task(self._stages.pop(stage))
+        for name, task in self._stages.items():
+            self._bars.update(task, visible=name == stage)
+        self._bars.update(self._uncounted, visible=stage not in self._stages)
+
+    def doing(self, what: str) -> None:
+        """Say what the command does from now on."""
+        self._doing = what
+        if self._bars is not None:
+            self._bars.reset(self._uncounted, description=_shown(what))
+
+    def say(self, sentence: str) -> None:
+        """Print a sentence of ours on standard output, over the bar where both are on one terminal."""
+        console = output()
+        if self._bars is None or not is_terminal(console.file):
+            console.print(Text(escaped(sentence)))
+        else:
+            self._bars.console.print(Text(escaped(sentence)))
+
+
+@contextlib.contextmanager
+def progress(
+    doing: str,
+    *,
+    shows: bool = True,
+    console: Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Bars]:
+    """Bars for the duration of a piece of work; they appear when it takes more than two seconds, and go with it.
+
+    Args:
+        doing: what is done, in a word or two.
+        shows: False for a process that another one speaks for.
+        console: standard error unless given.
+        clock: seconds.
+    """
+    shown = errors() if console is None else console
+    if not shows or not is_terminal(shown.file):
+        yield Bars(None, doing)
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), _Counts())
+    with _LateProgress(*columns, console=shown, clock=clock) as bars:
+        yield Bars(bars, doing)
+
+
+def _shown(text: str) -> str:
+    return escaped(text)[:60]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
