@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from entropy_fast.cli.console import quiet_libraries
+from entropy_fast.cli.quiet import quiet_libraries
 from entropy_fast.errors import EntropyFastError
 from examples.train_policy import SMALL, SMOLLM2, train
 
@@ -17,7 +17,6 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the command line and train."""
-    quiet_libraries()
     parser = argparse.ArgumentParser(
         prog="python -m examples.train_policy", description="Train a policy by GRPO and leave run folders."
     )
@@ -36,8 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
     checkpoints = defaults.checkpoints if given.checkpoints is None else given.checkpoints
     try:
         settings = dataclasses.replace(defaults, steps=steps, checkpoints=checkpoints, seed=given.seed)
-        for checkpoint in train(settings, given.out):
-            print(checkpoint)
+        with quiet_libraries():
+            for checkpoint in train(settings, given.out):
+                print(checkpoint)
     except EntropyFastError as error:
         raise SystemExit(str(error)) from error
 

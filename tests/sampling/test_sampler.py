@@ -200,3 +200,18 @@ def test_nothing_is_appended_to_a_prompt_and_nothing_stands_in_front_twice():
 def test_a_prompt_without_tokens_is_named():
     with pytest.raises(SamplingError, match=r"no token of the prompt ' ' \(its vocabulary has 19 entries"):
         sample_rollouts(policy(), tokenizer(), [PromptTask(" ")], digit_count, SamplingSettings())
+
+
+def test_every_decoding_step_is_told_and_changes_nothing():
+    settings = SamplingSettings(responses_per_prompt=3, max_new_tokens=6, prompts_per_batch=3)
+    told: list[tuple[str, int, int]] = []
+    plain, watched = (
+        sample_rollouts(policy(), tokenizer(), tasks(4), digit_count, settings, on_progress)
+        for on_progress in (None, lambda *reported: told.append(reported))
+    )
+    assert plain.input_ids.tolist() == watched.input_ids.tolist()
+    assert {(stage, total) for stage, _, total in told} == {("sampling", 12)}  # two batches
+    done = [count for _, count, _ in told]
+    assert done == sorted(done) and done[0] == 0 and done[-1] == 12 and done.count(12) == 1
+    longest = [int(plain.response_lengths[rows].max()) for rows in (slice(0, 9), slice(9, 12))]
+    assert len(done) == sum(longest) + 3  # each batch begins with a report, and all ends with one

@@ -88,7 +88,16 @@ def test_a_small_step_does_what_the_direct_part_on_the_batch_says(name: str, wei
     options = {"weighting": weighting, "entropy_estimator": "rao_blackwell", "step": step, "max_grad_norm": None}
     forecast = fast_delta_h1(model, optimizer, rollouts, **options_of(**options))
     estimate = EstimateOptions(weighting=weighting, step=step)  # type: ignore[arg-type]
-    found = measure_delta_h(model, optimizer, rollouts, etas=[1e-3, 10.0], estimate=estimate)
+    told: list[tuple[str, int, int]] = []
+    found = measure_delta_h(
+        model,
+        optimizer,
+        rollouts,
+        etas=[1e-3, 10.0],
+        estimate=estimate,
+        on_progress=lambda *reported: told.append(reported),
+    )
+    assert told == [("multiples", done, 2) for done in range(3)]
     assert forecast.split is not None and found.geometry == forecast.geometry
     small, large = found.points
     assert small.symmetric.direct == pytest.approx(1e-3 * forecast.split.on_batch, rel=1e-6)
