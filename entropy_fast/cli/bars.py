@@ -25,7 +25,9 @@ class _LateProgress(Progress):
     def __init__(self, *columns: ProgressColumn, console: Console, clock: Callable[[], float]) -> None:
         self._clock, self._began = clock, clock()
         # What is said meanwhile goes over the bar by `Bars.say`: taken from standard output it would end on standard error.
-        super().__init__(*columns, console=console, transient=True, redirect_stdout=False, get_time=clock)
+        super().__init__(
+            *columns, console=console, transient=True, redirect_stdout=False, refresh_per_second=4, get_time=clock
+        )
 
     def get_renderables(self) -> Iterator[RenderableType]:
         """The bars, once it is time."""
@@ -75,12 +77,6 @@ class Bars:
         for name, task in self._stages.items():
             self._bars.update(task, visible=name == stage)
         self._bars.update(self._uncounted, visible=stage not in self._stages)
-
-    def doing(self, what: str) -> None:
-        """Say what the command does from now on."""
-        self._doing = what
-        if self._bars is not None:
-            self._bars.reset(self._uncounted, description=_shown(what))
 
     def say(self, sentence: str) -> None:
         """Print a sentence of ours on standard output, over the bar where both are on one terminal."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from entropy_fast.errors import EntropyFastWarning
 
 __all__ = ["quiet_libraries"]
-
-BARS = ("huggingface_hub.utils.tqdm", "datasets.utils.tqdm")
 
 
 @contextlib.contextmanager
@@ -32,15 +30,7 @@ def quiet_libraries() -> Iterator[None]:
 
         of_transformers.get_verbosity()  # which sets its logger up, if nothing has yet
         _errors_alone("transformers", given_back)
-        bars = [importlib.import_module(name) for name in BARS if name.partition(".")[0] in sys.modules]
-        for library in bars:
-            if not library.are_progress_bars_disabled():
-                given_back.callback(library.enable_progress_bars)
-        if of_transformers.is_progress_bar_enabled():
-            given_back.callback(of_transformers.enable_progress_bar)
-        of_transformers.disable_progress_bar()
-        for library in bars:
-            library.disable_progress_bars()
+        _no_bars(given_back)
         yield
 
 
@@ -48,3 +38,15 @@ def _errors_alone(name: str, given_back: contextlib.ExitStack) -> None:
     logger = logging.getLogger(name)
     given_back.callback(logger.setLevel, logger.level)
     logger.setLevel(logging.ERROR)
+
+
+def _no_bars(given_back: contextlib.ExitStack) -> None:
+    """None of transformers, hub, datasets and others: all are tqdm's in the end, and not all ask their library's switch."""
+    bar = importlib.import_module("tqdm").tqdm
+    usual = bar.__init__
+
+    def disabled(self: Any, *arguments: Any, **named: Any) -> None:
+        usual(self, *arguments, **{**named, "disable": True})
+
+    given_back.callback(setattr, bar, "__init__", usual)
+    bar.__init__ = disabled

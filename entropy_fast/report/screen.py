@@ -110,7 +110,7 @@ def _functionals(functionals: Mapping[str, Forecast], glyphs: Glyphs) -> str:
     shown = [f"{fitted(name, 24, glyphs.cut)} {_with_half(found, glyphs)}" for name, found in some]
     more = len(functionals) - len(some)
     rest = f", and {more} more" if more else ""
-    return f"Per response it also changes ({glyphs.plus_minus} at 95 %) {', '.join(shown)}{rest}."
+    return f"Per response also, {glyphs.plus_minus} at 95 %: {', '.join(shown)}{rest}."
 
 
 def _updates(result: DeltaH1Result, glyphs: Glyphs) -> list[str]:

@@ -68,9 +68,8 @@ def test_a_bar_is_late_and_there_is_one():
         bars.report("entropy", 4, 8)
         [line] = visible(bars)
         assert "4/8 prompts" in line
-        bars.doing("Another thing")
         bars.report("entropy", 8, 8)
-        assert visible(bars)[0].startswith("Another thing ")
+        assert visible(bars)[0].startswith("Forecast ━")
 
 
 def test_slow_work_has_a_rate_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -137,36 +138,47 @@ def test_no_colours_in_help_that_is_piped(folder, capsys, arguments):
     assert not SEQUENCE.search(shown.out + shown.err)
 
 
-def test_libraries_are_quiet_meanwhile_and_get_everything_back(folder, monkeypatch):
-    import datasets.utils.tqdm  # noqa: F401  # so that it is there to be silenced
-    from huggingface_hub.utils import are_progress_bars_disabled
+def bars_of_libraries() -> list[str]:
+    """What the bars of each library write."""
+    import datasets.utils  # noqa: F401  # which makes its bar a class of its own
+    import tqdm.auto
+    from huggingface_hub.utils import tqdm as of_hub
     from transformers.utils import logging as of_transformers
 
-    of_datasets = sys.modules["datasets.utils.tqdm"]
+    of_datasets = sys.modules["datasets.utils.tqdm"].tqdm
+    written = []
+    for bar in (tqdm.auto.tqdm, of_hub, of_datasets, of_transformers.tqdm):
+        stream = io.StringIO()
+        assert list(bar(range(3), file=stream, disable=False)) == [0, 1, 2]
+        written.append(stream.getvalue())
+    return written
+
+
+def test_libraries_are_quiet_meanwhile_and_get_everything_back(folder, monkeypatch):
+    from transformers.utils import logging as of_transformers
 
     def state() -> tuple[object, ...]:
         loggers = [logging.getLogger(name).level for name in ("transformers", "bitsandbytes")]
-        hub, sets = are_progress_bars_disabled(), of_datasets.are_progress_bars_disabled()
-        return (*loggers, hub, sets, of_transformers.is_progress_bar_enabled(), list(warnings.filters))
+        return (*loggers, list(warnings.filters))
 
     real, seen = entropy_fast.api.fast_delta_h1, []
 
     def watched(*arguments, **named):
-        seen.append(state())
+        seen.append((bars_of_libraries(), state()))
         return real(*arguments, **named)
 
     monkeypatch.setattr("entropy_fast.api.fast_delta_h1", watched)
-    of_transformers.enable_progress_bar()
-    of_datasets.enable_progress_bars()
     of_transformers.set_verbosity_info()
     try:
         before = state()
+        assert all("3/3" in shown for shown in bars_of_libraries())
         assert run(["probe", str(folder), "--out", str(folder / "out"), "--no-picture"]) == 0
-        assert state() == before
-        assert seen[0][:5] == (logging.ERROR, logging.ERROR, True, True, False)
+        [(bars, meanwhile)] = seen
+        assert not any(bars) and meanwhile[:2] == (logging.ERROR, logging.ERROR)
+        assert state() == before and all("3/3" in shown for shown in bars_of_libraries())
         monkeypatch.setattr("entropy_fast.api.fast_delta_h1", lambda *a, **k: 1 / 0)
         assert run(["probe", str(folder), "--out", str(folder / "out"), "--no-picture"]) == ExitStatus.FAULT
-        assert state() == before
+        assert state() == before and all("3/3" in shown for shown in bars_of_libraries())
     finally:
         of_transformers.set_verbosity_warning()
 
