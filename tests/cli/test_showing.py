@@ -21,7 +21,7 @@ from entropy_fast.cli.exit_status import MEANINGS, ExitStatus
 from entropy_fast.run_folder.result_files import read_result_document
 
 SEQUENCE = re.compile(r"\x1b")
-QUICKSTART = Path(__file__).parents[2] / "docs" / "quickstart.md"
+PAGE = Path(__file__).parents[2] / "docs" / "command_line.md"
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def test_a_traceback_of_what_is_refused_is_there_for_the_asking(folder, monkeypa
 def test_every_status_is_in_the_help_and_in_the_docs(capsys):
     assert run(["--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    rows = dict(re.findall(r"^\| (\d) \| (.*) \|$", QUICKSTART.read_text(encoding="utf-8"), re.MULTILINE))
+    rows = dict(re.findall(r"^\| (\d) \| (.*) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
     assert set(MEANINGS) == set(ExitStatus)
     for status, meaning in MEANINGS.items():
         assert f"{status.value} {meaning}" in said
