@@ -73,7 +73,8 @@ def _rows(found: Validation, glyphs: Glyphs) -> list[list[str]]:
         ratio = "below floor" if point.below_floor or not forecast else f"{point.symmetric.direct / forecast:.4f}"
         row = [f"{point.eta:g}", f"{forecast:+.4g}", f"{point.symmetric.direct:+.4g}", ratio]
         if with_total:
-            row += [f"{total * point.eta:+.2g}", f"{point.total:+.2g} {glyphs.plus_minus} {point.total_std_error:.1g}"]
+            known = f"{point.total:+.2g} {glyphs.plus_minus} {point.total_std_error:.1g}"
+            row += [f"{total * point.eta:+.2g}", "unknown" if math.isnan(point.total) else known]
         rows.append(row)
     return rows
 

@@ -35,7 +35,7 @@ QUICK = """
 import contextlib, io, os, sys
 from entropy_fast.cli.app import run
 shown = []
-for arguments in (["--version"], ["--help"], *([name, "--help"] for name in ("demo", "probe", "sample", "doctor"))):
+for arguments in (["--version"], ["--help"], *([name, "--help"] for name in ("demo", "probe", "sample", "doctor", "validate"))):
     with contextlib.redirect_stdout(io.StringIO()) as text:
         assert run(arguments) == 0, arguments
     assert text.getvalue().strip(), arguments

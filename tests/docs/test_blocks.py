@@ -112,7 +112,7 @@ def test_what_is_wrong_is_told_with_its_line(tmp_path: Path) -> None:
         run_python(block, {})
     with pytest.raises(AssertionError, match="no target"):
         run_command("make coffee", "README.md:1")
-    with pytest.raises(AssertionError, match="ended with 2"):
+    with pytest.raises(AssertionError, match="ended with 3"):
         run_command(f"entropy-fast probe {tmp_path}/nothing", "README.md:1")
     with pytest.raises(AssertionError, match="--sugar"):
         run_command("python -m benchmarks.coverage --sugar 3", "README.md:1")
