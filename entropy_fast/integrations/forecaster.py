@@ -29,7 +29,7 @@ from entropy_fast.integrations.looking_back import KeptPolicy, Realised
 from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.integrations.time_budget import TimeBudget
 from entropy_fast.rollouts import Rollouts
-from entropy_fast.truth import EntropyLedger
+from entropy_fast.truth import Calibration, EntropyLedger
 
 __all__ = ["OnForecast", "StepForecaster", "Verify"]
 
@@ -149,7 +149,7 @@ class StepForecaster:
         try:
             own = window() if reason is None or kept is not None else None
             if own is not None and kept is not None:
-                with self._never_breaks("what the step before did cannot be measured"):
+                with self.never_breaks("what the step before did cannot be measured"):
                     realised, back = self._look_back(kept, own)
             kept = None  # a second copy of the parameters is made below
             if own is not None and reason is None:
@@ -160,23 +160,25 @@ class StepForecaster:
         except Exception as error:
             failed, reason = True, f"{type(error).__name__}: {error}"
             self._warn(reason)
-        with self._never_breaks("what the step before did cannot be written down"):
+        with self.never_breaks("what the step before did cannot be written down"):
             self._note_realised(step, realised)
-        with self._never_breaks("the ledger cannot be written"):
+        with self.never_breaks("the ledger cannot be written"):
             self._note_forecast(step, result)
-        with self._never_breaks("the policy cannot be kept"):
+        with self.never_breaks("the policy cannot be kept"):
             if result is not None and prompts is not None and self.verify is not None:
                 self._kept = _Kept(step, KeptPolicy(self.model), prompts)
         seconds = time.perf_counter() - started
         self.time.spend(seconds - keeping, prompts if result is not None else None)
-        calibration = self.ledger.calibration("direct", window=ROLLING)
+        calibration: Calibration | None = None
+        with self.never_breaks("past forecasts cannot be held against what was realised"):
+            calibration = self.ledger.calibration("direct", window=ROLLING)
         found = StepForecast(
             step, result, reason, failed, realised, None if realised is not None else back, seconds, self.time.used,
-            calibration if calibration.n else None,
+            calibration if calibration is not None and calibration.n else None,
         )  # fmt: skip
         self.last = found
         for hook in self.on_forecast:
-            with self._never_breaks("a hook on forecasts failed"):
+            with self.never_breaks("a hook on forecasts failed"):
                 hook(found)
         return found
 
@@ -203,7 +205,7 @@ class StepForecaster:
         if self._keep is None:
             return 0.0
         started = time.perf_counter()
-        with self._never_breaks("a step cannot be kept"):
+        with self.never_breaks("a step cannot be kept"):
             self._keep(step, window, result)
         return time.perf_counter() - started
 
@@ -283,7 +285,8 @@ class StepForecaster:
             )
 
     @contextlib.contextmanager
-    def _never_breaks(self, what: str) -> Iterator[None]:
+    def never_breaks(self, what: str) -> Iterator[None]:
+        """An exception in the block is one warning, that ``what`` went wrong and why."""
         try:
             yield
         except Exception as error:

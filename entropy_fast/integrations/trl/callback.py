@@ -106,38 +106,44 @@ class EntropyForecastCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Listen."""
-        self._hooks.patch()
-        self.forecaster.begin(state.global_step)
-        self._keep_from = state.global_step
+        with self._hooks.listening():
+            self._keep_from = state.global_step
+            self._hooks.patch()
+            self.forecaster.begin(state.global_step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Begin a new window."""
-        self._hooks.begin()
         self._since = time.perf_counter()
+        with self._hooks.listening():
+            self._hooks.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Forecast: gradients are clipped, and the learning rate is the one about to be used."""
         forecaster, trainer = self.forecaster, self._trainer
-        if not forecaster.wants(state.global_step):
-            return
-        self._count()
-        forecaster.model, forecaster.optimizer = trainer.model, trainer.optimizer
-        forecast = forecaster.before_step(state.global_step, self._window)
-        for name, value in forecast.metrics().items():
-            trainer._metrics["train"][PREFIX + name].append(float(value))
+        with forecaster.never_breaks("no forecast"):
+            if not forecaster.wants(state.global_step):
+                return
+            self._count()
+            forecaster.model, forecaster.optimizer = trainer.model, trainer.optimizer
+            forecast = forecaster.before_step(state.global_step, self._window)
+            for name, value in forecast.metrics().items():
+                trainer._metrics["train"][PREFIX + name].append(float(value))
         self._since = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let go of the batch; stop where a hook on forecasts asks for it."""
-        self._count()
-        self._hooks.begin()
-        if any(getattr(hook, "wants_stop", False) for hook in self.forecaster.on_forecast):
-            control.should_training_stop = True
+        with self._hooks.listening():
+            self._hooks.begin()
+            self._count()
+            if any(getattr(hook, "wants_stop", False) for hook in self.forecaster.on_forecast):
+                control.should_training_stop = True
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave the trainer as it was."""
-        self._hooks.unpatch()
-        self.forecaster.end()
+        with self.forecaster.never_breaks("the trainer is not as it was"):
+            self._hooks.unpatch()
+        with self.forecaster.never_breaks("what was kept is not let go of"):
+            self.forecaster.end()
 
     def _window(self) -> StepWindow:
         hooks = self._hooks

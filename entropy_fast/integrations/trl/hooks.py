@@ -107,11 +107,11 @@ class TrainerHooks:
         if self._before is not None:
             return
         trainer = self._trainer
+        self._clip_before = trainer.accelerator.__dict__.get(CLIP)
         self._before = {name: trainer.__dict__[name] for name in PATCHED if name in trainer.__dict__}
         makers = (self._generating, self._rewarding, self._losing, self._scoring)
         for name, maker in zip(PATCHED, makers, strict=True):
             setattr(trainer, name, maker(getattr(trainer, name)))
-        self._clip_before = trainer.accelerator.__dict__.get(CLIP)
         setattr(trainer.accelerator, CLIP, self._clipping(getattr(trainer.accelerator, CLIP)))
 
     def begin(self) -> None:
@@ -119,7 +119,7 @@ class TrainerHooks:
         self.window, self.clipped = [], Clipped()
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Nothing that is looked at here may end the training; what went wrong is a forecast's reason."""
         try:
             yield
@@ -129,23 +129,22 @@ class TrainerHooks:
     def unpatch(self) -> None:
         """Take them off, and forget the window."""
         before, self._before = self._before, None
-        self.begin()
+        if before is not None:
+            self._trainer.accelerator.__dict__.pop(CLIP, None)
+            if self._clip_before is not None:
+                setattr(self._trainer.accelerator, CLIP, self._clip_before)
+            for name in PATCHED:
+                self._trainer.__dict__.pop(name, None)
+                if name in before:
+                    setattr(self._trainer, name, before[name])
         self._current = None
-        if before is None:
-            return
-        self._trainer.accelerator.__dict__.pop(CLIP, None)
-        if self._clip_before is not None:
-            setattr(self._trainer.accelerator, CLIP, self._clip_before)
-        for name in PATCHED:
-            self._trainer.__dict__.pop(name, None)
-            if name in before:
-                setattr(self._trainer, name, before[name])
+        self.begin()
 
     def _generating(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def generate(inputs: Any, *args: Any, **kwargs: Any) -> Any:
             self._rewards.clear()
             found = original(inputs, *args, **kwargs)
-            with self._listening():
+            with self.listening():
                 self._tag(found)
             return found
 
@@ -167,7 +166,7 @@ class TrainerHooks:
     def _rewarding(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def calculate(*args: Any, **kwargs: Any) -> Any:
             found = original(*args, **kwargs)
-            with self._listening():
+            with self.listening():
                 weights = torch.as_tensor(self._trainer.reward_weights, dtype=torch.float64, device=found.device)
                 rewards = (found.detach().double() * weights).nansum(1)
                 # No function could say anything of these responses: unknown, not 0.
@@ -179,7 +178,7 @@ class TrainerHooks:
     def _clipping(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def clip(parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
             norm = original(parameters, max_norm, *args, **kwargs)
-            with self._listening():
+            with self.listening():
                 if norm is not None:
                     factor = min(1.0, float(max_norm) / (float(norm) + CLIP_EPS))
                     self.clipped = Clipped(self.clipped.factor * factor, float(norm))
@@ -189,10 +188,10 @@ class TrainerHooks:
 
     def _losing(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            if not (self._trainer.model.training and torch.is_grad_enabled()):
-                return original(model, inputs, *args, **kwargs)
-            self._current = MicroBatch(inputs)
-            self.window.append(self._current)
+            with self.listening():
+                if self._trainer.model.training and torch.is_grad_enabled():
+                    self._current = MicroBatch(inputs)
+                    self.window.append(self._current)
             try:
                 return original(model, inputs, *args, **kwargs)
             finally:
@@ -206,7 +205,7 @@ class TrainerHooks:
             batch = self._current
             if batch is None or batch.logprobs is not None or not torch.is_grad_enabled():
                 return found
-            with self._listening():
+            with self.listening():
                 logprobs, entropies = found[0], found[1]
                 batch.logprobs = logprobs.detach()
                 if logprobs.requires_grad:
@@ -223,7 +222,7 @@ class TrainerHooks:
         """A hook that keeps a gradient, added up where there are several backwards."""
 
         def keep(gradient: Tensor) -> None:
-            with self._listening():  # it runs within the trainer's backward
+            with self.listening():  # it runs within the trainer's backward
                 own, before = gradient.detach().double(), getattr(batch, name)
                 setattr(batch, name, own if before is None else before + own)
 

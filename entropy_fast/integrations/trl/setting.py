@@ -18,6 +18,13 @@ _HARMLESS = frozenset({
     "pad_token_id", "prompt_logprobs", "return_dict_in_generate", "seed", "skip_special_tokens", "stop", "stop_strings",
     "stop_token_ids", "use_cache",
 })  # fmt: skip
+# What a model's own generation config may say beside: a value of 0 or 1, or none, leaves the distribution alone.
+_OF_THE_CONFIG = (
+    "bad_words_ids", "begin_suppress_tokens", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty",
+    "guidance_scale", "min_length", "min_new_tokens", "no_repeat_ngram_size", "sequence_bias", "suppress_tokens", "top_h",
+    "typical_p", "watermarking_config",
+)  # fmt: skip
+_TOP_K_OF_TRANSFORMERS = 50
 _WITHOUT = (
     "train without it, in one process and with an optimizer of torch's, to have forecasts; or probe consolidated checkpoints "
     "with `entropy-fast probe`."
@@ -101,26 +108,32 @@ def scaler_of(trainer: Any) -> Any:
 
 
 def sampling_of(trainer: Any) -> Sampling:
-    """What the trainer draws responses from, with what its ``generation_kwargs`` overrule."""
-    overruled: Mapping[str, Any] = getattr(trainer.args, "generation_kwargs", None) or {}
+    """What the trainer draws responses from: by its ``generation_kwargs``, its arguments, and the model's generation config."""
+    given: Mapping[str, Any] = getattr(trainer.args, "generation_kwargs", None) or {}
+    # What transformers is not told it takes from the model's own config, and then from defaults of which one truncates.
+    ours = not getattr(trainer, "use_vllm", False)
+    config = getattr(trainer.model, "generation_config", None) if ours else None
 
-    def said(name: str, default: object) -> Any:
-        found = overruled.get(name, getattr(trainer, name, default))
-        return default if found is None else found
+    def said(name: str, default: object = None) -> Any:
+        for found in (given.get(name), getattr(trainer, name, None), getattr(config, name, None)):
+            if found is not None:
+                return found
+        return default
 
     known = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "do_sample"}
-    others = [name for name in overruled if name not in _HARMLESS | known and not name.startswith("output_")]
+    others = {name for name in given if name not in _HARMLESS | known and not name.startswith("output_")}
+    others |= {name for name in _OF_THE_CONFIG if getattr(config, name, None) not in (None, 0, 1.0, [])} - set(given)
     if said("repetition_penalty", 1.0) != 1:
-        others.append("repetition_penalty")
-    if not overruled.get("do_sample", True):
-        others.append("do_sample")
-    if getattr(trainer, "use_vllm", False) and getattr(trainer.args, "vllm_structured_outputs_regex", None):
-        others.append("vllm_structured_outputs_regex")
+        others.add("repetition_penalty")
+    if not given.get("do_sample", True):
+        others.add("do_sample")
+    if not ours and getattr(trainer.args, "vllm_structured_outputs_regex", None):
+        others.add("vllm_structured_outputs_regex")
     return Sampling(
         float(said("temperature", 1.0)),
         float(said("top_p", 1.0)),
-        said("top_k", None),
-        said("min_p", None),
+        said("top_k", _TOP_K_OF_TRANSFORMERS if ours else None),
+        said("min_p"),
         tuple(sorted(others)),
     )
 

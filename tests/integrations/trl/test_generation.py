@@ -18,7 +18,7 @@ VLLM = {"use_vllm": True, "vllm_mode": "colocate"}
 
 @exhaustive
 @pytest.mark.parametrize(
-    "options", [{}, {"lora": True, "temperature": 0.7, "loss_type": "dr_grpo"}], ids=["", "lora, T"]
+    "options", [{}, {"lora": True, "temperature": 1.5, "loss_type": "dr_grpo"}], ids=["", "lora, T"]
 )
 def test_tools(tmp_path: Path, options: dict[str, Any]) -> None:
     probed, seen, caught = trained_with_and_without(lambda: tool_trainer(tmp_path, **options))
