@@ -121,6 +121,23 @@ def test_every_form_in_which_a_step_count_is_kept(step: Any) -> None:
     assert AdamState.from_optimizer(optimizer, model).moments["0.weight"].step == 7
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_a_scaler_skips_leaves_no_moments(fused: bool) -> None:
+    """A fused optimizer is called all the same, and makes its state: step 0, and nothing in it."""
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(torch.full((1, 3), torch.inf)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert bool(optimizer.state) == fused
+    found = AdamState.from_optimizer(optimizer, model)
+    assert not found.moments and set(found.group_of) == {name for name, _ in model.named_parameters()}
+    # Once it has stepped, another that is skipped changes nothing.
+    stepped(model, optimizer)
+    assert AdamState.from_optimizer(optimizer, model).moments["0.weight"].step == 1
+
+
 def test_a_compiled_or_data_parallel_wrapper_does_not_change_names() -> None:
     model = small_model()
     optimizer = stepped_adam(model)

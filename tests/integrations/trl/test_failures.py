@@ -12,6 +12,8 @@ import torch
 from tiny_trl import tiny_trainer
 from trl_runs import forecasting, same_training, trained_with_and_without
 
+pytestmark = pytest.mark.exhaustive
+
 PLACES = {
     "the probe": "entropy_fast.integrations.forecaster.fast_delta_h1",
     "the batch": "entropy_fast.integrations.trl.callback.window_of",
@@ -37,9 +39,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize(
-    "place", [place if place == "metrics" else pytest.param(place, marks=pytest.mark.exhaustive) for place in PLACES]
-)
+@pytest.mark.parametrize("place", PLACES)
 def test_an_exception_anywhere_is_one_warning_and_the_same_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -64,7 +64,6 @@ def test_an_exception_anywhere_is_one_warning_and_the_same_training(
             assert math.isnan(forecast.metrics()["total"])
 
 
-@pytest.mark.exhaustive
 def test_warnings_that_were_made_errors_end_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("out of cheese")
@@ -81,7 +80,6 @@ def test_warnings_that_were_made_errors_end_nothing(tmp_path: Path, monkeypatch:
     assert not seen
 
 
-@pytest.mark.exhaustive
 def test_memory_that_runs_out_in_the_trainers_backward_is_ours_to_bear(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +102,6 @@ def test_memory_that_runs_out_in_the_trainers_backward_is_ours_to_bear(
     assert all(forecast.failed for forecast in seen)
 
 
-@pytest.mark.exhaustive
 def test_a_hook_that_fails_at_every_forecast_is_said_once(tmp_path: Path) -> None:
     def broken(_: Any) -> None:
         raise RuntimeError("out of cheese")

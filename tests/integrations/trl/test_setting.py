@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,17 @@ from entropy_fast.integrations.trl import EntropyForecastCallback
 from entropy_fast.integrations.trl.setting import Sampling, autocast_of, sampling_of, scaler_of
 
 
+@pytest.fixture(scope="module")
+def one_trainer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return tiny_trainer(tmp_path_factory.mktemp("trainer"))
+
+
 @pytest.fixture
-def trainer(tmp_path: Path) -> Any:
-    return tiny_trainer(tmp_path)
+def trainer(one_trainer: Any) -> Any:
+    """A trainer of the test's own attributes; the arguments and the model are those of one that is built once."""
+    own = copy.copy(one_trainer)
+    own.args = copy.copy(one_trainer.args)
+    return own
 
 
 @pytest.fixture
