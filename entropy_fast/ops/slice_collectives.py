@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from entropy_fast.errors import ConfigError, EntropyFastError
+from entropy_fast.errors import DistributedError, EntropyFastError
 
 __all__ = ["agree", "copied", "gathered", "summed"]
 
@@ -110,7 +110,7 @@ def agree(
         group: the process group.
 
     Raises:
-        ConfigError: they do not.
+        DistributedError: they do not, the same on all ranks; on the others where one refuses.
         EntropyFastError: ``refused``, on the rank that passed it.
     """
     own = [int(refused is not None), *rows, *alike.values()]
@@ -120,35 +120,36 @@ def agree(
     names = ("refused", "first", "rows of the slice", *alike)
     for rank, header in enumerate(headers):
         if header[0]:
-            raise ConfigError(
+            raise DistributedError(
                 f"{op}: rank {rank} of the group refused its arguments; its own message says why.",
                 fix="mend them there; all ranks stopped.",
+                ranks=(rank,),
             )
     for rank, header in enumerate(headers):
         for name, value, expected in list(zip(names, header, headers[0], strict=True))[3:]:
             if value != expected:
                 shown = f" ({expected} and {value})" if name in _COUNTS else ""
-                raise ConfigError(
+                raise DistributedError(
                     f"{op}: ranks 0 and {rank} of the group differ in {name}{shown}; every rank has to call with the same "
                     "rows, targets and options.",
                     fix="give all ranks that share a vocabulary the same batch, and make the same call on each.",
+                    ranks=(0, rank),
+                    agreed=True,
                 )
     _assert_whole(op, [header[1:3] for header in headers], alike["vocabulary"])
 
 
 def _assert_whole(op: str, slices: Sequence[Sequence[int]], vocabulary: int) -> None:
     """Every row once."""
+    held = [(first, first + rows, rank) for rank, (first, rows) in enumerate(slices) if rows]
     reached = 0
-    for first, rows, rank in sorted((first, rows, rank) for rank, (first, rows) in enumerate(slices) if rows):
+    for first, end, rank in (*sorted(held), (vocabulary, vocabulary, None)):
         if first != reached:
-            what = "are on no rank" if first > reached else f"are on rank {rank} and on another"
-            raise ConfigError(
-                f"{op}: rows {min(first, reached)} to {max(first, reached)} of the vocabulary {what}.",
+            where = "are on no rank" if first > reached else f"are on rank {rank} and on another"
+            raise DistributedError(
+                f"{op}: rows {min(first, reached)} to {max(first, reached)} of the vocabulary {where}.",
                 fix="give each rank successive rows, each row once.",
+                ranks=() if rank is None else (rank,),
+                agreed=True,
             )
-        reached = first + rows
-    if reached != vocabulary:
-        raise ConfigError(
-            f"{op}: rows {reached} to {vocabulary} of the vocabulary are on no rank.",
-            fix="give each rank successive rows, each row once.",
-        )
+        reached = end

@@ -74,9 +74,10 @@ def sliced_linear_token_logprobs(
         `TokenLogprobs`, in float32, or float64 for float64 hidden states. Rows whose logits are not all finite or -inf are NaN.
 
     Raises:
-        ConfigError: on all ranks: arguments do not fit on one of them, ranks were called with different ones (values of hidden
-            states are not compared), or their slices do not make the vocabulary. A rank that does not call at all leaves the
-            others waiting until the group's timeout.
+        ConfigError: arguments do not fit.
+        DistributedError: they do not fit on another rank, ranks were called with different ones (values of hidden states are
+            not compared), or their slices do not make the vocabulary. A rank that does not call at all leaves the others
+            waiting until the group's timeout.
         BackendUnavailableError: the backend cannot run here.
     """
     call, hidden = _agreed(hidden, vocabulary_slice, targets, softcap, want_entropy, None, ignore_index, backend)

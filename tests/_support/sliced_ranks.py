@@ -1,6 +1,8 @@
-"""One of several processes that share a vocabulary; started by tests/ops/test_sliced_linear_token_logprobs.py.
+"""Several processes that share a vocabulary; started by tests/ops/test_sliced_linear_token_logprobs.py.
 
-Usage: python sliced_ranks.py RANK WORLD_SIZE RENDEZVOUS_FILE RESULT_FILE CHECK...
+Usage: python sliced_ranks.py WORLD_SIZE FOLDER CHECK...
+
+Libraries are imported once: the ranks are forked from the process that imported them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -421,7 +424,7 @@ def transformers_models() -> dict[str, float]:
             tie_word_embeddings=tied,
         )
         whole = Qwen2ForCausalLM(config)
-        folder = Path(sys.argv[4]).parent / f"tied {tied}"
+        folder = Path(sys.argv[2]) / f"tied {tied}"
         if dist.get_rank() == 0:
             whole.save_pretrained(folder)
         dist.barrier()
@@ -445,19 +448,38 @@ def transformers_models() -> dict[str, float]:
     return found
 
 
-def main(rank: int, world: int, rendezvous: str, result: str, *checks: str) -> None:
-    torch.set_num_threads(1)
+def work(rank: int, world: int, folder: Path, checks: Sequence[str]) -> None:
+    """One rank: its own results go to a file."""
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{rendezvous}",
+        init_method=f"file://{folder / 'meet'}",
         rank=rank,
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
     found = {check: globals()[check]() for check in checks}
-    Path(result).write_text(json.dumps(found))
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
+def main(world: int, folder: Path, checks: Sequence[str]) -> int:
+    torch.set_num_threads(1)
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                work(rank, world, folder, checks)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) for child in children)
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
