@@ -38,7 +38,7 @@ from entropy_fast.estimates.result import DeltaH1Result
 
 Run = Callable[[str], DeltaH1Result]  # by "own" or "all" ranks
 
-SIZES = (2, 4, 3, 2, 2)  # divisible by no number of ranks, and by one of them not even into two each
+SIZES = (3, 2, 4, 2, 2)  # divisible by no number of ranks; three of them get [2], [0, 3] and [1, 4]: not in order
 TIMEOUT = 60.0  # seconds
 LEFT_OUT = ("plan", "run_options", "estimate_options")
 CASES: dict[str, Callable[[], Run]] = {}

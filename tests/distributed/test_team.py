@@ -39,7 +39,6 @@ def quick(tmp_path_factory) -> dict[str, Done]:
         "together": job(3, "together", names=QUICK),
         "raising": job(2, "raising", name="score_function", failing=1),
         "kill": job(3, "ending", name="score_function", phase="influence kernel", failing=2, how="kill", seconds=LONG),
-        "stall": job(2, "ending", name="score_function", phase="result", failing=1, how="stall", seconds=SECONDS),
         "other data": job(2, "other_data"),
         "rows": job(3, "spread_rows"),
     }
@@ -111,12 +110,6 @@ def test_a_rank_that_is_killed_ends_all(quick):
     assert_ended(quick["kill"], 2, "influence kernel", LONG)
 
 
-def test_a_rank_that_stalls_ends_all(quick):
-    assert_ended(quick["stall"], 1, "result", 10 * SECONDS)
-    late = quick["stall"].ranks[1]
-    assert late is not None and late["error"] == "DistributedError"  # it does not go on by itself either
-
-
 @pytest.mark.exhaustive
 def test_a_rank_that_is_killed_at_any_phase_ends_all(tmp_path):
     jobs = [
@@ -136,6 +129,8 @@ def test_whoever_stalls_is_named(tmp_path, failing):
     own = job(3, "ending", name="score_function", phase="gradient sums", failing=failing, how="stall", seconds=SECONDS)
     (done,) = run_jobs(tmp_path, [own])
     assert_ended(done, failing, "gradient sums", 10 * SECONDS)
+    late = done.ranks[failing]
+    assert late is not None and late["error"] == "DistributedError"  # it does not go on by itself either
 
 
 @pytest.mark.exhaustive
