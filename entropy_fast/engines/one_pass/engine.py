@@ -23,7 +23,8 @@ from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.columns import Columns, ResolvedColumn, SequenceTable, Side, TokenScores
 from entropy_fast.columns.scores import ScoresNeededError
 from entropy_fast.context import ProbeContext
-from entropy_fast.engines.along import AlongSums, along_sums, steps_of_others, with_rows
+from entropy_fast.engines.along import AlongSums, steps_of_others
+from entropy_fast.engines.along_updates import along_sums, with_rows
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.one_pass.by_sequence import (
     less_own,

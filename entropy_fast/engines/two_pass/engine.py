@@ -18,7 +18,8 @@ from entropy_fast.columns import Coefficients, Columns, SequenceTable, Side, Tok
 from entropy_fast.columns.coefficients import power_of_two_scale
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
-from entropy_fast.engines.along import AlongSums, along_sums, with_rows
+from entropy_fast.engines.along import AlongSums
+from entropy_fast.engines.along_updates import along_sums, with_rows
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import FinishedSums, by_column, coverage_of, finish_functional, finish_update, finished
