@@ -100,8 +100,9 @@ def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
     given = inputs.coefficients(update)
     with progress() as report:
         result = fast_delta_h1(
-            policy, state, update, coefficients=given, estimate=estimate, run=inputs.run, on_progress=report
-        )
+            policy, state, update, coefficients=given, scores=inputs.scores(update), estimate=estimate, run=inputs.run,
+            on_progress=report,
+        )  # fmt: skip
     with errors().status(Text("Taking the step, scoring, and putting it back")):
         plain = dataclasses.replace(inputs.run, engine="one_pass", full_kernel=False, by_sequence=False, by_token=False)
         found = measure_delta_h(

@@ -88,10 +88,16 @@ def close(found: float, expected: float, scale: float) -> None:
     assert abs(found - expected) <= 1e-9 * scale, (found, expected, scale)
 
 
-@pytest.mark.parametrize("sample", [None, 4])
 @pytest.mark.parametrize(
-    ("name", "clip"),
-    [("adamw", 0.3), *(pytest.param(name, 1.0, marks=pytest.mark.exhaustive) for name in OPTIMIZERS)],
+    ("name", "clip", "sample"),
+    [
+        ("adamw", 0.3, 4),
+        *(
+            pytest.param(name, clip, sample, marks=pytest.mark.exhaustive)
+            for name, clip in (("adamw", 1.0), ("momentum", 0.3), ("rmsprop", 1.0))
+            for sample in (4, None)
+        ),
+    ],
 )
 def test_it_is_what_loops_over_prompts_say(name: str, clip: float, sample: int | None) -> None:
     own = model, _ = setup(name)
@@ -138,6 +144,7 @@ def test_it_is_what_loops_over_prompts_say(name: str, clip: float, sample: int |
     close(sum(theirs.by_parameter.values()), theirs.value, scale)
 
 
+@pytest.mark.exhaustive
 def test_of_all_prompts_it_is_the_forecast_of_that_gradient() -> None:
     """As if the other update's gradient had stood in .grad, and as if it had been described."""
     own = model, _ = setup("adamw")
@@ -204,6 +211,7 @@ def test_the_same_update_differs_by_nothing_and_a_bonus_is_worked_out_of_the_who
         assert abs(ours.value) > 1e-6 * scale
 
 
+@pytest.mark.exhaustive
 def test_of_another_batch_nothing_is_sampled() -> None:
     own = model, _ = setup("adamw")
     planned, other = tables(1), tables(2)
@@ -223,7 +231,7 @@ def test_of_another_batch_nothing_is_sampled() -> None:
 def test_the_error_is_that_of_repeated_samples() -> None:
     """Gaussian prompts, a linear step: how far the difference is from what the whole batch's update does to all prompts."""
     generator = torch.Generator().manual_seed(0)
-    n, whole, size, trials = 8, 16, 6, 1500
+    n, whole, size, trials = 8, 16, 6, 600
     mean_x, mean_d = torch.ones(size).double(), 0.5 * torch.ones(size).double()
     scale = Scale(1.0, n, n, ("p",), {}, ())
     squares, errors = [], []
@@ -242,7 +250,7 @@ def test_the_error_is_that_of_repeated_samples() -> None:
         found = beyond(*pairs, scale, forecasts_of(pairs[1], scale), forecasts_of(pairs[0], scale)).forecast
         squares.append((found.value - float(mean_x @ d.mean(0))) ** 2)
         errors.append(found.std_error**2)
-    assert sum(errors) / sum(squares) == pytest.approx(1.0, abs=0.15)
+    assert sum(errors) / sum(squares) == pytest.approx(1.0, abs=0.2)
 
 
 def _sums(rows: Tensor, sampled: SampledUpdate | None) -> KernelSums:
@@ -251,6 +259,7 @@ def _sums(rows: Tensor, sampled: SampledUpdate | None) -> KernelSums:
     return KernelSums(math.nan, unknown, unknown, unknown, torch.ones(len(rows)), along=along)
 
 
+@pytest.mark.exhaustive
 def test_tokens_of_a_sample_stand_in_the_rows_of_the_batch() -> None:
     own = model, optimizer = setup("adamw")
     planned = tables(1)

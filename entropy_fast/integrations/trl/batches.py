@@ -66,6 +66,7 @@ def window_of(
         group_ids=joined(GROUP),
         advantages=_advantages(batches),
         max_lengths=trainer.max_completion_length,
+        old_logprobs=_old_logprobs(trainer, batches, in_place),
         temperature=float(trainer.temperature),
         top_p=float(trainer.top_p),
         top_k=trainer.top_k,
@@ -163,6 +164,15 @@ def _scores(trainer: Any, batches: Sequence[MicroBatch], in_place: Any) -> Token
         in_place([torch.where(_counted(b).bool(), b.logprobs, 0.0) for b in batches if b.logprobs is not None]),
         in_place([torch.where(_counted(b).bool(), b.entropies, 0.0) for b in batches if b.entropies is not None]),
     )
+
+
+def _old_logprobs(trainer: Any, batches: Sequence[MicroBatch], in_place: Any) -> Tensor | None:
+    """What the loss divides by: where the trainer keeps nothing, the log-probs of now; None where those are random."""
+    if _drops_out(trainer.model):
+        return None
+    kept = [old if (old := b.inputs.get("old_per_token_logps")) is not None else b.logprobs for b in batches]
+    found = [torch.where(_counted(b).bool(), own, 0.0) for b, own in zip(batches, kept, strict=True) if own is not None]
+    return in_place(found) if len(found) == len(batches) else None
 
 
 def _drops_out(model: nn.Module) -> bool:
