@@ -65,7 +65,9 @@ def fast_delta_h1(
         coefficients: the update as -∂L/∂(log-prob), [N] by sequence or [N, T] by token; or a pair of that and -∂L/∂(entropy)
             [N, T]. With ``gradient="live"`` those of the loss that ``.grad`` is of: a prompt's own part in it is known by them.
         updates: other updates to compare with it, by name: a ready one of `entropy_fast.candidates`, a loss or coefficients.
-            See ``result.updates``.
+            See ``result.updates``, and ``result.compared`` for what each would do beyond the planned one. With
+            ``gradient="live"`` they change what stands in ``.grad``, by the coefficients that are given of it: where a sample
+            of the prompts is gone through, what they change is known from the sample alone, and the errors say so.
         scores: log-probs and entropies [N, T] of ``rollouts`` under the model as it is now, which saves that sweep; they are
             checked.
         estimate: what is estimated; None takes the defaults.

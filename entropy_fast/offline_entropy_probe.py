@@ -15,14 +15,15 @@ from entropy_fast.checks.exclusive import one_probe_at_a_time
 from entropy_fast.checks.fit import check_rollouts_fit_model
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.checks.model_state import refuse_shared_keys
-from entropy_fast.columns import Side, Wanted, columns_of
+from entropy_fast.columns import Side, TokenScores, Wanted, columns_of
 from entropy_fast.columns.caller import as_caller
+from entropy_fast.columns.candidate_tables import candidate_tables, needs_scores
 from entropy_fast.columns.wanted import entropy_measure
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.distributed.agreement import fingerprint, of_first_rank, refuse_others
 from entropy_fast.distributed.team import Team, joined
-from entropy_fast.engines import Engine, EngineKind, engine_kind
+from entropy_fast.engines import Engine, EngineKind, Scores, engine_kind
 from entropy_fast.engines.replicas import refuse_other_replicas
 from entropy_fast.engines.resolving import OTHER_SCORES_FIX, SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
@@ -31,7 +32,7 @@ from entropy_fast.estimates.attribution import Role
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.merging import merged
 from entropy_fast.estimates.result import DeltaH1Result
-from entropy_fast.estimates.sampled_prompts import PromptChunks, of_rows, refuse_other_updates
+from entropy_fast.estimates.sampled_prompts import PromptChunks, in_all_rows, of_rows, refuse_other_updates
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 from entropy_fast.step import GivenOptimizer, read_optimizer
 
@@ -99,6 +100,7 @@ class OfflineEntropyProbe:
         wanted = wanted or Wanted()
         with self._joined() as probe:
             probe._check_live(wanted)
+            wanted = probe._worked_out(wanted, rollouts)
             if self.context.estimate.samples:
                 return probe._sampled(rollouts, wanted)
             return probe._asked(wanted, rollouts, rollouts)._same_batch(rollouts)
@@ -136,7 +138,7 @@ class OfflineEntropyProbe:
             batch, empty = taken.for_autograd().without_empty_responses()
             found = measured, same_batch_result(measured, probe._setting(), batch, empty)
         assert found is not None
-        return found[1]
+        return in_all_rows(found[1], rollouts, rows)
 
     def _measured(self, rollouts: Rollouts) -> tuple[Measured, Rollouts, EmptyResponseReport]:
         """What the engine finds in one batch, the batch without empty responses, and which were left out."""
@@ -176,6 +178,7 @@ class OfflineEntropyProbe:
             )
         with self._joined() as probe:
             probe._check_live(wanted or Wanted())
+            wanted = probe._worked_out(wanted or Wanted(), update_rollouts)
             return probe._asked(wanted, entropy_rollouts, update_rollouts)._two_batch(entropy_rollouts, update_rollouts)
 
     def _two_batch(self, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:
@@ -199,9 +202,37 @@ class OfflineEntropyProbe:
         self._check_scores(measured)
         return two_batch_result(measured, self._setting(), entropy, update, empty)
 
+    @property
+    def _live(self) -> bool:
+        return self.context.next_step is not None and self.context.next_step.live is not None
+
     def _check_live(self, wanted: Wanted) -> None:
-        if self.context.next_step is not None and self.context.next_step.live is not None:
-            refuse_other_updates(wanted, self.context.run)
+        if self._live:
+            refuse_other_updates(wanted, self.context.estimate, self.context.run)
+
+    def _worked_out(self, wanted: Wanted, rollouts: Rollouts) -> Wanted:
+        """With candidates beside a live gradient as coefficients of its whole batch, of which a sample may be gone through."""
+        if not self._live or not wanted.candidates or wanted.update is None or callable(wanted.update):
+            return wanted
+        given = as_caller(wanted, self.context.registry.module)
+        scores = wanted.scores
+        if scores is None and needs_scores(given.candidates):
+            scores = self._scores(rollouts)
+        tables = candidate_tables(given.candidates, wanted.update, scores, rollouts, self.context.estimate)
+        return dataclasses.replace(wanted, candidates=tables)
+
+    def _scores(self, rollouts: Rollouts) -> TokenScores:
+        """What the policy says of every response token of a batch."""
+        probe = self._asked(None, rollouts, rollouts)
+        engine = probe._engine(1)
+        if not isinstance(engine, Scores):
+            raise ConfigError(
+                f"`updates` with gradient='live' and engine {self.engine!r}, which does not score a batch.",
+                fix="pass scores, or use engine='one_pass'.",
+            )
+        batch = rollouts.for_autograd().without_empty_responses()[0]
+        with one_probe_at_a_time(wait=self.context.run.when_busy == "wait"):
+            return engine.score(batch).spread(rollouts)
 
     def _asked(self, wanted: Wanted | None, entropy: Rollouts, update: Rollouts) -> OfflineEntropyProbe:
         """The same probe with the columns of one call."""

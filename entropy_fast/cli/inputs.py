@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from entropy_fast.cli.model_options import model_source
 from entropy_fast.cli.probe_options import changed_options
+from entropy_fast.columns import TokenScores
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError, MissingTokenizerError, RunFolderError
 from entropy_fast.rollouts import Rollouts, read_rollouts
@@ -47,6 +48,27 @@ class Inputs:
     def coefficients(self, update: Rollouts) -> Tensor | tuple[Tensor, Tensor] | None:
         """The update by token, of a bundle; None where options describe it."""
         return None if self.bundle is None else self.bundle.coefficients(update)
+
+    def scores(self, update: Rollouts) -> TokenScores | None:
+        """What the policy said of every token when a bundle was kept; None where that is not known."""
+        return None if self.bundle is None else self.bundle.scores(update)
+
+    def updates(self, candidates: Mapping[str, Any], update: Rollouts) -> dict[str, Any]:
+        """Other updates to compare, by name; beside a bundle's gradient as coefficients that are clipped as it is.
+
+        Raises:
+            ConfigError: the bundle does not say what clipping did, or there are no scores to work them out from.
+        """
+        if self.bundle is None or not candidates:
+            return dict(candidates)
+        clip, scores = self.bundle.facts.get("clip"), self.bundle.scores(update)
+        if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not clip > 0 or scores is None:
+            lacks = "what clipping multiplied its gradient by (facts: clip)" if scores is not None else "scores"
+            raise ConfigError(f"--candidate beside a kept step, which has not {lacks}.", fix="leave it out.")
+        from entropy_fast.columns.candidate_tables import candidate_tables
+
+        given = self.bundle.coefficients(update)
+        return dict(candidate_tables(candidates, given, scores, update, self.estimate, float(clip)))
 
     def load(self) -> tuple[PreTrainedModel | PeftModel, OptimizerAtHand]:
         """Model (with its adapter, and the gradient of a bundle) and the optimizer matched to it."""

@@ -118,6 +118,8 @@ def probe(
         inputs = resolve(run, model_options, adapter, optimizer, rollouts, entropy_rollouts, options)
         updates = candidate_updates(candidate or (), inputs.estimate)
         update, entropy = inputs.read_rollouts()
+        # A kept step's scores are of its own model in its own precision and temperature.
+        as_kept = all(given is None for given in (entropy_rollouts, model, dtype, load_in_4bit, *options.values()))
         check_folder(target)
         team.enter("loading the model")
         with progress(f"Loading {inputs.model.name}", shows=shows):
@@ -131,7 +133,8 @@ def probe(
                 entropy_rollouts=entropy,
                 coefficients=inputs.coefficients(update),
                 functionals=usual_functionals(update if entropy is None else entropy),
-                updates=updates,
+                updates=inputs.updates(updates, update),
+                scores=inputs.scores(update) if as_kept else None,
                 estimate=inputs.estimate,
                 run=how,
                 on_progress=bars.report,
@@ -141,5 +144,5 @@ def probe(
         team.meet()  # nobody writes what somebody has not got
         if shows:
             save_and_show(result, target, picture=picture, showing=showing)
-            if inputs.bundle is not None and all(given is None for given in (entropy_rollouts, *options.values())):
+            if inputs.bundle is not None and as_kept:
                 show_online(inputs.bundle.online, result, showing.aside)

@@ -116,6 +116,7 @@ def _validated(run: Path, held_out: Path | None, etas: list[float]) -> Any:
             optimizer_at_hand,
             update,
             coefficients=given,
+            scores=inputs.scores(update),
             estimate=estimate,
             run=inputs.run,
             on_progress=bars.report,

@@ -79,6 +79,16 @@ class TokenScores:
             tables.append(torch.where(mask, table.to(torch.float64), 0.0)[kept])
         return TokenScores(tables[0], tables[1])
 
+    def spread(self, rollouts: Rollouts) -> TokenScores:
+        """Of all rows of a batch, from those of its rows that have response tokens; 0 in the others."""
+        kept = rollouts.response_lengths > 0
+        tables = []
+        for own in (self.logprobs, self.entropies):
+            table = torch.zeros(rollouts.loss_mask.shape, dtype=own.dtype)
+            table[kept] = own.cpu()
+            tables.append(table)
+        return TokenScores(tables[0], tables[1])
+
     def of_all(self, rollouts: Rollouts) -> ScoredTokens:
         """As a single forward of the whole batch would say it."""
         mask = rollouts.loss_mask.cpu() == 1

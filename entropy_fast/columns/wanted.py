@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from entropy_fast.columns.candidates import Candidate, candidate_column
+from entropy_fast.columns.candidate_tables import GivenCandidate, GivenCoefficients
+from entropy_fast.columns.candidates import candidate_column
 from entropy_fast.columns.column import Column, Columns
 from entropy_fast.columns.entropy import (
     BatchEntropy,
@@ -38,8 +39,6 @@ UPDATE_OPTIONS = (
     "entropy_bonus",
 )
 
-GivenCoefficients = Tensor | tuple[Tensor, Tensor]
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Wanted:
@@ -57,7 +56,7 @@ class Wanted:
     functionals: Functionals = dataclasses.field(default_factory=dict)
     entropy_mask: Tensor | None = None
     update: LossFunction | GivenCoefficients | None = None
-    candidates: Mapping[str, Candidate | LossFunction | GivenCoefficients] = dataclasses.field(default_factory=dict)
+    candidates: Mapping[str, GivenCandidate] = dataclasses.field(default_factory=dict)
     scores: TokenScores | None = None
 
 

@@ -19,18 +19,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from entropy_fast.columns import Side
-from entropy_fast.columns.given import GivenUpdate
-from entropy_fast.context import ProbeContext
 from entropy_fast.distributed.collectives import add_up
 from entropy_fast.distributed.team import Team
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, row_products
 from entropy_fast.engines.unit_dots import Stack
-from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.kernel_sums import AlongStep, KernelSums
 from entropy_fast.estimates.measured import GradientAgreement
-from entropy_fast.rollouts import Rollouts
-from entropy_fast.rollouts.units import prompt_units
 from entropy_fast.step.next_step import NextStep, clip_factor
 from entropy_fast.step.rules import FRESH, SCALE
 
@@ -38,15 +32,16 @@ __all__ = [
     "AlongSums",
     "SeenGradient",
     "along_step",
-    "along_sums",
+    "parts_changed",
     "seen_gradient",
     "step_of_others",
     "steps_of_others",
-    "with_rows",
 ]
 
 ROUNDINGS = 256  # by which two sums of the same numbers, in other orders, may differ, in units of their type
+OF_SUMMANDS = 64  # likewise where the numbers cancel, in units of the largest element beside it
 LARGEST_ROUNDING = 2.0**-6  # for 16 bits, where that many would be everything
+LARGEST_OF_SUMMANDS = 2.0**-8
 ELEMENTS_AT_ONCE = 1 << 22  # of units' gradients whose steps are worked out together
 
 
@@ -83,7 +78,8 @@ class SeenGradient:
 
         Where the whole gradient of an element is one unit's (the embedding of a token that no other prompt has), what is left
         is the rounding of two sums that are the same; an Adam that has not seen the element before would make a whole step of
-        it. Such remainders are 0.
+        it. Such remainders are 0. The summands of an element may cancel, so that its rounding is that of larger numbers: it is
+        taken to be that of the largest element of the same row.
         """
         loss = self.loss[place]
         assert loss is not None
@@ -91,6 +87,9 @@ class SeenGradient:
         whole, own = loss.to(g) * self.prompts, self.own * g
         narrowest = max(torch.finfo(t.dtype).eps for t in (loss, g))
         rounding = min(ROUNDINGS * narrowest, LARGEST_ROUNDING) * (whole.abs() + own.abs())
+        if own.dim() > 1:
+            beside = own.abs().amax(-1, keepdim=True)
+            rounding = torch.maximum(rounding, min(OF_SUMMANDS * narrowest, LARGEST_OF_SUMMANDS) * beside)
         others = whole - own
         return torch.where(others.abs() <= rounding, 0.0, others) / left
 
@@ -136,6 +135,13 @@ def seen_gradient(
     if exactly:
         scale = clip
     return SeenGradient(step, live, total.tensors, sign * scale, prompts, clip, agreement)
+
+
+def parts_changed(seen: SeenGradient, place: int, gradients: Tensor) -> Tensor:
+    """``[n, *shape]`` all that gradients ``[n, *shape]`` of the loss change in one parameter's step."""
+    changed = seen.step.rule.fresh(place, gradients)
+    scale = seen.step.rule.scale(place, gradients) if seen.step.rule.linear else None
+    return changed if scale is None else changed + scale
 
 
 def along_step(
@@ -207,57 +213,6 @@ def _rows_of_others(
             rows[column][part][place, span] = row_products(
                 own[span].reshape(len(moved), -1), moved.reshape(len(moved), -1)
             )
-
-
-def along_sums(
-    context: ProbeContext,
-    g_totals: Sequence[GradientSum],
-    update: Rollouts,
-    n_functionals: int,
-    g_stacks: Sequence[Sequence[Tensor]] | None,
-    n_units: int | None = None,
-) -> list[AlongSums]:
-    """Empty rows of every update column; none under ``adam_static``.
-
-    Args:
-        context: of the probe.
-        g_totals: Σ g of every update column, raw.
-        update: the update batch.
-        n_functionals: functional columns.
-        g_stacks: with one batch raw g of every unit and parameter; None where they are not kept.
-        n_units: of the functional side; None for those of the update batch and the options' blocks.
-
-    Raises:
-        ConfigError: a live gradient, and every unit's own gradients are not kept.
-    """
-    step = context.next_step
-    if step is None:
-        return []
-    if n_units is None:
-        n_units = len(prompt_units(update.n_prompts, context.estimate.blocks))
-        if step.live is not None and g_stacks is None:
-            raise ConfigError(
-                "gradient='live' needs every sampled prompt's own gradients, and they do not fit memory_budget.",
-                fix="sample fewer prompts (EstimateOptions(sample=...)), or pass a larger memory_budget.",
-            )
-    stacks = [None] * len(g_totals) if g_stacks is None else g_stacks
-    prompts = context.prompts_of_batch or update.n_prompts
-    exactly = isinstance(next(iter(context.columns.of_side(Side.UPDATE))), GivenUpdate)
-    return [
-        AlongSums(
-            seen_gradient(step, total, prompts, stack, exactly=exactly, team=context.team), n_functionals, n_units
-        )
-        for total, stack in zip(g_totals, stacks, strict=True)
-    ]
-
-
-def with_rows(found: Sequence[Sequence[KernelSums]], along: Sequence[AlongSums], team: Team) -> list[list[KernelSums]]:
-    """Sums by update and functional, with the rows of each update's whole step where there are any, of all ranks' units."""
-    if not along:
-        return [list(own) for own in found]
-    for rows in along:
-        rows.add_ranks(team)
-    return [rows.put(own) for rows, own in zip(along, found, strict=True)]
 
 
 def steps_of_others(seen: SeenGradient) -> list[Tensor]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+from entropy_fast.columns import TokenScores
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext
 from entropy_fast.estimates.measured import Measured
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["COMMON", "Engine", "EngineKind"]
+__all__ = ["COMMON", "Engine", "EngineKind", "Scores"]
 
 COMMON = frozenset({"engine", "when_busy"})
 
@@ -33,6 +34,14 @@ class Engine(Protocol):
 
     def two_batch(self, entropy: Rollouts, update: Rollouts) -> Measured:
         """Kernel sums between an entropy batch and an independent update batch; arguments and errors as of `same_batch`."""
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """An engine that also says what the policy says of a batch."""
+
+    def score(self, rollouts: Rollouts) -> TokenScores:
+        """Log-probs and entropies of every response token of a batch without empty responses."""
 
 
 @dataclasses.dataclass(frozen=True)

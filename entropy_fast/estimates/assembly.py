@@ -12,6 +12,7 @@ from torch import Tensor
 from entropy_fast.columns import SequenceTable, Side
 from entropy_fast.errors import ModelStateError
 from entropy_fast.estimates.attribution import Role
+from entropy_fast.estimates.comparison import beyond
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.measured import Measured, UpdateSums
 from entropy_fast.estimates.notes import OUTSIDE, Note, aside, empty_response_message, notes_of, of_intervals
@@ -150,7 +151,9 @@ def _result(
     sums, estimate = measured.sums, setting.estimate
     found = forecasts_of(UpdateSums(measured.sums, measured.apart), scale)
     updates = {name: forecasts_of(own, scale) for name, own in measured.candidates.items()}
-    parts = step_parts_of(UpdateSums(measured.sums, measured.apart), scale)
+    planned = UpdateSums(measured.sums, measured.apart)
+    compared = {name: beyond(planned, own, scale, updates[name], found) for name, own in measured.candidates.items()}
+    parts = step_parts_of(planned, scale)
     _refuse_unknown(measured, found.forecast.value, told.standard_errors)
     for name, functional in found.functionals.items():
         _refuse_overflow(name, functional)
@@ -210,6 +213,7 @@ def _result(
         split=found.split,
         functionals=found.functionals,
         updates=updates,
+        compared=compared,
         step_parts=parts,
         response_rows=_response_rows(found.forecast, batches, empty),
     )

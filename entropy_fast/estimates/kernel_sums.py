@@ -14,7 +14,24 @@ from torch import Tensor
 
 from entropy_fast.estimates.directional_derivatives import DirectionalDerivatives
 
-__all__ = ["AlongStep", "KernelSums", "SequenceParts"]
+__all__ = ["AlongStep", "KernelSums", "SampledUpdate", "SequenceParts"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledUpdate:
+    """How products with a step vary with the prompts that the update was sampled from; fp64 on the CPU.
+
+    Attributes:
+        projections: [M] y_u, what each sampled unit's update does to the others' numbers beyond the sample's mean.
+        share: of the update's batch that was sampled; 1 where it is all of it, and then nothing varies.
+    """
+
+    projections: Tensor
+    share: float
+
+    def less(self, other: SampledUpdate) -> SampledUpdate:
+        """Of X - X' with the same step."""
+        return SampledUpdate(self.projections - other.projections, self.share)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,16 +42,19 @@ class AlongStep:
         rows: by part, [parameters, M] X_u · Δθ^part where Δθ is that of the other units' samples (with two batches, of the
             update batch). Without ``fresh`` where the kernel has that part.
         whole: by part, X_sum · Δθ^part of the whole batch.
+        sampled: where the update itself is known from a sample alone; None elsewhere.
     """
 
     rows: Mapping[str, Tensor]
     whole: Mapping[str, float]
+    sampled: SampledUpdate | None = None
 
     def less(self, other: AlongStep) -> AlongStep:
         """Products of X - X' with the same step."""
         return AlongStep(
             {part: rows - other.rows[part] for part, rows in self.rows.items()},
             {part: value - other.whole[part] for part, value in self.whole.items()},
+            None if self.sampled is None or other.sampled is None else self.sampled.less(other.sampled),
         )
 
 

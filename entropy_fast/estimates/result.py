@@ -214,6 +214,8 @@ class DeltaH1Result:
         split: the direct and the visitation part, each with its standard errors and shares; None with the score function.
         functionals: forecasts of the other numbers that were given, by name, each in its own unit per response.
         updates: what each of the other updates that were given would do, by name.
+        compared: likewise what each would do beyond the planned one, its forecast less the planned one's, for the same prompts:
+            what both have in common is not in the errors. Those for such updates are not known of two batches.
         step_parts: of the whole step what each part of it does, with its own split: ``momentum``, ``decay``, ``fresh``
             gradient, and ``scale``, the change that this gradient makes to the optimizer's scale (absent where no part of the
             step is linear in the gradient). They add up to the forecast. Empty under ``adam_static``.
@@ -245,6 +247,7 @@ class DeltaH1Result:
     split: Split | None = None
     functionals: Mapping[str, Forecast] = dataclasses.field(default_factory=dict)
     updates: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
+    compared: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
     step_parts: Mapping[str, UpdateForecasts] = dataclasses.field(default_factory=dict)
     response_rows: Mapping[Role, ResponseRows] = dataclasses.field(default_factory=dict)
 

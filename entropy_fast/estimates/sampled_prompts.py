@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from entropy_fast.columns import TokenScores, Wanted
-from entropy_fast.config import RunOptions
+from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError
+from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.estimates.split import Split
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["PromptChunks", "of_rows", "refuse_other_updates"]
+__all__ = ["PromptChunks", "in_all_rows", "of_rows", "refuse_other_updates"]
 
 FIRST_CHUNK = 8  # prompts, where how many are needed is not known yet
 MARGIN = 1.05  # of prompts over what the error so far asks for
@@ -78,32 +81,70 @@ def of_rows(wanted: Wanted, rows: Tensor, share: float = 1.0) -> Wanted:
     """
     functionals = {name: torch.as_tensor(numbers)[rows] for name, numbers in wanted.functionals.items()}
     mask = None if wanted.entropy_mask is None else torch.as_tensor(wanted.entropy_mask)[rows]
-    update = wanted.update
-    if isinstance(update, tuple):
-        update = (torch.as_tensor(update[0])[rows] / share, torch.as_tensor(update[1])[rows] / share)
-    elif isinstance(update, Tensor):
-        update = update[rows] / share
+    update = _of_rows(wanted.update, rows, share)
+    candidates = {name: _of_rows(own, rows, share) for name, own in wanted.candidates.items()}
     scores = wanted.scores
     if scores is not None:
         scores = TokenScores(*(torch.as_tensor(table).cpu()[rows] for table in (scores.logprobs, scores.entropies)))
-    return dataclasses.replace(wanted, functionals=functionals, entropy_mask=mask, update=update, scores=scores)
+    return dataclasses.replace(
+        wanted, functionals=functionals, entropy_mask=mask, update=update, candidates=candidates, scores=scores
+    )
 
 
-def refuse_other_updates(wanted: Wanted, run: RunOptions) -> None:
+def _of_rows(given: Any, rows: Tensor, share: float) -> Any:
+    """Coefficients of some rows; what is none as it is."""
+    if isinstance(given, tuple):
+        return tuple(torch.as_tensor(own)[rows] / share for own in given)
+    return given[rows] / share if isinstance(given, Tensor) else given
+
+
+def in_all_rows(result: DeltaH1Result, rollouts: Rollouts, rows: Tensor) -> DeltaH1Result:
+    """With shares of tokens in the rows of the whole batch; NaN at response tokens of prompts that were not sampled.
+
+    Args:
+        result: of some rows.
+        rollouts: the batch.
+        rows: [n] their numbers.
+    """
+    if result.by_token is None:
+        return result
+
+    def spread(forecast: Forecast) -> Forecast:
+        if forecast.by_token is None:
+            return forecast
+        table = torch.where(rollouts.loss_mask.cpu() == 1, math.nan, 0.0).double()
+        table[rows] = forecast.by_token
+        return dataclasses.replace(forecast, by_token=table)
+
+    split = result.split
+    if split is not None:
+        split = Split(spread(split.total), spread(split.direct), spread(split.visitation), split.on_batch)
+    functionals = {name: spread(own) for name, own in result.functionals.items()}
+    return dataclasses.replace(result, forecast=spread(result.forecast), split=split, functionals=functionals)
+
+
+def refuse_other_updates(wanted: Wanted, estimate: EstimateOptions, run: RunOptions) -> None:
     """Raise where something is asked for that a live gradient does not go with.
 
     Raises:
         ConfigError: it is.
     """
-    loss = callable(wanted.update) and not isinstance(wanted.update, Tensor)
-    for name, given in (("update", loss), ("updates", bool(wanted.candidates))):
-        if given:
-            raise ConfigError(
-                f"`{name}` with gradient='live', whose update is what stands in .grad.",
-                fix="leave it out, or take gradient='rollouts'; coefficients that say how .grad weighs tokens can be given.",
-            )
-    if run.by_sequence or run.by_token:
+    if callable(wanted.update) and not isinstance(wanted.update, Tensor):
         raise ConfigError(
-            "by_sequence and by_token with gradient='live', which may take a sample of the prompts.",
-            fix="take gradient='rollouts'.",
+            "`update` with gradient='live', whose update is what stands in .grad.",
+            fix="leave it out, or take gradient='rollouts'; coefficients that say how .grad weighs tokens can be given.",
+        )
+    if wanted.candidates and wanted.update is None:
+        raise ConfigError(
+            "`updates` with gradient='live' and without `coefficients`: nothing says what of .grad they change.",
+            fix="pass coefficients, -∂L/∂(log-prob) (and -∂L/∂(entropy)) of the loss that .grad is of.",
+        )
+    if estimate.relative_error is not None and (wanted.candidates or run.by_token):
+        raise ConfigError(
+            "`updates` or by_token with relative_error, which goes on in chunks of prompts; both are of one sample.",
+            fix="pass sample instead of relative_error.",
+        )
+    if run.by_sequence:
+        raise ConfigError(
+            "by_sequence with gradient='live', which may take a sample of the prompts.", fix="take gradient='rollouts'."
         )

@@ -1,12 +1,18 @@
 """What a forecast is a sum of, each with what a standard error of the sum needs.
 
 Legend: M units of sizes |b|, B prompts; with one batch U the U-statistic of the kernel, r_b = X_b · Δθ_{-b} a row along a part
-of the optimizer's step, whose mean Σ_b r_b / B is that part's forecast.
+of the optimizer's step, whose mean Σ_b r_b / B is that part's forecast. Of an update that is known from a share f of its batch,
+y_b what unit b's update does to the others beyond the sample's mean.
 
 The delete-one values of terms add up, so the jackknife of a sum is that of the sum of theirs. A part that does not depend on
 the batch's samples (momentum, decay) has rows alone: the average over such updates is no less certain than this one. How the
 step's scale varies from batch to batch is not in the error for such updates; and where the fresh gradient is measured along the
 step (a live one, or an optimizer whose step has no linear part) that error is not known.
+
+A step that was made from M of B sampled prompts varies with them too. The forecast less what it estimates is, to first order,
+the sample's mean of r + (1 - f) y less (1 - f) times the mean of y over the prompts that were not sampled, whose variance is
+
+    [Var(r + (1 - f) y) + f (1 - f) Var(y)] / M.
 """
 
 from __future__ import annotations
@@ -19,13 +25,13 @@ import torch
 from torch import Tensor
 
 from entropy_fast.estimates.intervals import degrees_of_freedom, largest_share
-from entropy_fast.estimates.kernel_sums import KernelSums
+from entropy_fast.estimates.kernel_sums import KernelSums, SampledUpdate
 from entropy_fast.estimates.two_batch import two_batch_estimate
 from entropy_fast.estimates.u_statistic import jackknife, u_estimate
 
-__all__ = ["FRESH", "Errors", "Term", "errors_of", "terms_of"]
+__all__ = ["FRESH", "SAMPLED", "Errors", "Term", "errors_of", "terms_of"]
 
-FRESH = "fresh"
+FRESH, SAMPLED = "fresh", "sampled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Term:
         kept_rows: [M] the value with each unit's row left out; None where there are too few.
         kept_units: with one batch, [M] the value with each unit left out in both roles; None likewise.
         update_variance: with two batches, the variance that the update batch adds; None where it is not known.
+        unsampled_variance: what prompts of the update's own batch add that were not sampled.
     """
 
     value: float
@@ -46,6 +53,21 @@ class Term:
     kept_rows: Tensor | None
     kept_units: Tensor | None
     update_variance: float | None = 0.0
+    unsampled_variance: float = 0.0
+
+    def negative(self) -> Term:
+        """Of what is taken off."""
+        kept_rows, kept_units = (None if own is None else -own for own in (self.kept_rows, self.kept_units))
+        # An update batch's part is not independent of that which it is taken off from.
+        varies = None if self.update_variance else self.update_variance
+        return dataclasses.replace(
+            self,
+            value=-self.value,
+            shares=-self.shares,
+            kept_rows=kept_rows,
+            kept_units=kept_units,
+            update_variance=varies,
+        )
 
 
 def terms_of(sums: KernelSums, learning_rate: float, n_update: int) -> Mapping[str, Term]:
@@ -73,7 +95,19 @@ def terms_of(sums: KernelSums, learning_rate: float, n_update: int) -> Mapping[s
         found[part] = Term(
             float(rows.sum()) / prompts, rows / prompts, kept, None if own else kept, None if own else 0.0
         )
+    sampled = None if sums.along is None else sums.along.sampled
+    if sampled is not None and sampled.share < 1:
+        found[SAMPLED] = _of_sample(sampled)
     return found
+
+
+def _of_sample(sampled: SampledUpdate) -> Term:
+    """Adds nothing to a forecast but its error."""
+    y, f, count = sampled.projections, sampled.share, len(sampled.projections)
+    weighed = (1 - f) * y
+    kept = (weighed.sum() - weighed) / (count - 1)
+    unsampled = f * (1 - f) * float(y.var()) / count
+    return Term(0.0, torch.zeros_like(y), kept, None, None, unsampled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +125,7 @@ def errors_of(terms: Sequence[Term], *, one_batch: bool) -> Errors:
     """Standard errors of a sum of terms, for this update and for such updates, and how far each is to be trusted."""
     kept = _summed([term.kept_rows for term in terms])
     this, degrees, _ = _of_kept(kept)
+    this = math.sqrt(this * this + sum(term.unsampled_variance for term in terms))
     if one_batch:
         population, population_degrees, share = _of_kept(_summed([term.kept_units for term in terms]))
         return Errors(this, population, degrees, population_degrees, share)

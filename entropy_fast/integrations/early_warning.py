@@ -30,7 +30,7 @@ from entropy_fast.integrations.forecast import StepForecast
 __all__ = ["EntropyFloor", "EntropyWarning"]
 
 FEWEST = 3  # forecasts that a warning is made from
-NAMED = 3  # prompts that are named
+NAMED = 3  # prompts, and tokens, that are named
 SHOWN = 60  # characters of a prompt
 SURE = 0.95
 
@@ -48,6 +48,8 @@ class EntropyWarning:
         within: steps.
         change: mean forecast of a step; change_error: its standard error.
         prompts: which prompts lower it most by the last forecast, and by how much each.
+        tokens: which tokens' distributions it narrows most, likewise in the direct part: text, and the sum of the shares of all
+            its occurrences; empty where tokens are not known.
         unit: of all of them.
     """
 
@@ -58,14 +60,18 @@ class EntropyWarning:
     change: float
     change_error: float
     prompts: tuple[tuple[str, float], ...]
+    tokens: tuple[tuple[str, float], ...]
     unit: str
 
     def __str__(self) -> str:
-        named = ", ".join(f"{name} ({share:+.2g})" for name, share in self.prompts) or "none by itself"
+        named, tokens = (
+            ", ".join(f"{name} ({share:+.2g})" for name, share in found) for found in (self.prompts, self.tokens)
+        )
+        where = f" Tokens where it is lowered most: {tokens}." if tokens else ""
         return (
             f"before step {self.step}: entropy is {self.level:.3g} {self.unit} and is forecast to change by "
             f"{self.change:+.3g} ± {self.change_error:.2g} a step, so at 95 % it falls below {self.floor:g} within "
-            f"{self.within} steps. Prompts that lower it most: {named}."
+            f"{self.within} steps. Prompts that lower it most: {named or 'none by itself'}.{where}"
         )
 
 
@@ -129,9 +135,9 @@ class EntropyFloor:
         if math.isnan(own.value) or math.isnan(own.std_error):
             return
         self._seen.append((own.value, own.std_error))
-        found = self._warning(forecast.step, result)
         silent = self.warnings and forecast.step - self.warnings[-1].step < self._again_after
-        if found is None or silent:
+        found = None if silent else self._warning(forecast, result)
+        if found is None:
             return
         self.warnings.append(found)
         if self._on_warning is not None:
@@ -139,7 +145,7 @@ class EntropyFloor:
         else:
             log.warning("%s", found)
 
-    def _warning(self, step: int, result: DeltaH1Result) -> EntropyWarning | None:
+    def _warning(self, forecast: StepForecast, result: DeltaH1Result) -> EntropyWarning | None:
         count = len(self._seen)
         if count < FEWEST:
             return None
@@ -150,8 +156,20 @@ class EntropyFloor:
         if not bound < self.floor:
             return None
         return EntropyWarning(
-            step, result.entropy_level, self.floor, self.within, mean, error, lowering_most(result), result.unit
-        )
+            forecast.step, result.entropy_level, self.floor, self.within, mean, error, lowering_most(result),
+            _tokens(forecast), result.unit,
+        )  # fmt: skip
+
+
+def _tokens(forecast: StepForecast) -> tuple[tuple[str, float], ...]:
+    """None where they cannot be worked out: a warning is given all the same."""
+    if forecast.tokens is None:
+        return ()
+    try:
+        return forecast.tokens.lowering_most(NAMED)
+    except Exception as error:
+        log.warning("the tokens that lower entropy most cannot be worked out (%s: %s)", type(error).__name__, error)
+        return ()
 
 
 def lowering_most(result: DeltaH1Result, count: int = NAMED) -> tuple[tuple[str, float], ...]:

@@ -7,6 +7,7 @@ import math
 
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.integrations.looking_back import Realised
+from entropy_fast.integrations.token_shares import TokenShares
 from entropy_fast.truth import Calibration
 
 __all__ = ["StepForecast"]
@@ -25,6 +26,9 @@ class StepForecast:
         seconds: that forecast and measurement took.
         used: share of the training time that forecasts have taken so far.
         calibration: of the direct part over the last steps, once realised changes are known; None until then.
+        candidates: names of the updates that are compared.
+        tokens: which tokens' entropy the step changes, for hooks on the forecast, while they are called; None where there is no
+            forecast.
     """
 
     step: int
@@ -36,19 +40,26 @@ class StepForecast:
     seconds: float = math.nan
     used: float = math.nan
     calibration: Calibration | None = None
+    candidates: tuple[str, ...] = ()
+    tokens: TokenShares | None = None
 
     def metrics(self) -> dict[str, float]:
         """By name, NaN where not known; never None.
 
         ``total``, ``direct`` and ``visitation`` with ``_error`` each, in the result's unit; ``level``, the entropy now;
         ``momentum_share``, how much of the direct part is momentum and decay rather than this batch; ``forecast/NAME`` of
-        every functional with its error; ``realised`` and ``realised_direct`` of the step before with their errors; ``slope``
+        every functional with its error; ``candidate/NAME``, what another update would do to the entropy beyond the one that is
+        taken, with its error, and ``candidate/NAME_direct`` likewise of the direct part; ``realised`` and ``realised_direct``
+        of the step before with their errors; ``slope``
         and ``coverage``; ``seconds``, ``share_of_training`` and ``prompts``.
         """
         found = dict.fromkeys(
             (f"{part}{what}" for part in ("total", "direct", "visitation") for what in ("", "_error")), math.nan
         )
         found |= dict.fromkeys(("level", "momentum_share", "prompts"), math.nan)
+        for name in self.candidates:
+            shown = (f"candidate/{name}{part}{what}" for part in ("", "_direct") for what in ("", "_error"))
+            found |= dict.fromkeys(shown, math.nan)
         if self.result is not None:
             found |= _of_result(self.result)
         done = self.realised
@@ -78,4 +89,10 @@ def _of_result(result: DeltaH1Result) -> dict[str, float]:
             found["momentum_share"] = sum(math.nan if own is None else own.direct.value for own in splits) / whole
     for name, forecast in result.functionals.items():
         found |= {f"forecast/{name}": forecast.value, f"forecast/{name}_error": forecast.std_error}
+    for name, other in result.compared.items():
+        total = other.forecast if other.split is None else other.split.total
+        found |= {f"candidate/{name}": total.value, f"candidate/{name}_error": total.std_error}
+        if other.split is not None:
+            direct = other.split.direct
+            found |= {f"candidate/{name}_direct": direct.value, f"candidate/{name}_direct_error": direct.std_error}
     return found

@@ -7,46 +7,42 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import math
-import os
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from entropy_fast.api import fast_delta_h1
+from entropy_fast.columns.candidate_tables import candidate_tables, needs_scores
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError, EntropyFastWarning
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.integrations.forecast import StepForecast
-from entropy_fast.integrations.looking_back import KeptPolicy, Realised
+from entropy_fast.integrations.forecast_ledger import ForecastLedger
+from entropy_fast.integrations.forecast_options import ForecastOptions
+from entropy_fast.integrations.looking_back import Realised, scores_of
 from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.integrations.time_budget import TimeBudget
-from entropy_fast.rollouts import Rollouts
+from entropy_fast.integrations.token_shares import TokenShares
+from entropy_fast.integrations.verification import Verification, verification_of
 from entropy_fast.truth import Calibration, EntropyLedger
 
-__all__ = ["OnForecast", "StepForecaster", "Verify"]
+__all__ = ["StepForecaster"]
 
-Verify = Literal["previous"] | None
-OnForecast = Callable[[StepForecast], None]
 Keep = Callable[[int, StepWindow, DeltaH1Result], None]
-ROLLING = 50  # steps that slope and coverage look back on
-FEWEST_TO_VERIFY = 2  # prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """The policy before a step that was forecast from so many prompts."""
+    """What a step that was forecast from so many prompts is to be looked at by, and the seconds that has taken so far."""
 
     step: int
-    policy: KeptPolicy
+    verification: Verification
     prompts: int
+    seconds: float
 
 
 class StepForecaster:
@@ -55,59 +51,49 @@ class StepForecaster:
     Args:
         model: the policy, possibly wrapped.
         optimizer: of any kind that `fast_delta_h1` takes.
-        estimate: which entropy, and of which policy; the gradient is always the live one. None is the mean over all response
-            tokens that trainers log.
-        run: how it is run.
-        every_n_steps: forecast one step in so many.
-        budget: share of the training time that forecasts may take; None for no limit.
-        sample: prompts that a forecast is made from: a number, or ``auto`` for what the budget allows.
-        verify: ``previous`` measures what a step did on the responses of the window after it, for which the trained parameters
-            are copied to the CPU before the step; None does not.
-        ledger: a file that forecasts and realised changes go to; None keeps them in memory.
-        on_forecast: called with every forecast, once it is written down.
+        options: of forecasts; None for the defaults.
         keep: called before the step with its number, what it is made from and the forecast, to write it down for later.
 
     Attributes:
-        ledger: what became of the forecasts so far.
-        time: seconds that they took.
+        options: likewise.
+        time: seconds that forecasts took, and what they may take.
+        on_forecast: called with every forecast, once it is written down.
         last: the last forecast; None before the first.
 
     Raises:
-        ConfigError: an option cannot be used.
+        ConfigError: ``verify="held_out"``, and nothing gives responses that are held out.
     """
 
     def __init__(
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        options: ForecastOptions | None = None,
         *,
-        estimate: EstimateOptions | None = None,
-        run: RunOptions | None = None,
-        every_n_steps: int = 1,
-        budget: float | None = 0.1,
-        sample: int | Literal["auto"] = "auto",
-        verify: Verify = "previous",
-        ledger: str | os.PathLike[str] | None = None,
-        on_forecast: Sequence[OnForecast] = (),
         keep: Keep | None = None,
     ) -> None:
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ConfigError(f"every_n_steps is {every_n_steps!r}.", fix="use a whole number from 1.")
-        if sample != "auto" and (isinstance(sample, bool) or not isinstance(sample, int) or sample < 2):
-            raise ConfigError(f"sample is {sample!r}.", fix="use 'auto', or a whole number of prompts from 2.")
-        if verify not in ("previous", None):
-            raise ConfigError(f"verify is {verify!r}.", fix="use 'previous' or None.")
         self.model, self.optimizer = model, optimizer
-        given = estimate or EstimateOptions(weighting="pooled")
+        self.options = options or ForecastOptions()
+        if self.options.verify == "held_out" and self.options.held_out is None:
+            raise ConfigError(
+                "verify='held_out', and nothing gives responses that are held out.",
+                fix="pass held_out, a function of the step's window and a number of prompts that returns Rollouts; or "
+                "verify='previous'.",
+            )
+        given = self.options.estimate or EstimateOptions(weighting="pooled")
         self.estimate = dataclasses.replace(given, gradient="live", step="next")
-        self.run = run or RunOptions()
-        self.every_n_steps, self.sample, self.verify = every_n_steps, sample, verify
-        self.ledger = EntropyLedger(ledger)
-        self.time = TimeBudget(budget)
-        self.on_forecast, self._keep = list(on_forecast), keep
+        self.run = self.options.run or RunOptions()
+        self.time = TimeBudget(self.options.budget, verified=self.options.verify is not None)
+        self.on_forecast = list(self.options.on_forecast)
         self.last: StepForecast | None = None
+        self._ledger, self._keep = ForecastLedger(self.options.ledger), keep
         self._kept: _Kept | None = None
         self._warned: set[str] = set()
+
+    @property
+    def ledger(self) -> EntropyLedger:
+        """What became of the forecasts so far."""
+        return self._ledger.entries
 
     def begin(self, step: int = 0) -> None:
         """A training begins, or goes on, after so many steps.
@@ -116,8 +102,7 @@ class StepForecaster:
         """
         self._kept, self.last = None, None
         self.time.forget_clock()
-        if any(row.step >= step for row in self.ledger.rows()):
-            self.ledger = EntropyLedger(None if self.ledger.path is None else _beside(self.ledger.path, step))
+        self._ledger.begin(step)
         for hook in self.on_forecast:
             if hasattr(hook, "begin"):
                 hook.begin()
@@ -128,7 +113,7 @@ class StepForecaster:
 
     def wants(self, step: int) -> bool:
         """Whether a step of this number is one to forecast, or to look back from."""
-        return step % self.every_n_steps == 0 or (self._kept is not None and self._kept.step == step - 1)
+        return step % self.options.every_n_steps == 0 or (self._kept is not None and self._kept.step == step - 1)
 
     def before_step(self, step: int, window: Callable[[], StepWindow]) -> StepForecast:
         """Forecast the step that is about to be taken; what fails is in the forecast's ``reason``.
@@ -138,57 +123,95 @@ class StepForecaster:
             window: makes what the step is made from; called at most once, and not where neither a forecast nor a look back is
                 due within the time.
         """
-        started, keeping = time.perf_counter(), 0.0
+        clock = _Clock(self.time)
         kept, self._kept = self._kept, None
-        if kept is not None and kept.step != step - 1:
-            kept = None
-        result: DeltaH1Result | None = None
-        realised: Realised | None = None
-        reason, back, prompts = self._passed_over(step), "the step before was not forecast", None
-        failed = False
-        try:
-            own = window() if reason is None or kept is not None else None
-            if own is not None and kept is not None:
-                with self.never_breaks("what the step before did cannot be measured"):
-                    realised, back = self._look_back(kept, own)
-            kept = None  # a second copy of the parameters is made below
-            if own is not None and reason is None:
-                prompts, reason = self._sample_of(own)
-                if prompts is not None:
-                    result = self._forecast(own, prompts)
-                    keeping = self._write_down(step, own, result)
-        except Exception as error:
-            failed, reason = True, f"{type(error).__name__}: {error}"
-            self._warn(reason)
-        with self.never_breaks("what the step before did cannot be written down"):
-            self._note_realised(step, realised)
+        kept = kept if kept is not None and kept.step == step - 1 else None
+        reason, failed, own = self._passed_over(step), False, None
+        if reason is None or (kept is not None and kept.verification.needs_window):
+            own, broken = self._made(window)
+            if broken is not None:
+                reason, failed, self.time.attempted = broken, True, True
+        building = clock.lap()
+        realised, back = self._look_back(kept, own)
+        if kept is not None:
+            looking = building + clock.lap()
+            if realised is not None:
+                # A look back may have to build the window by itself.
+                self.time.verifications.see(kept.prompts, kept.seconds + looking)
+        kept = None  # a second copy of the parameters is made below
+        result, prompts = None, None
+        if own is not None and reason is None:
+            result, prompts, reason, failed = self._forecast(own)
+            self.time.attempted = True
+        if result is not None and prompts is not None and own is not None:
+            self.time.forecasts.see(prompts, building + clock.lap())
+            self._write_down(step, own, result)
+            clock.skip()
+            self._promise(step, own, prompts, clock)
         with self.never_breaks("the ledger cannot be written"):
-            self._note_forecast(step, result)
-        with self.never_breaks("the policy cannot be kept"):
-            if result is not None and prompts is not None and self.verify is not None:
-                self._kept = _Kept(step, KeptPolicy(self.model), prompts)
-        seconds = time.perf_counter() - started
-        self.time.spend(seconds - keeping, prompts if result is not None else None)
+            if result is not None:
+                self._ledger.forecast(step, result)
         calibration: Calibration | None = None
         with self.never_breaks("past forecasts cannot be held against what was realised"):
-            calibration = self.ledger.calibration("direct", window=ROLLING)
+            calibration = self._ledger.calibration
+        clock.lap()
+        tokens = None if result is None or own is None or prompts is None else self._tokens(own, prompts)
         found = StepForecast(
-            step, result, reason, failed, realised, None if realised is not None else back, seconds, self.time.used,
-            calibration if calibration is not None and calibration.n else None,
+            step, result, reason, failed, realised, None if realised is not None else back, clock.spent, self.time.used,
+            calibration, tuple(self.options.candidates), tokens,
         )  # fmt: skip
         self.last = found
         for hook in self.on_forecast:
             with self.never_breaks("a hook on forecasts failed"):
                 hook(found)
+        if tokens is not None:
+            tokens.close()
+        clock.lap()
         return found
 
     def _passed_over(self, step: int) -> str | None:
         """Why a step is not forecast, as far as that is known without its batch."""
-        if step % self.every_n_steps:
-            return f"one step in {self.every_n_steps} is forecast"
+        if step % self.options.every_n_steps:
+            return f"one step in {self.options.every_n_steps} is forecast"
         if not self._moves():
             return "the learning rate is 0"
         return None if self.time.affordable else "the time budget does not allow one yet"
+
+    def _moves(self) -> bool:
+        """Whether some learning rate is not 0: schedulers begin, and end, there."""
+        return any(float(group["lr"]) != 0 for group in self.optimizer.param_groups)
+
+    def _made(self, window: Callable[[], StepWindow]) -> tuple[StepWindow | None, str | None]:
+        try:
+            return window(), None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            self._warn(reason)
+            return None, reason
+
+    def _look_back(self, kept: _Kept | None, window: StepWindow | None) -> tuple[Realised | None, str]:
+        """What the step before did; or None, and why."""
+        if kept is None:
+            return None, "the step before was not forecast"
+        realised, back = None, "that failed"
+        with self.never_breaks("what the step before did cannot be measured"):
+            realised, back = kept.verification.found(self.optimizer, window)
+        with self.never_breaks("what the step before did cannot be written down"):
+            if realised is not None:
+                self._ledger.realised(kept.step, realised)
+        return realised, back
+
+    def _forecast(self, window: StepWindow) -> tuple[DeltaH1Result | None, int | None, str | None, bool]:
+        """A forecast, of how many prompts; or why there is none, and whether that is an exception."""
+        try:
+            prompts, reason = self._sample_of(window)
+            if prompts is None:
+                return None, None, reason, False
+            return self._made_from(window, prompts), prompts, None, False
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            self._warn(reason)
+            return None, None, reason, True
 
     def _sample_of(self, window: StepWindow) -> tuple[int | None, str | None]:
         """From how many prompts; or None, and why."""
@@ -197,30 +220,24 @@ class StepForecaster:
         available = len(set(window.rollouts.prompt_index[window.rollouts.response_lengths > 0].tolist()))
         if available < 2:
             return None, f"{available} prompts of the step have responses that count in its loss"
-        prompts = self._prompts(available)
+        if self.options.sample == "auto":
+            prompts = self.time.prompts(available)
+        else:
+            asked = min(self.options.sample, available)
+            prompts = self.time.prompts(asked, least=asked)
         return prompts, None if prompts is not None else "the time budget does not allow one yet"
 
-    def _write_down(self, step: int, window: StepWindow, result: DeltaH1Result) -> float:
-        """Keep the step for later, where that is asked for; seconds it took, which are not a forecast's."""
-        if self._keep is None:
-            return 0.0
-        started = time.perf_counter()
-        with self.never_breaks("a step cannot be kept"):
-            self._keep(step, window, result)
-        return time.perf_counter() - started
+    def _made_from(self, window: StepWindow, prompts: int) -> DeltaH1Result:
+        updates = self._other_updates(window)
+        return self._probed(window, dataclasses.replace(self.estimate, sample=max(2, prompts)), self.run, updates)
 
-    def _moves(self) -> bool:
-        """Whether some learning rate is not 0: schedulers begin, and end, there."""
-        return any(float(group["lr"]) != 0 for group in self.optimizer.param_groups)
-
-    def _prompts(self, available: int) -> int | None:
-        allowed = self.time.prompts(available)
-        if allowed is None or self.sample == "auto":
-            return allowed
-        return min(self.sample, available)
-
-    def _forecast(self, window: StepWindow, prompts: int) -> DeltaH1Result:
-        estimate = dataclasses.replace(self.estimate, sample=max(2, prompts))
+    def _probed(
+        self,
+        window: StepWindow,
+        estimate: EstimateOptions,
+        run: RunOptions,
+        updates: dict[str, tuple[Tensor, Tensor]],
+    ) -> DeltaH1Result:
         with warnings.catch_warnings():
             # They are in the result's diagnostics; a training loop would print them at every step.
             warnings.simplefilter("ignore", EntropyFastWarning)
@@ -230,59 +247,50 @@ class StepForecaster:
                 window.rollouts,
                 coefficients=window.coefficients,
                 functionals=dict(window.functionals),
+                updates=updates,
                 scores=window.scores,
                 estimate=estimate,
-                run=self.run,
+                run=run,
             )
 
-    def _look_back(self, kept: _Kept, window: StepWindow) -> tuple[Realised | None, str]:
-        """What the step before did; or None, and why."""
-        if window.on_policy is None:
-            return None, "nothing says whether the responses were sampled after the step"
-        usable = window.on_policy.cpu() & (window.rollouts.response_lengths > 0)
-        chosen = []
-        for prompt in range(window.rollouts.n_prompts):
-            rows = window.rollouts.rows_of_prompt(prompt)
-            rows = rows[window.rollouts.response_lengths[rows] > 0]
-            # One response alone has no others of its prompt to be weighed against.
-            if len(rows) > 1 and bool(usable[rows].all()):
-                chosen.append(rows)
-        if len(chosen) < FEWEST_TO_VERIFY:
-            return None, "too few prompts have two responses or more that were sampled after the step"
-        rows = torch.cat(chosen[: max(FEWEST_TO_VERIFY, kept.prompts)])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", EntropyFastWarning)
-            found = kept.policy.change_since(
-                self.optimizer, _rows(window.rollouts, rows), estimate=self.estimate, run=self.run
-            )
-        if self.estimate.wanted_parts == ("direct",):
-            # Responses of a truncated policy are weighed by what they were not drawn from.
-            found = dataclasses.replace(found, total=math.nan, total_error=math.nan)
-        return found, ""
+    def _other_updates(self, window: StepWindow) -> dict[str, tuple[Tensor, Tensor]]:
+        """Candidates as coefficients of the gradient as it would stand, clipped as this one; those that can be worked out."""
+        candidates = self.options.candidates
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        if not candidates:
+            return {}
+        scores = window.scores
+        if scores is None and needs_scores(candidates):
+            estimate = dataclasses.replace(self.estimate, sample=None)
+            scores = scores_of(self.model, self.optimizer, window.rollouts, estimate=estimate, run=self.run)
+        for name, candidate in candidates.items():
+            with self.never_breaks(f"the candidate {name!r} cannot be worked out"):
+                found |= candidate_tables(
+                    {name: candidate}, window.coefficients, scores, window.rollouts, self.estimate, window.clip
+                )
+        return found
 
-    def _note_realised(self, step: int, realised: Realised | None) -> None:
-        if realised is None:
-            return
-        known = {(row.step, row.part) for row in self.ledger.rows()}
-        for part, value, error in (
-            ("total", realised.total, realised.total_error),
-            ("direct", realised.direct, realised.direct_error),
-        ):
-            if math.isfinite(value) and (step - 1, part) in known:
-                self.ledger.realise(step - 1, part, value, error)
+    def _tokens(self, window: StepWindow, prompts: int) -> TokenShares:
+        def forecast() -> DeltaH1Result:
+            estimate = dataclasses.replace(self.estimate, sample=max(2, prompts), parts=("direct",))
+            bare = dataclasses.replace(window, functionals={})
+            return self._probed(bare, estimate, dataclasses.replace(self.run, by_token=True), {})
 
-    def _note_forecast(self, step: int, result: DeltaH1Result | None) -> None:
-        if result is None:
-            return
-        parts = {"total": (result.delta_h1, result.std_error)}
-        if result.split is not None:
-            for name in ("direct", "visitation"):
-                own = getattr(result.split, name)
-                parts[name] = own.value, own.std_error
-        for name, (value, error) in parts.items():
-            self.ledger.record(
-                step, part=name, forecast=value, std_error=error, learning_rate=result.learning_rate, unit=result.unit
-            )
+        return TokenShares(forecast, window.rollouts, window.decode)
+
+    def _write_down(self, step: int, window: StepWindow, result: DeltaH1Result) -> None:
+        """Keep the step for later, where that is asked for."""
+        if self._keep is not None:
+            with self.never_breaks("a step cannot be kept"):
+                self._keep(step, window, result)
+
+    def _promise(self, step: int, window: StepWindow, prompts: int, clock: _Clock) -> None:
+        """Keep what the step is to be looked at by."""
+        with self.never_breaks("nothing can be kept to find out what the step does"):
+            found = verification_of(self.options, self.model, self.optimizer, window, prompts, self.estimate, self.run)
+            seconds = clock.lap()
+            if found is not None:
+                self._kept = _Kept(step, found, prompts, seconds)
 
     @contextlib.contextmanager
     def never_breaks(self, what: str) -> Iterator[None]:
@@ -307,14 +315,21 @@ class StepForecaster:
             )
 
 
-def _beside(path: Path, step: int) -> Path:
-    """A name for a ledger that goes on from a step, which no file has."""
-    for count in itertools.count(1):
-        found = path.with_name(f"{path.stem}.from-{step}{'' if count == 1 else f'-{count}'}{path.suffix}")
-        if not found.exists():
-            return found
-    raise AssertionError("counting has an end")
+class _Clock:
+    """Seconds of one call, taken off the budget as they go by."""
 
+    def __init__(self, budget: TimeBudget) -> None:
+        self._budget, self._since, self.spent = budget, time.perf_counter(), 0.0
 
-def _rows(rollouts: Rollouts, rows: Tensor) -> Rollouts:
-    return rollouts if len(rows) == rollouts.n_sequences else rollouts.select_rows(rows)
+    def lap(self) -> float:
+        """Seconds since the last time, spent on forecasts."""
+        seconds = self.skip()
+        self.spent += seconds
+        self._budget.spend(seconds)
+        return seconds
+
+    def skip(self) -> float:
+        """Seconds since the last time, spent on something else."""
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        return seconds

@@ -1,10 +1,11 @@
-"""What the previous step did, from responses that had no part in it: those of the window after.
+"""What a step did, from responses that had no part in it.
 
-Legend: θ the policy before the step, θ' after it, y responses sampled from θ'.
+Legend: θ the policy before the step, θ' after it, y responses.
 
-The responses of the next window come from θ' and know nothing of the samples that made the step or its forecast. Scored under
-both policies they give, by importance weights π_θ(y)/π_θ'(y), how the entropy changes from θ' back to θ, and with the other
-sign what the step did. Prompts are those of the next window.
+Responses that know nothing of the samples that made the step or its forecast, scored under both policies, say by importance
+weights what changed: sampled from θ, by π_θ'(y)/π_θ(y), how the entropy changes from there to θ'; sampled from θ', as those
+of the next window are, by the inverse, how it changes back, and with the other sign what the step did. Prompts are those of
+the responses.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.truth import Scored, scored
 
-__all__ = ["KeptPolicy", "Realised", "trainable_parameters"]
+__all__ = ["KeptPolicy", "Realised", "ScoredResponses", "scores_of", "trainable_parameters"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,22 +85,15 @@ class KeptPolicy:
             RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
         """
         now, then = self._both(optimizer, responses, estimate, run)
-        back = now.change_to(then)
-        return Realised(
-            -back.total, back.total_std_error, -back.direct, back.direct_std_error, back.ess, back.pareto_k,
-            now.rollouts.n_prompts,
-        )  # fmt: skip
+        back = _realised(now, now.scores, then)
+        return dataclasses.replace(back, total=-back.total, direct=-back.direct)
 
     def change_by_step(
         self, optimizer: torch.optim.Optimizer, responses: Rollouts, *, estimate: EstimateOptions, run: RunOptions
     ) -> Realised:
         """The same from responses that were sampled from the policy that was kept; see `change_since`."""
         now, then = self._both(optimizer, responses, estimate, run)
-        change = dataclasses.replace(now, scores=then).change_to(now.scores)
-        return Realised(
-            change.total, change.total_std_error, change.direct, change.direct_std_error, change.ess, change.pareto_k,
-            now.rollouts.n_prompts,
-        )  # fmt: skip
+        return _realised(now, then, now.scores)
 
     def _both(
         self, optimizer: torch.optim.Optimizer, responses: Rollouts, estimate: EstimateOptions, run: RunOptions
@@ -115,6 +109,71 @@ class KeptPolicy:
             finally:
                 _put(parameters, here)
         return now, then
+
+
+class ScoredResponses:
+    """Responses of a policy as it was, and what it said of them, to be scored again once it has moved on.
+
+    Args:
+        model: as it is now.
+        optimizer: of the model.
+        responses: sampled from the policy as it is now.
+        estimate: of the forecast.
+        run: likewise.
+
+    Raises:
+        RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        responses: Rollouts,
+        *,
+        estimate: EstimateOptions,
+        run: RunOptions,
+    ) -> None:
+        self._model, self._responses, self._estimate, self._run = model, responses, estimate, run
+        self._then = self._scored(optimizer).scores
+
+    def change(self, optimizer: torch.optim.Optimizer) -> Realised:
+        """How the expected entropy has changed since.
+
+        Args:
+            optimizer: of the model.
+
+        Raises:
+            RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
+        """
+        now = self._scored(optimizer)
+        return _realised(now, self._then, now.scores)
+
+    def _scored(self, optimizer: torch.optim.Optimizer) -> Scored:
+        with _without_mixed_precision(self._model):
+            return scored(self._model, optimizer, self._responses, estimate=self._estimate, run=self._run)
+
+
+def scores_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    *,
+    estimate: EstimateOptions,
+    run: RunOptions,
+) -> TokenScores:
+    """What a model says of every response token of a batch, [N, T]; arguments and errors as of `ScoredResponses`."""
+    with _without_mixed_precision(model):
+        return scored(model, optimizer, rollouts, estimate=estimate, run=run).scores.spread(rollouts)
+
+
+def _realised(of: Scored, before: TokenScores, after: TokenScores) -> Realised:
+    """The change between two policies, from responses of the first."""
+    found = dataclasses.replace(of, scores=before).change_to(after)
+    return Realised(
+        found.total, found.total_std_error, found.direct, found.direct_std_error, found.ess, found.pareto_k,
+        of.rollouts.n_prompts,
+    )  # fmt: skip
 
 
 def _copied(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.api import fast_delta_h1
+from entropy_fast.columns.candidate_tables import GivenCandidate
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.result import DeltaH1Result
@@ -41,6 +42,7 @@ def forecast_step(
     *,
     coefficients: Tensor | tuple[Tensor, Tensor] | None = None,
     functionals: Mapping[str, Tensor] | None = None,
+    updates: Mapping[str, GivenCandidate] | None = None,
     held_out: Rollouts | None = None,
     estimate: EstimateOptions | None = None,
     run: RunOptions | None = None,
@@ -62,6 +64,7 @@ def forecast_step(
         coefficients: how the gradient weighs every token, see `fast_delta_h1`; without, it is estimated how much of it is each
             prompt's own.
         functionals: see `fast_delta_h1`.
+        updates: other updates to compare, see `fast_delta_h1`; of the gradient as it stands, with coefficients alone.
         held_out: responses of the policy before the step that have had no part in it; to measure what it really did.
         estimate: which entropy; None for the defaults with the live gradient.
         run: how it is run.
@@ -83,6 +86,7 @@ def forecast_step(
         batch,
         coefficients=coefficients if window is None else window.coefficients,
         functionals=dict(functionals or {}) if window is None else dict(window.functionals),
+        updates=updates,
         scores=None if window is None else window.scores,
         estimate=estimate,
         run=run,

@@ -6,7 +6,7 @@ Legend: L the loss, s_t log-prob and H_t entropy of response token t of a row, a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class StepWindow:
         functionals: by name one number per row, [N], whose expectation is forecast too.
         on_policy: [N] whether a row was sampled from the policy as it is now; None where that is not known.
         skipped: why the optimizer will not take the step; None where it will.
+        clip: what clipping multiplied the gradient by, coefficients included.
+        decode: the text of a token id; None where that is not known.
     """
 
     rollouts: Rollouts
@@ -37,6 +39,8 @@ class StepWindow:
     functionals: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     on_policy: Tensor | None = None
     skipped: str | None = None
+    clip: float = 1.0
+    decode: Callable[[int], str] | None = None
 
     @property
     def coefficients(self) -> tuple[Tensor, Tensor] | Tensor:

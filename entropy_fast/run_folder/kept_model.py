@@ -56,11 +56,13 @@ def kept_model(module: nn.Module, base_model: str | None) -> KeptModel:
 
     Raises:
         BundleError: it is no transformers or peft model, its adapter is not the only active one and called ``default``, a
-            trained weight is not in what is saved, the base has no name, or it is quantised otherwise than to plain NF4.
+            trained weight is not in what is saved, the base has no name, it is quantised otherwise than to plain NF4, or a
+            layer computes otherwise than its class does.
     """
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    _check_layers(module)
     if isinstance(module, PeftModel):
         _check_adapter(module)
         base: Any = module.get_base_model()
@@ -80,6 +82,24 @@ def kept_model(module: nn.Module, base_model: str | None) -> KeptModel:
     if source.load_in_4bit:
         raise BundleError("the whole model is quantised.", fix="train an adapter over it, or weights in 16 or 32 bits.")
     return KeptModel(module, source, is_adapter=False)
+
+
+def _check_layers(module: nn.Module) -> None:
+    """A model that is loaded has the layers of its class; where one was given another forward, numbers would be others.
+
+    Wrappers around a whole model's forward are the trainer's autocast or its fused loss, which a probe does not go through.
+    """
+    for name, part in module.named_modules():
+        if (
+            "forward" in vars(part)
+            and not hasattr(part, "_hf_hook")
+            and any(True for _ in part.parameters(recurse=False))
+        ):
+            raise BundleError(
+                f"the forward of '{name}' was replaced after the model was made (a cast, or a library's kernel), and that of a "
+                "model which is loaded is its class's: the step's number would be another one.",
+                fix="train without it (in TRL cast_lm_head_to_fp32, use_liger_kernel) to keep steps.",
+            )
 
 
 def _check_adapter(module: PeftModel) -> None:

@@ -39,6 +39,7 @@ MAY_BE_UNKNOWN = (
     "sequences",
     "functionals",
     "updates",
+    "compared",
     "step_parts",
     "std_error",
     "forecast.std_error",

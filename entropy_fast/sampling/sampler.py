@@ -8,17 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_fast.errors import SamplingError
 from entropy_fast.rollouts import Rollouts
+from entropy_fast.sampling.generating import generated
 from entropy_fast.sampling.tasks import PromptTask, format_prompt
 from entropy_fast.sampling.verifiers import Verifier
 from entropy_fast.scalars import as_number
@@ -117,52 +111,19 @@ def sample_rollouts(
         raise SamplingError("sampling: no prompt was given.", fix="pass at least one prompt.")
     for task in tasks:
         verifier("", task)  # refuses a task now that it would refuse after hours of sampling
-    generation = _generation_config(tokenizer, settings)
-    rows: list[tuple[int, list[int], list[int]]] = []
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    flags = [(m, m.training) for m in model.modules()]
-    own_generation = base.generation_config
-    devices = [model.device] if model.device.type == "cuda" else []
-    try:
-        model.eval()
-        # generate() fills whatever a given config leaves open from the model's own (penalties, min_p, ...), and every
-        # such processor changes the policy that is sampled.
-        base.generation_config = GenerationConfig()  # type: ignore[assignment]  # a mixin's attribute, seen as nn.Module's
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
-            torch.manual_seed(settings.seed)
-            starts = range(0, len(tasks), settings.prompts_per_batch)
-            told = _Told(on_progress, len(starts) * settings.max_new_tokens)
-            for batch, start in enumerate(starts):
-                part = [format_prompt(task, tokenizer) for task in tasks[start : start + settings.prompts_per_batch]]
-                told.so_far(batch * settings.max_new_tokens)
-                responses = _generate(model, tokenizer, part, generation, settings, told)
-                g = settings.responses_per_prompt
-                rows += [(start + i // g, part[i // g], response) for i, response in enumerate(responses)]
-            told.so_far(told.total)
-    finally:
-        base.generation_config = own_generation
-        for module, training in flags:
-            module.training = training
+    prompts = [format_prompt(task, tokenizer) for task in tasks]
+    responses = generated(
+        model,
+        prompts,
+        _generation_config(tokenizer, settings),
+        seed=settings.seed,
+        prompts_per_batch=settings.prompts_per_batch,
+        tokenizer=tokenizer if settings.stop else None,
+        on_step=None if on_progress is None else lambda done, total: on_progress("sampling", done, total),
+    )
+    g = settings.responses_per_prompt
+    rows = [(i // g, prompts[i // g], _cut(response, tokenizer, settings.stop)) for i, response in enumerate(responses)]
     return _as_rollouts(rows, tokenizer, tasks, verifier, settings)
-
-
-class _Told(StoppingCriteria):
-    """Tells after every decoding step how many there were, and stops nothing."""
-
-    def __init__(self, on_progress: Callable[[str, int, int], None] | None, total: int) -> None:
-        self._on_progress, self.total, self._done = on_progress, total, 0
-
-    def so_far(self, done: int) -> None:
-        """So many steps are done."""
-        self._done = done
-        if self._on_progress is not None:
-            self._on_progress("sampling", done, self.total)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        """[N] of False."""
-        # All steps are told as done when the last response has been made.
-        self.so_far(min(self._done + 1, self.total - 1))
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> GenerationConfig:
@@ -181,31 +142,6 @@ def _generation_config(tokenizer: PreTrainedTokenizerBase, settings: SamplingSet
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
         stop_strings=list(settings.stop) or None,
     )
-
-
-def _generate(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    generation: GenerationConfig,
-    settings: SamplingSettings,
-    told: _Told,
-) -> list[list[int]]:
-    """Response token ids of len(prompts)·G responses, prompt by prompt, each cut after its end."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), int(generation.pad_token_id), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    generated: Tensor = model.generate(  # type: ignore[operator]  # nn.Module's __getattr__ hides the method
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=generation,
-        stopping_criteria=StoppingCriteriaList([told]),
-        tokenizer=tokenizer if settings.stop else None,
-    )
-    return [_cut(row, tokenizer, settings.stop) for row in generated[:, width:].tolist()]
 
 
 def _cut(response: list[int], tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> list[int]:

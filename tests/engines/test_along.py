@@ -32,3 +32,15 @@ def test_in_16_bits_not_everything_is_rounding() -> None:
     seen = SeenGradient(cast(Any, None), [loss], [loss], -1.0, 2, 1.0)
     left = seen.without(0, own.unsqueeze(0), torch.tensor([1]))[0]
     assert (left == 0).tolist() == [True, True, False, False]
+
+
+def test_what_cancels_rounds_as_its_summands_do() -> None:
+    """An element that is small because its summands cancel is no better known than they are."""
+    eps = torch.finfo(torch.float32).eps
+    own = torch.tensor([[1.0, 1e-3, 1e-3, -2.0]])
+    others = torch.tensor([[0.0, 0.0, 1e-4, 0.0]])
+    loss = -(own + others + torch.tensor([[0.0, 20 * eps, 0.0, 0.0]])) / 2
+    seen = SeenGradient(cast(Any, None), [loss], [loss], -1.0, 2, 1.0)
+    left = seen.without(0, own.unsqueeze(0), torch.tensor([1]))[0]
+    assert (left == 0).tolist() == [[True, True, False, True]]
+    assert float(left[0, 2]) == pytest.approx(-1e-4, rel=1e-2)

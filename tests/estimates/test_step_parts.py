@@ -325,7 +325,7 @@ class TestLive:
         setup = stepped(OPTIMIZERS["adamw"])
         self.filled(setup)
         for options, message in (
-            ({"by_sequence": True}, "by_sequence and by_token"),
+            ({"by_sequence": True}, "by_sequence with gradient"),
             ({"engine": "two_pass"}, "two_pass"),
             ({"memory_budget": 1000}, "sampled prompt's own gradients"),
         ):

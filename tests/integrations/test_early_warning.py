@@ -13,7 +13,7 @@ from entropy_fast.errors import ConfigError
 from entropy_fast.integrations.early_warning import EntropyFloor, lowering_most
 
 
-def forecast(step: int, level: float, change: float, error: float) -> Any:
+def forecast(step: int, level: float, change: float, error: float, tokens: Any = None) -> Any:
     part = SimpleNamespace(value=change, std_error=error)
     prompts = [
         SimpleNamespace(delta_h1=-0.3, prompt="two\x1b[31m", group_ids=(4,), role="both"),
@@ -27,7 +27,7 @@ def forecast(step: int, level: float, change: float, error: float) -> Any:
         unit="nats per token",
         per_prompt=prompts,
     )
-    return SimpleNamespace(step=step, result=result)
+    return SimpleNamespace(step=step, result=result, tokens=tokens)
 
 
 def test_warns_before_half_of_the_entropy_is_gone() -> None:
@@ -41,6 +41,30 @@ def test_warns_before_half_of_the_entropy_is_gone() -> None:
     found = floor.warnings[0]
     assert found.prompts[0] == ("group 7", -0.5) and found.prompts[1] == (repr("two\x1b[31m"), -0.3)
     assert "\x1b" not in str(found) and "falls below 1 within 50 steps" in str(found)
+
+
+def test_tokens_are_asked_for_only_where_a_warning_is_given(caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[int] = []
+
+    def named(count: int) -> tuple[tuple[str, float], ...]:
+        asked.append(count)
+        return ((repr("7\x1b[31m"), -0.02), ("token 4", -0.01))
+
+    def broken(_: int) -> None:
+        raise RuntimeError("no forward derivative")
+
+    floor = EntropyFloor(1.0, within=50, on_warning=lambda _: None)
+    for step in range(6):
+        floor(forecast(step, 1.5, -0.03, 0.001, SimpleNamespace(lowering_most=named)))
+    assert asked == [3] and len(floor.warnings) == 1
+    found = floor.warnings[0]
+    assert found.tokens[1] == ("token 4", -0.01)
+    assert "Tokens where it is lowered most: '7\\x1b[31m' (-0.02), token 4 (-0.01)." in str(found)
+    without = EntropyFloor(1.0, within=50, on_warning=lambda _: None)
+    for step in range(3):
+        without(forecast(step, 1.5, -0.03, 0.001, SimpleNamespace(lowering_most=broken)))
+    assert without.warnings[0].tokens == () and "Tokens" not in str(without.warnings[0])
+    assert "no forward derivative" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +13,11 @@ from probe_oracle import models
 from probe_oracle.batches import Shape, make_rollouts
 
 from entropy_fast import EstimateOptions
+from entropy_fast.candidates import clip_higher, entropy_bonus, kl_cov
 from entropy_fast.errors import ConfigError, EntropyFastWarning
+from entropy_fast.integrations.forecast_options import ForecastOptions, forecast_options
 from entropy_fast.integrations.forecaster import StepForecaster
+from entropy_fast.integrations.looking_back import Realised
 from entropy_fast.integrations.step_window import StepWindow
 
 SHAPE = Shape(sizes=(3, 3, 3, 3), budget=2)
@@ -33,7 +36,9 @@ def setup() -> tuple[Any, torch.optim.Optimizer, StepWindow]:
 def forecaster(**options: Any) -> tuple[StepForecaster, StepWindow]:
     model, optimizer, window = setup()
     estimate = EstimateOptions(weighting="sequence", baseline="responses")
-    return StepForecaster(model, optimizer, **{"estimate": estimate, "budget": None, **options}), window
+    keep = options.pop("keep", None)
+    asked = ForecastOptions(**{"estimate": estimate, "budget": None, "verify": None, **options})
+    return StepForecaster(model, optimizer, asked, keep=keep), window
 
 
 def test_numbers_and_names() -> None:
@@ -44,7 +49,7 @@ def test_numbers_and_names() -> None:
     assert metrics["direct"] == found.result.split.direct.value and metrics["total"] == found.result.delta_h1
     assert math.isfinite(metrics["forecast/mine"]) and metrics["prompts"] == 4
     assert math.isnan(metrics["realised"]) and math.isnan(metrics["slope"])
-    assert metrics["seconds"] > 0 and own.time.spent == pytest.approx(metrics["seconds"])
+    assert 0 < metrics["seconds"] <= own.time.spent  # what hooks and the like took comes on top
     assert [(row.step, row.part) for row in own.ledger.rows()] == [(0, p) for p in ("total", "direct", "visitation")]
     assert own.last is found
 
@@ -98,12 +103,106 @@ def test_the_budget_is_kept() -> None:
     assert third.result is not None and third.metrics()["prompts"] == 4
 
 
-def test_options_that_cannot_be_used(tmp_path: Path) -> None:
-    model, optimizer, _ = setup()
+def test_a_look_back_is_in_the_budget_before_the_forecast_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of its own: forecasts of 1 s a prompt, looks of 2 s a prompt, steps of 20 s, and a tenth of that time."""
+    now = [0.0]
+    monkeypatch.setattr("entropy_fast.integrations.forecaster.time.perf_counter", lambda: now[0])
+    own, window = forecaster(budget=0.1, verify="previous")
+
+    def forecast(self: StepForecaster, _: StepWindow, prompts: int) -> Any:
+        now[0] += 1.0 * prompts
+        return made
+
+    made = own._made_from(window, 4)
+    monkeypatch.setattr(StepForecaster, "_made_from", forecast)
+
+    class Looked:
+        needs_window = False
+
+        def __init__(self, prompts: int) -> None:
+            self.prompts = prompts
+
+        def found(self, *_: Any) -> Any:
+            now[0] += 2.0 * self.prompts
+            return Realised(0.1, 0.01, 0.1, 0.01, 1.0, 0.1, self.prompts), ""
+
+    monkeypatch.setattr(
+        "entropy_fast.integrations.forecaster.verification_of", lambda options, *others: Looked(others[3])
+    )
+    shares = []
+    for step in range(200):
+        own.time.train(20.0)
+        own.before_step(step, lambda: window)
+        if step > 30:
+            shares.append(own.time.used)
+    # The first forecast, of 3 prompts, was made to find out: 3 s and a look of 6. After that nothing goes beyond the share.
+    assert max(shares) <= 0.1 and own.time.used > 0.09
+
+
+def test_a_number_of_prompts_that_does_not_fit_is_not_taken() -> None:
+    own, window = forecaster(budget=0.1, sample=4)
+    own.time.forecasts.see(4, 1.0)
+    own.time.train(9.0)
+    assert own.before_step(0, lambda: window).result is None
+    own.time.train(2.0)
+    found = own.before_step(1, lambda: window)
+    assert found.result is not None and found.metrics()["prompts"] == 4
+
+
+def test_candidates_are_compared_and_one_that_cannot_be_is_nan() -> None:
+    candidates = {"bonus": entropy_bonus(0.1), "covariant": kl_cov(0.5)}  # the second needs what the sampler said
+    own, window = forecaster(candidates=candidates)
+    with pytest.warns(EntropyFastWarning, match="the candidate 'covariant' cannot be worked out"):
+        found = own.before_step(0, lambda: window)
+    assert found.result is not None and list(found.result.compared) == ["bonus"]
+    metrics, split = found.metrics(), found.result.compared["bonus"].split
+    assert split is not None
+    for name, part in (("", split.total), ("_direct", split.direct)):
+        assert metrics[f"candidate/bonus{name}"] == part.value
+        assert metrics[f"candidate/bonus{name}_error"] == part.std_error
+        assert math.isnan(metrics[f"candidate/covariant{name}"])
+    # Clipping acts on both alike: coefficients stand as they are in a gradient half as large, and what the bonus adds is half.
+    halved = dataclasses.replace(window, clip=0.5)
+    (a, e), (b, f) = (own._other_updates(one)["bonus"] for one in (window, halved))
+    assert torch.equal(a, b) and torch.equal(e, 2 * f) and bool((e > 0).any())
+    bare = dataclasses.replace(window, scores=None)
+    assert torch.equal(own._other_updates(bare)["bonus"][1], e)
+    empty = own.before_step(1, lambda: (_ for _ in ()).throw(RuntimeError("no batch")))
+    assert math.isnan(empty.metrics()["candidate/bonus_direct_error"])
+
+
+def test_tokens_can_be_asked_for_until_the_step_is_taken() -> None:
+    seen: list[Any] = []
+
+    def ask(forecast: Any) -> None:
+        seen.append((forecast.tokens.by_id(), forecast.tokens.lowering_most(2), forecast.result.split.direct.value))
+
+    own, window = forecaster(on_forecast=[ask])
+    named = dataclasses.replace(window, decode=lambda token: f"t{token}\x1b")
+    found = own.before_step(0, lambda: named)
+    ((shares, lowering, direct),) = seen
+    ids = window.rollouts.input_ids[window.rollouts.loss_mask == 1]
+    assert set(shares) == set(ids.tolist())
+    assert sum(shares.values()) == pytest.approx(direct, rel=1e-6)
+    ranked = sorted(shares, key=lambda token: shares[token])
+    assert [name for name, _ in lowering] == [repr(f"t{token}\x1b") for token in ranked[:2] if shares[token] < 0]
+    assert found.tokens is not None and found.tokens.by_id() == shares
+    silent = forecaster()[0].before_step(0, lambda: window)
+    assert silent.tokens is not None
+    with pytest.raises(ConfigError, match="the step has been taken"):
+        silent.tokens.by_id()
+
+
+def test_options_that_cannot_be_used() -> None:
     bad: list[dict[str, Any]] = [
         {"every_n_steps": 0}, {"every_n_steps": True}, {"sample": 1}, {"sample": "all"}, {"verify": "held out"},
-        {"budget": 0.0},
+        {"budget": 0.0}, {"budget": "much"}, {"held_out": lambda *_: None}, {"candidates": {"": entropy_bonus(0.1)}},
+        {"candidates": {"higher": clip_higher()}}, {"candidates": {"table": torch.zeros(3)}}, {"candidates": {"x": 1}},
     ]  # fmt: skip
     for options in bad:
         with pytest.raises(ConfigError, match=next(iter(options))):
-            StepForecaster(model, optimizer, **options)
+            ForecastOptions(**options)
+    with pytest.raises(ConfigError, match="no option 'every'"):
+        forecast_options({"every": 3})
+    with pytest.raises(ConfigError, match="nothing gives responses"):
+        forecaster(verify="held_out")

@@ -25,7 +25,8 @@ from entropy_fast.columns.scores import ScoresNeededError
 from entropy_fast.context import ProbeContext
 from entropy_fast.distributed.collectives import add_up
 from entropy_fast.distributed.dealing import Share
-from entropy_fast.engines.along import AlongSums, along_sums, steps_of_others, with_rows
+from entropy_fast.engines.along import AlongSums, steps_of_others
+from entropy_fast.engines.along_updates import along_sums, with_rows
 from entropy_fast.engines.between_ranks import kernels_of
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.kernel import kernel_of

@@ -20,7 +20,8 @@ from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.distributed.collectives import add_up, any_of
 from entropy_fast.distributed.dealing import Share, share_of
-from entropy_fast.engines.along import AlongSums, along_sums, with_rows
+from entropy_fast.engines.along import AlongSums
+from entropy_fast.engines.along_updates import along_sums, with_rows
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parameter_products
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import coverage_of, finish_functional, finish_update, finished

@@ -74,7 +74,7 @@ def window_of(trainer: Any, batches: Sequence[MicroBatch], functionals: Sequence
         group_ids=joined(GROUP),
         advantages=_advantages(batches),
         max_lengths=trainer.max_completion_length,
-        old_logprobs=_sampled_logprobs(batches, in_place),
+        old_logprobs=_old_logprobs(trainer, batches, in_place),
         temperature=drawn.temperature,
         top_p=drawn.top_p,
         top_k=drawn.top_k,
@@ -173,6 +173,16 @@ def _sampled_logprobs(batches: Sequence[MicroBatch], in_place: InPlace) -> Tenso
                 if table is not None and b.logprobs is not None
             ])  # fmt: skip
     return None
+
+
+def _old_logprobs(trainer: Any, batches: Sequence[MicroBatch], in_place: InPlace) -> Tensor | None:
+    """[N, T] log-probs of the policy that sampled: where the trainer keeps none, those of now; None where those are random."""
+    found = _sampled_logprobs(batches, in_place)
+    if found is not None or _drops_out(trainer.model):
+        return found
+    return in_place([
+        torch.where(_counted(b).bool(), b.logprobs, 0.0) for b in batches if b.logprobs is not None
+    ]) if all(b.logprobs is not None for b in batches) else None  # fmt: skip
 
 
 def _coefficients(batches: Sequence[MicroBatch], name: str, scale: float, in_place: InPlace) -> Tensor | None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerCallback
 
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError
 from entropy_fast.estimates.result import DeltaH1Result
-from entropy_fast.integrations.forecaster import OnForecast, StepForecaster, Verify
+from entropy_fast.integrations.forecast_options import ForecastOptions, forecast_options
+from entropy_fast.integrations.forecaster import StepForecaster
 from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.integrations.trl.batches import NUMBERS, window_of
+from entropy_fast.integrations.trl.held_out import HeldOutResponses
 from entropy_fast.integrations.trl.hooks import TrainerHooks
 from entropy_fast.integrations.trl.same_policy import check_same_policy
 from entropy_fast.integrations.trl.setting import autocast_of, refuse_setting, sampling_of
@@ -40,17 +42,13 @@ class EntropyForecastCallback(TrainerCallback):
 
     Args:
         trainer: a ``trl.GRPOTrainer`` (tried with TRL 1.16), in one process.
-        every_n_steps: see `StepForecaster`, as the next five.
-        budget: likewise.
-        sample: likewise.
-        verify: likewise.
-        ledger: likewise.
-        on_forecast: likewise.
         functionals: what else is forecast: ``reward`` and ``length``.
-        estimate: another entropy than the mean over all tokens; the policy's temperature is always the trainer's.
-        run: how it is run; None takes the trainer's autocast.
         bundle: folder that steps are kept in, one folder each, for `entropy-fast probe FOLDER`; None keeps none.
         bundle_every: keep one step in so many: the first of them that is forecast.
+        **options: those of `ForecastOptions`: ``every_n_steps``, ``budget``, ``sample``, ``candidates``, ``verify``, ... Of
+            ``estimate`` the policy's temperature is always the trainer's, and ``run`` is in its autocast where it is not given.
+            With ``verify="held_out"`` and without ``held_out``, responses are sampled for prompts of the trainer's data set
+            that have no part in the step, by draws of their own.
 
     Attributes:
         forecaster: with the ledger and the last forecast; None before the training begins.
@@ -64,17 +62,10 @@ class EntropyForecastCallback(TrainerCallback):
         self,
         trainer: Any,
         *,
-        every_n_steps: int = 1,
-        budget: float | None = 0.1,
-        sample: int | Literal["auto"] = "auto",
-        verify: Verify = "previous",
-        ledger: str | os.PathLike[str] | None = None,
-        on_forecast: Sequence[OnForecast] = (),
         functionals: Sequence[str] = NUMBERS,
-        estimate: EstimateOptions | None = None,
-        run: RunOptions | None = None,
         bundle: str | os.PathLike[str] | None = None,
         bundle_every: int = 100,
+        **options: Any,
     ) -> None:
         refuse_setting(trainer)
         unknown = [name for name in functionals if name not in NUMBERS]
@@ -83,14 +74,7 @@ class EntropyForecastCallback(TrainerCallback):
         self.forecaster = StepForecaster(
             trainer.model,
             trainer.optimizer,  # None until the training begins
-            estimate=_estimate(trainer, estimate),
-            run=run or RunOptions(autocast_dtype=autocast_of(trainer)),
-            every_n_steps=every_n_steps,
-            budget=budget,
-            sample=sample,
-            verify=verify,
-            ledger=ledger,
-            on_forecast=on_forecast,
+            _options(trainer, forecast_options(options)),
             keep=None if bundle is None else self._keep,
         )
         self._bundle = None if bundle is None else Path(bundle)
@@ -158,7 +142,7 @@ class EntropyForecastCallback(TrainerCallback):
             self._same_policy = check_same_policy(
                 trainer, hooks.window, window.rollouts, estimate=forecaster.estimate, run=forecaster.run
             )
-        return window
+        return dataclasses.replace(window, clip=hooks.clipped.factor, decode=_decoder(trainer))
 
     def _keep(self, step: int, window: StepWindow, result: DeltaH1Result) -> None:
         """Write a step down, where it is one of those that are kept."""
@@ -176,7 +160,12 @@ class EntropyForecastCallback(TrainerCallback):
             estimate=result.estimate_options,
             run=result.run_options,
             step=step,
-            facts={"trainer": type(trainer).__name__, "loss": str(trainer.loss_type), "beta": float(trainer.beta)},
+            facts={
+                "trainer": type(trainer).__name__,
+                "loss": str(trainer.loss_type),
+                "beta": float(trainer.beta),
+                "clip": window.clip,
+            },
             base_model=_base_model(trainer.model),
             tokenizer=trainer.processing_class,
             result=result,
@@ -214,6 +203,24 @@ class EntropyForecastMixin:
 def _base_model(model: Any) -> str | None:
     """Where an adapter's base is from; None for a model that is trained itself."""
     return getattr(model.config, "_name_or_path", None) if hasattr(model, "peft_config") else None
+
+
+def _options(trainer: Any, given: ForecastOptions) -> ForecastOptions:
+    """With what the trainer says where nothing was said."""
+    held_out = given.held_out
+    if given.verify == "held_out" and held_out is None:
+        held_out = HeldOutResponses(trainer)
+    return dataclasses.replace(
+        given,
+        held_out=held_out,
+        estimate=_estimate(trainer, given.estimate),
+        run=given.run or RunOptions(autocast_dtype=autocast_of(trainer)),
+    )
+
+
+def _decoder(trainer: Any) -> Callable[[int], str] | None:
+    decode = getattr(trainer.processing_class, "decode", None)
+    return None if decode is None else lambda token: str(decode([token]))
 
 
 def _estimate(trainer: Any, given: EstimateOptions | None) -> EstimateOptions:
