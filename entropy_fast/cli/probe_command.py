@@ -118,8 +118,9 @@ def probe(
         inputs = resolve(run, model_options, adapter, optimizer, rollouts, entropy_rollouts, options)
         updates = candidate_updates(candidate or (), inputs.estimate)
         update, entropy = inputs.read_rollouts()
-        # A kept step's scores are of its own model in its own precision and temperature.
-        as_kept = all(given is None for given in (entropy_rollouts, model, dtype, load_in_4bit, *options.values()))
+        # The question of a kept step; its scores are of its own model in its own precision too.
+        as_asked = all(given is None for given in (entropy_rollouts, *options.values()))
+        as_kept = as_asked and all(given is None for given in (model, dtype, load_in_4bit))
         check_folder(target)
         team.enter("loading the model")
         with progress(f"Loading {inputs.model.name}", shows=shows):
@@ -144,5 +145,5 @@ def probe(
         team.meet()  # nobody writes what somebody has not got
         if shows:
             save_and_show(result, target, picture=picture, showing=showing)
-            if inputs.bundle is not None and as_kept:
+            if inputs.bundle is not None and as_asked:
                 show_online(inputs.bundle.online, result, showing.aside)
