@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import Console
 from rich.text import Text
 
 from entropy_fast.estimates.forecast import Forecast
+from entropy_fast.estimates.held import parts_of
 from entropy_fast.estimates.result import DeltaH1Result, PromptContribution
-from entropy_fast.estimates.split import UpdateForecasts
 from entropy_fast.estimates.verdict import percent_of, shown_percent
 from entropy_fast.report.glyphs import Glyphs, glyphs_of
 from entropy_fast.report.layout import grid, grid_that_fits, wrapped
@@ -56,11 +56,7 @@ def _level(result: DeltaH1Result) -> str:
 
 def _parts(result: DeltaH1Result, width: int, glyphs: Glyphs) -> Iterator[Text]:
     """Direct part, visitation part and total, each with its interval in numbers and on one scale."""
-    split = result.split
-    forecasts = {"total": result.forecast}
-    if split is not None:
-        forecasts = {"direct": split.direct, "visitation": split.visitation, "total": split.total}
-        forecasts = {name: found for name, found in forecasts.items() if not math.isnan(found.value)}
+    forecasts = parts_of(result)
     rows = [["", "change", "95 % interval", "of now"]]
     for name, found in forecasts.items():
         percent = percent_of(found.value, result.entropy_level)
@@ -97,12 +93,15 @@ def _step_parts(result: DeltaH1Result, width: int, glyphs: Glyphs) -> list[str]:
     if not result.step_parts:
         return []
     rows = [[f"step by, {glyphs.plus_minus} at 95 %", *result.step_parts]]
-    if result.split is not None:
-        found = [own.split.direct for own in result.step_parts.values() if own.split is not None]
-        rows.append(["direct", *(_with_half(direct, glyphs, 2) for direct in found)])
-    if not math.isnan(result.delta_h1):
-        rows.append(["total", *(_with_half(own.forecast, glyphs, 2) for own in result.step_parts.values())])
+    for part in _shown(parts_of(result)):
+        found = [parts_of(result, own)[part] for own in result.step_parts.values()]
+        rows.append([part, *(_with_half(own, glyphs, 2) for own in found)])
     return grid_that_fits(rows, width)
+
+
+def _shown(parts: Iterable[str]) -> list[str]:
+    """Those of the direct part and the total that there are: the one is known well, the other is both together."""
+    return [part for part in parts if part != "visitation"]
 
 
 def _functionals(functionals: Mapping[str, Forecast], glyphs: Glyphs) -> str:
@@ -117,18 +116,13 @@ def _updates(result: DeltaH1Result, glyphs: Glyphs) -> list[str]:
     """What the other updates would do instead."""
     if not result.updates:
         return []
-    direct, total = result.split is not None, not math.isnan(result.delta_h1)
-    some = dict(list(result.updates.items())[:UPDATES])
-    rows = [[f"instead, {glyphs.plus_minus} at 95 %", *(["direct"] if direct else []), *(["total"] if total else [])]]
-    for name, found in some.items():
-        rows.append([fitted(name, 32, glyphs.cut), *(_with_half(own, glyphs) for own in _cells(found, direct, total))])
+    parts, some = _shown(parts_of(result)), list(result.updates.items())[:UPDATES]
+    rows = [[f"instead, {glyphs.plus_minus} at 95 %", *parts]]
+    for name, own in some:
+        found = parts_of(result, own)
+        rows.append([fitted(name, 32, glyphs.cut), *(_with_half(found[part], glyphs) for part in parts)])
     more = len(result.updates) - len(some)
     return [*grid(rows), *([f"and {more} more: --verbose"] if more else [])]
-
-
-def _cells(found: UpdateForecasts, direct: bool, total: bool) -> list[Forecast]:
-    cells = [found.split.direct] if direct and found.split is not None else []
-    return [*cells, found.forecast] if total else cells
 
 
 def _prompts(result: DeltaH1Result, width: int, glyphs: Glyphs) -> Iterator[Text]:

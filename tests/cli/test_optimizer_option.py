@@ -98,7 +98,7 @@ def test_a_run_folder_may_have_a_checkpoint_folder(folder):
 
 def test_adams_geometry_of_a_muon_is_refused(folder, capsys):
     command = ["probe", str(folder), "--no-picture", "--out", str(folder / "o"), "--optimizer", str(folder / "muon")]
-    assert run([*command, "--step", "adam_static"]) == 2
+    assert run([*command, "--step", "adam_static"]) == 3
     said = " ".join(capsys.readouterr().err.split())
     assert "torch.optim.Muon beside torch.optim.adamw.AdamW; the geometry 'adam_static' is Adam's" in said
     assert not (folder / "o").exists()

@@ -140,8 +140,12 @@ def test_what_is_not_known_is_no_number(result):
         result,
         delta_h1=math.nan,
         std_error=math.nan,
+        estimate_options=dataclasses.replace(result.estimate_options, parts=("direct",)),
         forecast=direct,
         split=Split(unknown, direct, unknown, result.split.on_batch),
+        step_parts={
+            name: dataclasses.replace(own, forecast=own.split.direct) for name, own in result.step_parts.items()
+        },
     )
     lines = shown(alone, 80)
     assert not any(line.startswith(("total", "visitation")) for line in lines)
