@@ -18,7 +18,8 @@ _FLATTENED = (
 )
 _WHOLE_STATES = (
     "save whole states with torch.distributed.checkpoint.state_dict (get_model_state_dict and get_optimizer_state_dict, "
-    "StateDictOptions(full_state_dict=True)), and probe an unwrapped model with that optimizer file."
+    "StateDictOptions(full_state_dict=True)), or a folder with torch.distributed.checkpoint.save, and probe an unwrapped model "
+    "with that."
 )
 _CONSOLIDATED = (
     "consolidate the checkpoint, and probe the model without its engine, with torch.optim.AdamW on whole parameters or with "

@@ -221,17 +221,14 @@ def _content(where: str, module: nn.Module) -> SavedOptimizer:
 
 
 def _strange_settings(saved: SavedOptimizer, kinds: Sequence[OptimizerKind | None]) -> tuple[str, ...]:
-    strange = {
-        name
-        for group, kind in zip(saved.groups, kinds, strict=True)
-        if kind is None
-        for name in unknown_settings(group)
-    }
-    if not strange:
-        return ()
-    return (
-        f"the optimizer file's groups are read as Adam's, and have settings that Adam does not know: "
-        f"{', '.join(shown(name) for name in sorted(strange)[:8])}. If they change the step, it is not the one described.",
+    strange: dict[str, set[str]] = {}
+    for group, kind in zip(saved.groups, kinds, strict=True):
+        strange.setdefault("Adam" if kind is None else kind.name, set()).update(unknown_settings(kind, group))
+    return tuple(
+        f"groups of the optimizer file are read as those of {name}, and have settings that it does not know: "
+        f"{', '.join(shown(setting) for setting in sorted(found)[:8])}. If they change the step, it is not the one described."
+        for name, found in strange.items()
+        if found
     )
 
 

@@ -8,6 +8,7 @@ the optimizer itself can be made again.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -51,6 +52,14 @@ class OptimizerKind:
     without: frozenset[str] = frozenset()
     squares: frozenset[str] = frozenset()
     in_fp32: bool = False
+
+    def takes(self) -> frozenset[str]:
+        """Settings that its constructor takes.
+
+        Raises:
+            ImportError, AttributeError: there is no such class.
+        """
+        return frozenset(inspect.signature(self.load().__init__).parameters) - {"self", "params"}
 
 
 def _muon(shape: Shape, group: Mapping[str, Any]) -> Layout:
@@ -191,9 +200,15 @@ def _length(found: object) -> int:
     return len(found) if isinstance(found, (tuple, list)) else 0
 
 
-def unknown_settings(group: Mapping[str, Any]) -> list[str]:
-    """Names of settings that neither Adam has nor a scheduler adds."""
-    return sorted(key for key in group.keys() - SETTINGS_OF_ADAM if key != "correct_bias")
+def unknown_settings(kind: OptimizerKind | None, group: Mapping[str, Any]) -> list[str]:
+    """Names of settings that neither the optimizer has (Adam, where it is None) nor a scheduler adds."""
+    if kind is None:
+        return sorted(key for key in group.keys() - SETTINGS_OF_ADAM if key != "correct_bias")
+    try:
+        known = kind.takes()
+    except (ImportError, AttributeError):
+        return []  # there is no such class here, which is said where it is to be made
+    return sorted(group.keys() - known - {"params", "param_names", "initial_lr"})
 
 
 def misfit(kind: OptimizerKind | None, group: Mapping[str, Any], entry: Mapping[str, Any], shape: Shape) -> str | None:

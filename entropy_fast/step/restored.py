@@ -5,7 +5,6 @@ Where there is no geometry of Adam's, the next step is found by the optimizer's 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from entropy_fast.step.scalars import real_number, shown
 __all__ = ["restored_optimizer"]
 
 NO_SETTINGS = ("params", "param_names")
+HOW = ("capturable", "fused")  # how a step is computed, on the device where it was trained
 
 
 def restored_optimizer(
@@ -126,10 +126,9 @@ def _other(
             fix="use the state of a healthy checkpoint.",
         )
     try:
-        taken = inspect.signature(kind.load().__init__).parameters
+        taken = kind.takes() - set(HOW)
         optimizer = kind.load()(
-            [named[name] for name in entries],
-            **{key: value for key, value in group.items() if key in taken and key != "params"},
+            [named[name] for name in entries], **{key: value for key, value in group.items() if key in taken}
         )
     except Exception as error:  # the class's own checks of its settings, or no such class
         reason = str(error).splitlines()[0] if str(error) else ""

@@ -131,4 +131,21 @@ def test_settings_that_adam_does_not_know_are_told(tmp_path: Path) -> None:
     optimizer.param_groups[0].update(trust_ratio=True, initial_lr=1e-3, correct_bias=True)
     torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
     (note,) = adam_state_from_file(tmp_path / "optimizer.pt", model).notes
-    assert "have settings that Adam does not know: 'trust_ratio'." in note
+    assert "read as those of Adam, and have settings that it does not know: 'trust_ratio'." in note
+
+
+def test_and_so_are_those_that_a_class_made_again_does_not_take(tmp_path: Path) -> None:
+    model, optimizer = stepped(torch.optim.Muon)
+    optimizer.param_groups[0].update(initial_lr=1e-3, of_a_later_version=True)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    (note,) = optimizer_from_file(tmp_path / "optimizer.pt", model).state.notes
+    assert "read as those of torch.optim.Muon, and have settings that it does not know: 'of_a_later_version'." in note
+
+
+def test_how_a_step_was_computed_elsewhere_is_left_there(tmp_path: Path) -> None:
+    """A capturable optimizer steps on GPUs alone."""
+    model, optimizer = stepped(torch.optim.NAdam)
+    optimizer.param_groups[0]["capturable"] = True
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    at_hand = optimizer_from_file(tmp_path / "optimizer.pt", model)
+    assert at_hand.live is not None and at_hand.live.param_groups[0]["capturable"] is False
