@@ -24,7 +24,7 @@ from entropy_fast.distributed.agreement import fingerprint, of_first_rank, refus
 from entropy_fast.distributed.team import Team, joined
 from entropy_fast.engines import Engine, EngineKind, engine_kind
 from entropy_fast.engines.replicas import refuse_other_replicas
-from entropy_fast.engines.resolving import SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS
+from entropy_fast.engines.resolving import OTHER_SCORES_FIX, SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
 from entropy_fast.estimates.assembly import Setting, empty_response_message, same_batch_result, two_batch_result
 from entropy_fast.estimates.attribution import Role
@@ -230,8 +230,7 @@ class OfflineEntropyProbe:
             raise RolloutsError(
                 f"scores: the log-probs of row {row} (empty responses not counted) are {float(gap[row]):.3g} nats a token away "
                 "from the model's.",
-                fix="pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none. "
-                "Where a trainer made them with learned positions and padding on the left: have it pass position_ids.",
+                fix=OTHER_SCORES_FIX,
             )
 
     def _alone(self, measure: Callable[[], Measured], *batches: Rollouts) -> Measured:

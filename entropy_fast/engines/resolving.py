@@ -13,10 +13,14 @@ from entropy_fast.distributed.agreement import fingerprint, refuse_others
 from entropy_fast.errors import RolloutsError
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["SCORES_MAY_MISS", "SCORES_MAY_MISS_IN_16_BITS", "resolved_context"]
+__all__ = ["OTHER_SCORES_FIX", "SCORES_MAY_MISS", "SCORES_MAY_MISS_IN_16_BITS", "resolved_context"]
 
 # Nats a token by which a response's log-prob may differ between two ways of computing it.
 SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS = 1e-3, 0.3
+OTHER_SCORES_FIX = (
+    "pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none. Where a trainer "
+    "made them with learned positions and padding on the left: have it pass position_ids."
+)
 
 
 def resolved_context(
@@ -77,5 +81,5 @@ def _refuse_other_scores(
             raise RolloutsError(
                 f"scores: the {what} of row {int(rows[row])} (empty responses not counted) are up to {float(gap.max()):.3g} "
                 "nats a token away from the model's.",
-                fix="pass those of the model as it is now, at the policy's temperature, in their tokens' columns; or none.",
+                fix=OTHER_SCORES_FIX,
             )

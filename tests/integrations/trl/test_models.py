@@ -14,6 +14,10 @@ from trl_runs import own_gradient, refused, trained_with_and_without
 from trl_stand_ins import image_trainer
 
 exhaustive = pytest.mark.exhaustive
+BF16 = {
+    "cosine": 1 - 1e-2,
+    "scale": 5e-2,
+}  # what rounding to it leaves of the agreement, in forwards that lie otherwise
 REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
 NOT_REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
@@ -34,7 +38,7 @@ def test_gradient_checkpointing(tmp_path: Path, options: dict[str, Any], lora: b
         ("eager", {}, {}),
         ("aot_eager", {}, {}),
         pytest.param("inductor", {"max_steps": 1}, {}, marks=pytest.mark.timeout(1800)),
-        ("aot_eager", {"lora": True, "bf16": True}, {"cosine": 1 - 5e-3, "scale": 2e-2}),
+        ("aot_eager", {"lora": True, "bf16": True}, BF16),
     ],
     ids=["eager", "aot_eager", "inductor", "aot_eager, lora, bf16"],
 )
@@ -64,7 +68,7 @@ def test_lora_over_4_bit_weights(tmp_path: Path, dtype: torch.dtype, options: di
     probed, seen, caught = trained_with_and_without(trainer)
     # TRL trains adapters over quantised weights in bfloat16, whatever the rest computes in.
     assert {p.dtype for p in probed.model.parameters() if p.requires_grad} == {torch.bfloat16}
-    own_gradient(seen, cosine=1 - 2e-3, scale=2e-2)
+    own_gradient(seen, **BF16)
     assert not caught
 
 
@@ -78,16 +82,18 @@ def test_a_kl_term_against_the_adapters_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_learned_positions_with_padding_on_the_left(tmp_path: Path, dropout: float, bf16: bool) -> None:
-    def trainer() -> Any:
-        return tiny_trainer(tmp_path, model=tiny_model(family="gpt2", dropout=dropout), bf16=bf16, max_steps=2)
+    def trainer(rows: list[dict[str, Any]] | None = None) -> Any:
+        model = tiny_model(family="gpt2", dropout=dropout)
+        # In the dataset's order, in which short and long prompts take turns: every step has both.
+        return tiny_trainer(tmp_path, model=model, bf16=bf16, rows=rows, shuffle_dataset=False, max_steps=2)
 
-    probed, seen, caught = trained_with_and_without(trainer)
-    # By chance the first step's prompts are of one length: there is no padding, and both number positions alike.
-    padded = [bool((batch["prompt_mask"] == 0).any()) for batch in probed._buffered_inputs]
-    assert any(padded) and seen[0].result is not None
+    _, seen, caught = trained_with_and_without(trainer)
     # TRL passes no position ids: a padded row runs at other positions than those at which it was sampled.
-    refused(seen[1:], caught, "nats a token away from the model's")
-    assert "position_ids" in str(seen[1].reason)
+    refused(seen, caught, "nats a token away from the model's")
+    assert "position_ids" in str(seen[0].reason)
+    # Prompts of one length are not padded, and both number positions alike.
+    _, seen, caught = trained_with_and_without(lambda: trainer([{"prompt": f"{n} plus {n} is"} for n in range(25)]))
+    assert all(forecast.result is not None for forecast in seen) and not caught
 
 
 @exhaustive
@@ -157,10 +163,12 @@ def test_layers_that_write_over_what_they_saved(tmp_path: Path, lora: bool) -> N
             layer.mlp.forward = types.MethodType(forward, layer.mlp)
         return model
 
-    _, plain, _ = trained_with_and_without(lambda: tiny_trainer(tmp_path, model=tiny_model(), lora=lora))
-    _, seen, caught = trained_with_and_without(lambda: tiny_trainer(tmp_path, model=patched(), lora=lora))
+    # With its usual ε an Adam's first steps make a whole step of every element, also of one that is all rounding.
+    options = {"lora": lora, "adam_epsilon": 1e-2}
+    _, plain, _ = trained_with_and_without(lambda: tiny_trainer(tmp_path, model=tiny_model(), **options))
+    _, seen, caught = trained_with_and_without(lambda: tiny_trainer(tmp_path, model=patched(), **options))
     own_gradient(seen)
     assert not caught
     for found, expected in zip(seen, plain, strict=True):
         for name in ("direct", "visitation", "direct_error"):
-            assert found.metrics()[name] == pytest.approx(expected.metrics()[name], rel=0.05, abs=1e-4)
+            assert found.metrics()[name] == pytest.approx(expected.metrics()[name], rel=1e-3, abs=1e-8)
