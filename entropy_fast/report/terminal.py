@@ -119,7 +119,7 @@ def _functionals(functionals: Mapping[str, Forecast]) -> Table:
 
 
 def _updates(result: DeltaH1Result) -> Table:
-    """What each update would do to each functional, ± its standard error for that very update."""
+    """What each update would do to each functional, ± its standard error for that very update; and beyond the planned one."""
     table = Table(title="Updates compared", title_justify="left")
     planned = UpdateForecasts(result.forecast, result.split, result.functionals)
     rows = {"planned": planned, **result.updates}
@@ -127,6 +127,7 @@ def _updates(result: DeltaH1Result) -> Table:
     table.add_column("update")
     for name in (*(["entropy"] if whole else []), *(["direct part"] if result.split else []), *result.functionals):
         table.add_column(printable(name, 24))
+    table.add_column("entropy beyond planned" if whole else "direct beyond planned")
     for name, found in rows.items():
         cells = [found.forecast] if whole else []
         cells += [found.split.direct] if found.split else []
@@ -134,8 +135,16 @@ def _updates(result: DeltaH1Result) -> Table:
         table.add_row(
             Text(printable(name, 32)),
             *(Text(f"{_known(cell.value, '+.3g')} ± {_known(cell.std_error, '.2g')}") for cell in cells),
+            Text(_beyond(result, name)),
         )
     return table
+
+
+def _beyond(result: DeltaH1Result, name: str) -> str:
+    found = result.compared.get(name)
+    if found is None:
+        return ""
+    return f"{_known(found.forecast.value, '+.3g')} ± {_known(found.forecast.std_error, '.2g')}"
 
 
 def _known(value: float, how: str) -> str:
