@@ -148,7 +148,9 @@ def probe(
         team.meet()  # nobody writes what somebody has not got
         if shows:
             tokenizer, without_texts = found_tokenizer(inputs.model, [inputs.adapter])
-            batches: dict[Role, Rollouts] = {"both": update} if entropy is None else {"entropy": entropy, "update": update}
+            batches: dict[Role, Rollouts] = (
+                {"both": update} if entropy is None else {"entropy": entropy, "update": update}
+            )
             beside = Beside(
                 provenance_of([command_line(context)], inputs.model, inputs.files),
                 response_table(result, batches, tokenizer),

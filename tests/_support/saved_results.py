@@ -124,7 +124,8 @@ def made_result(
         updates={"with a bonus": both},
         step_parts={"momentum": both, "fresh": both},
     )
-    return dataclasses.replace(found, **changes)
+    changed = dataclasses.replace(found, **changes)
+    return dataclasses.replace(changed, forecast=dataclasses.replace(changed.forecast, kernel=changed.kernel))
 
 
 def made_responses(

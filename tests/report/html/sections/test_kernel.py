@@ -12,7 +12,7 @@ from small_policy import saved_run
 
 from entropy_fast import EstimateOptions, RunOptions, fast_delta_h1, read_rollouts
 from entropy_fast.report.html.sections import kernel as section
-from entropy_fast.report.html.sections.kernel import clustered, kernel_section
+from entropy_fast.report.html.sections.kernel import kernel_section
 from entropy_fast.run_folder.adapter import attach_adapter
 from entropy_fast.run_folder.model_source import ModelSource, load_model
 
@@ -77,32 +77,6 @@ def test_the_prompts_with_the_largest_effects_are_drawn(monkeypatch):
 
 def test_without_a_kernel_there_is_no_section():
     assert kernel_section(made_result(kernel=None)) is None
-
-
-def test_two_kinds_of_prompts_are_kept_apart():
-    kinds = np.array([0, 1, 0, 1, 1, 0, 0, 1])
-    effects = np.where(kinds[:, None] == kinds, 1.0, -0.5) * (1 + 0.1 * np.random.default_rng(0).random((8, 8)))
-    np.fill_diagonal(effects, 0.0)
-    order = clustered(effects)
-    assert sorted(order) == list(range(8))
-    assert np.count_nonzero(np.diff(kinds[order])) == 1
-
-
-def test_three_kinds_whose_effects_are_not_mutual():
-    kinds = np.array([0, 1, 2, 0, 0, 1, 2, 1, 0])
-    order = clustered(np.random.default_rng(1).normal(size=(3, 3))[np.ix_(kinds, kinds)])
-    assert np.count_nonzero(np.diff(kinds[order])) == 2
-
-
-@pytest.mark.parametrize("effects", [np.zeros((5, 5)), np.ones((2, 2)), np.zeros((1, 1))])
-def test_where_nothing_can_be_told_apart_the_order_stays(effects):
-    assert clustered(effects).tolist() == list(range(len(effects)))
-
-
-def test_a_kernel_with_silent_prompts():
-    effects = np.zeros((6, 6))
-    effects[0, 3], effects[3, 0] = 1.0, 2.0
-    assert sorted(clustered(effects)) == list(range(6))
 
 
 def test_one_batch_alone_has_it():
