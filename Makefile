@@ -24,7 +24,7 @@ $(VENV)/installed: $(BUILD_INPUTS) $(VENV)/python-files | $(BIN)/python
 	touch $@
 
 $(VENV)/python-files: FORCE | $(BIN)/python
-	@find entropy_fast kernels -name '*.py' -o -name '*.pyi' | LC_ALL=C sort > $@.new
+	@find entropy_fast kernels -name '*.py' -o -name '*.pyi' -o -path '*/templates/*' -type f | LC_ALL=C sort > $@.new
 	@cmp -s $@.new $@ || cp $@.new $@
 
 # Parallel test workers with a thread pool each would slow one another down many times over.

@@ -81,7 +81,10 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(include=["entropy_fast", "entropy_fast.*"]), "entropy_fast.kernels"],
     package_dir={"entropy_fast": "entropy_fast", "entropy_fast.kernels": "kernels/triton"},
-    package_data={"entropy_fast": ["py.typed", "_native.pyi"]},
+    package_data={
+        "entropy_fast": ["py.typed", "_native.pyi"],
+        "entropy_fast.report.html": ["templates/*.html", "templates/*.css", "templates/sections/*.html"],
+    },
     ext_modules=[Extension("entropy_fast._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     zip_safe=False,

@@ -18,21 +18,26 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_demo_runs_and_its_probe_repeats_exactly(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("by_token", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
+def test_demo_runs_and_its_probe_repeats_exactly(tmp_path, monkeypatch, capsys, by_token):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "160")
     folder = tmp_path / "demo"
     sizes = ["--prompts", "4", "--responses", "4", "--max-new-tokens", "10", "--steps", "2"]
+    sizes += [] if by_token else ["--no-by-token"]
     assert run(["demo", "--out", str(folder), "--verbose", *sizes]) == 0
     shown = capsys.readouterr().out
     first = read_result_document(folder)
-    assert set(first["files"]) == {"per_prompt.parquet", "contributions.png"}
+    assert set(first["files"]) == {"per_prompt.parquet", "responses.parquet", "contributions.png"}
     assert f"{first['delta_h1']:.17g}" in shown
     assert "Solve the following multiplication" in shown
     assert first["verdict"]["sentence"] in " ".join(shown.split())
     for name in (
         "per_prompt.parquet",
+        "responses.parquet",
         "contributions.png",
+        "validation.json",
+        "report.html",
         "optimizer.pt",
         "rollouts.jsonl",
         "adapter/adapter_model.safetensors",

@@ -27,7 +27,7 @@ _CONSOLIDATED = (
 )
 
 
-def refuse_sharded(model: nn.Module) -> None:
+def refuse_sharded(model: object) -> None:
     """Raise where parameters are flattened, partitioned or sharded.
 
     Sharded parameters that are frozen are let pass: a gradient of them is never asked for.
@@ -39,6 +39,8 @@ def refuse_sharded(model: nn.Module) -> None:
         ModelStateError: it is, holds, or is held by FSDP1 or DeepSpeed, or trains a parameter that FSDP2 or tensor parallelism
             has sharded.
     """
+    if not isinstance(model, nn.Module):
+        return  # who reads it next says what it is
     parameters = list(model.named_parameters())
     # Between a forward and its backward the outermost module of FSDP2 shows whole parameters, which it replaces again.
     gathered = any(p.requires_grad for _, p in parameters) and not any(_is_dtensor(p) for _, p in parameters)

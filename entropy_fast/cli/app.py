@@ -14,7 +14,14 @@ from types import FrameType
 import typer
 from rich.text import Text
 
-from entropy_fast.cli import demo_command, doctor_command, probe_command, sample_command, validate_command
+from entropy_fast.cli import (
+    demo_command,
+    doctor_command,
+    probe_command,
+    report_command,
+    sample_command,
+    validate_command,
+)
 from entropy_fast.cli.console import errors, lenient_streams, output
 from entropy_fast.cli.exit_status import MEANINGS, ExitStatus
 from entropy_fast.cli.launched import speaks
@@ -33,6 +40,7 @@ application = typer.Typer(
 )
 application.command("demo")(demo_command.demo)
 application.command("probe")(probe_command.probe)
+application.command("report")(report_command.report)
 application.command("sample")(sample_command.sample)
 application.command("doctor")(doctor_command.doctor)
 application.command("validate")(validate_command.validate)

@@ -29,6 +29,9 @@ def demo(
     steps: Annotated[int, typer.Option(min=2, help="GRPO steps before the probe.")] = 3,
     learning_rate: Annotated[float, typer.Option(min=1e-12, help="AdamW's.")] = 1e-4,
     seed: Annotated[int, typer.Option(help="Of prompts, sampling and LoRA initialisation.")] = 0,
+    by_token: Annotated[
+        bool, typer.Option("--by-token/--no-by-token", help="Colour the report's tokens by their shares.")
+    ] = True,
     model: Annotated[str | None, typer.Option(help="Another model than the embedded one.", show_default=False)] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -42,9 +45,16 @@ def demo(
         raise ConfigError(
             f"the demo needs a package that is not installed: {error.name}.", fix="pip install 'entropy-fast[demo]'."
         ) from error
-    from entropy_fast.cli.saving import save_and_show
+    from entropy_fast.cli.origin import command_line
+    from entropy_fast.cli.saving import Beside, save_and_show
+    from entropy_fast.report.html import write_report
     from entropy_fast.report.realised import print_realised
     from entropy_fast.run_folder.placing import check_folder
+    from entropy_fast.run_folder.provenance import provenance_of
+    from entropy_fast.run_folder.response_table import response_table
+    from entropy_fast.run_folder.run_reading import read_run
+    from entropy_fast.run_folder.validation_files import write_validation
+    from entropy_fast.truth import validation_of
 
     check_folder(out)
     settings = DemoSettings(
@@ -56,10 +66,18 @@ def demo(
         learning_rate=learning_rate,
         seed=seed,
         model=model or DEFAULT_MODEL,
+        by_token=by_token,
     )
     with progress("Demo") as bars:
         outcome = run_demo(settings, out, bars.say, bars.report)
-    save_and_show(outcome.result, out, picture=None, showing=showing)
+    files = {"adapter": out / "adapter", "optimizer": out / "optimizer.pt", "rollouts": out / "rollouts.jsonl"}
+    repeat = ["entropy-fast", "probe", str(out), "--out", "DIR"]
+    provenance = provenance_of([command_line(context), repeat], outcome.source, files)
+    responses = response_table(outcome.result, {"both": outcome.rollouts}, outcome.tokenizer)
+    save_and_show(outcome.result, out, Beside(provenance, responses), showing)
     print_realised(outcome.result, outcome.realised, showing.aside, verbose=verbose)
-    again = f"repeat the probe from these files: entropy-fast probe {escaped(str(out))} --out DIR"
+    write_validation({str(out): validation_of(outcome.result, outcome.realised)}, out)
+    page = write_report([read_run(out)], out / "report.html")
+    showing.aside.print(Text(f"to look at in a browser, or to pass on: {escaped(str(page))}"), soft_wrap=True)
+    again = f"repeat the probe from these files: {escaped(' '.join(repeat))}"
     showing.aside.print(Text(again), soft_wrap=True)

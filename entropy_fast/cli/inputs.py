@@ -45,6 +45,16 @@ class Inputs:
         entropy = None if self.entropy_rollouts is None else read_batch(self.entropy_rollouts, self.model)
         return read_batch(self.rollouts, self.model), entropy
 
+    @property
+    def files(self) -> dict[str, Path | None]:
+        """What is read, by what it is."""
+        return {
+            "adapter": self.adapter,
+            "optimizer": self.optimizer,
+            "rollouts": self.rollouts,
+            "entropy rollouts": self.entropy_rollouts,
+        }
+
     def coefficients(self, update: Rollouts) -> Tensor | tuple[Tensor, Tensor] | None:
         """The update by token, of a bundle; None where options describe it."""
         return None if self.bundle is None else self.bundle.coefficients(update)

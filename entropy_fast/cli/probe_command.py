@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,10 @@ from entropy_fast.cli.quiet import quiet_libraries
 from entropy_fast.cli.showing import JsonOption, Showing, VerboseOption
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from entropy_fast.estimates.attribution import Role
+    from entropy_fast.rollouts import Rollouts
 
 __all__ = ["probe"]
 
@@ -93,10 +97,13 @@ def probe(
     context.with_resource(quiet_libraries())
     from entropy_fast.api import fast_delta_h1
     from entropy_fast.cli.inputs import resolve
-    from entropy_fast.cli.saving import save_and_show, show_online
+    from entropy_fast.cli.origin import command_line, found_tokenizer
+    from entropy_fast.cli.saving import Beside, save_and_show, show_online
     from entropy_fast.columns.functional import usual_functionals
     from entropy_fast.report.picture import require_matplotlib
     from entropy_fast.run_folder.placing import check_folder
+    from entropy_fast.run_folder.provenance import provenance_of
+    from entropy_fast.run_folder.response_table import response_table
 
     target = out or run
     model_options = {
@@ -144,6 +151,16 @@ def probe(
         team.enter("writing")
         team.meet()  # nobody writes what somebody has not got
         if shows:
-            save_and_show(result, target, picture=picture, showing=showing)
+            tokenizer, without_texts = found_tokenizer(inputs.model, [inputs.adapter])
+            batches: dict[Role, Rollouts] = (
+                {"both": update} if entropy is None else {"entropy": entropy, "update": update}
+            )
+            beside = Beside(
+                provenance_of([command_line(context)], inputs.model, inputs.files),
+                response_table(result, batches, tokenizer),
+                without_texts,
+                picture,
+            )
+            save_and_show(result, target, beside, showing)
             if inputs.bundle is not None and as_asked:
                 show_online(inputs.bundle.online, result, showing.aside)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +17,6 @@ from entropy_fast.errors import ConfigError, escaped
 
 __all__ = ["validate"]
 
-SCHEMA = "entropy_fast.validation/1"
 HELD_OUT = "held_out.jsonl"
 
 
@@ -59,6 +56,7 @@ def validate(
     from entropy_fast.report.picture import require_matplotlib
     from entropy_fast.report.validation import print_validation, write_validation_picture
     from entropy_fast.run_folder.placing import check_folder
+    from entropy_fast.run_folder.validation_files import write_validation
 
     multiples = _numbers(etas)
     if held_out is not None and len(runs) > 1:
@@ -71,20 +69,13 @@ def validate(
         found[str(run)] = one = _validated(run, held_out, multiples)
         if not as_json:
             print_validation(str(run), one, console, verbose=verbose)
-    document = {"schema": SCHEMA, "runs": {name: _plain(dataclasses.asdict(one)) for name, one in found.items()}}
-    from entropy_fast.atomic import atomic_path
-
-    text = json.dumps(document, indent=2, allow_nan=False)
-    target.mkdir(parents=True, exist_ok=True)
-    with atomic_path(target / "validation.json") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
-    written = [target / "validation.json"]
+    written = [write_validation(found, target)]
     if picture and undrawn is None:
         written.append(write_validation_picture(found, target / "validation.png"))
     elif undrawn is not None:
         console.print(Text(f"note: validation.png was not drawn: {escaped(undrawn)}", style="yellow"))
     if as_json:
-        showing.document(text)
+        showing.document(written[0].read_text(encoding="utf-8"))
     else:
         console.print(files_line(written, console.width), soft_wrap=True)
 
@@ -143,14 +134,3 @@ def _numbers(text: str) -> list[float]:
     except ValueError as error:
         raise ConfigError(f"validate: --etas is {text!r}.", fix="pass numbers with commas between.") from error
     return found
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it: what is not known is null, what is never reached is a text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else "infinite"
-    return value

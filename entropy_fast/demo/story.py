@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase
 
 from entropy_fast.api import fast_delta_h1
 from entropy_fast.atomic import atomic_path
@@ -35,7 +36,6 @@ CANDIDATES = {
     "with an entropy bonus of 0.01": entropy_bonus(0.01),
     "right answers at a tenth": reweighted(positive=0.1),
 }
-RUN = RunOptions(full_kernel=True)
 
 Progress = Callable[[str, int, int], None]
 Announce = Callable[[str], None]
@@ -55,6 +55,7 @@ class DemoSettings:
         lora_rank: rank of the adapter on every linear layer.
         seed: of tasks, sampling and LoRA initialisation.
         model: see `ModelSource`.
+        by_token: whether every token's share is wanted, which takes a quarter more time.
     """
 
     prompts: int = 8
@@ -66,6 +67,12 @@ class DemoSettings:
     lora_rank: int = 16
     seed: int = 0
     model: str = DEFAULT_MODEL
+    by_token: bool = True
+
+    @property
+    def run(self) -> RunOptions:
+        """How the forecast is run."""
+        return RunOptions(full_kernel=True, by_token=self.by_token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +82,16 @@ class DemoOutcome:
     Attributes:
         result: the forecast for the update that the last rollouts would make.
         realised: what that step does to the entropy of the same responses, whole and in part.
+        rollouts: that the forecast is from.
+        tokenizer: of the policy.
+        source: of its base.
     """
 
     result: DeltaH1Result
     realised: RealisedChanges
+    rollouts: Rollouts
+    tokenizer: PreTrainedTokenizerBase
+    source: ModelSource
 
 
 def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progress: Progress) -> DemoOutcome:
@@ -136,11 +149,11 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
         )
     rollouts = sample(settings.optimizer_steps)
     announce(f"Rollouts for the next update: {_describe(rollouts)}")
-    _save(folder, source, model, optimizer, rollouts)
+    _save(folder, source, model, optimizer, rollouts, settings.run)
     numbers = usual_functionals(rollouts)
     # By itself, as a probe of the folder repeats it: more columns in a call round otherwise.
     result = fast_delta_h1(
-        model, optimizer, rollouts, functionals=numbers, estimate=ESTIMATE, run=RUN, on_progress=on_progress
+        model, optimizer, rollouts, functionals=numbers, estimate=ESTIMATE, run=settings.run, on_progress=on_progress
     )
     announce("Comparing it with other updates")
     compared = fast_delta_h1(
@@ -149,18 +162,23 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     result = dataclasses.replace(result, updates=compared.updates)
     announce("Taking the step, scoring the same responses again, and putting it back")
     realised = measure_delta_h(model, optimizer, rollouts, etas=STEPS, estimate=ESTIMATE, on_progress=on_progress)
-    return DemoOutcome(result, realised)
+    return DemoOutcome(result, realised, rollouts, tokenizer, source)
 
 
 def _save(
-    folder: Path, source: ModelSource, model: PeftModel, optimizer: torch.optim.Optimizer, rollouts: Rollouts
+    folder: Path,
+    source: ModelSource,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    run: RunOptions,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(str(folder / "adapter"), safe_serialization=True, save_embedding_layers=False)
     with atomic_path(folder / "optimizer.pt") as temporary:
         torch.save(optimizer.state_dict(), temporary)
     write_rollouts(rollouts, folder / "rollouts.jsonl")
-    manifest = RunManifest(source, "rollouts.jsonl", "optimizer.pt", "adapter", estimate=ESTIMATE, run=RUN)
+    manifest = RunManifest(source, "rollouts.jsonl", "optimizer.pt", "adapter", estimate=ESTIMATE, run=run)
     write_manifest(manifest, folder)
 
 

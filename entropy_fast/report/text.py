@@ -6,9 +6,12 @@ import unicodedata
 
 from rich.cells import get_character_cell_size
 
-__all__ = ["cell_width", "fitted", "printable"]
+from entropy_fast.errors import escaped
+
+__all__ = ["cell_width", "fitted", "printable", "visible"]
 
 MARKS = 2  # characters without a width of their own that one letter may carry; more are a flood into other lines
+LINE_END = "⏎"
 
 
 def printable(text: str, limit: int = 80) -> str:
@@ -62,3 +65,15 @@ def _one_line(text: str) -> str:
 
 def _is_selector(character: str) -> bool:
     return "\ufe00" <= character <= "\ufe0f"
+
+
+def visible(text: str, limit: int) -> str:
+    """``text`` in full, for a page on which it keeps its lines: what does not print is written as its Python escape.
+
+    Line ends are marked and kept. No control character, no bidirectional override and no half of a surrogate pair is left.
+    What is longer than ``limit`` characters is cut, and its length said. Markup is left to whoever renders it to escape.
+    """
+    cut = text[:limit]
+    lines = [escaped(line) for line in cut.replace("\r\n", "\n").split("\n")]
+    shown = f"{LINE_END}\n".join(lines)
+    return shown if len(text) <= limit else f"{shown}… ({len(text):,} characters)"

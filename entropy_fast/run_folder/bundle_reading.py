@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-__all__ = ["ADAPTER", "BUNDLE_NAME", "BUNDLE_SCHEMA", "MODEL", "Bundle", "read_bundle", "rendered"]
+__all__ = [
+    "ADAPTER",
+    "BUNDLE_NAME",
+    "BUNDLE_SCHEMA",
+    "MODEL",
+    "Bundle",
+    "bundle_document",
+    "read_bundle",
+    "rendered",
+]
 
 BUNDLE_NAME = "manifest.json"
 BUNDLE_SCHEMA = "entropy_fast.bundle/1"
@@ -131,7 +140,7 @@ def read_bundle(folder: Path, *, device: str | None = None) -> Bundle:
         BundleError: there is no ``manifest.json`` or one that is damaged, or a file is missing, changed or unknown to it.
         RunFolderError: ``run.json`` cannot be understood, or the device is not there.
     """
-    document = _document(folder)
+    document = bundle_document(folder)
     files = document["files"]
     for name, digest in files.items():
         _check_file(folder, name, digest)
@@ -167,7 +176,12 @@ def _text(document: Mapping[str, Any]) -> str:
     return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
-def _document(folder: Path) -> dict[str, Any]:
+def bundle_document(folder: Path) -> dict[str, Any]:
+    """``manifest.json`` of a bundle, which is found to be whole; the files that it names are not looked at.
+
+    Raises:
+        BundleError: there is none, or it is damaged.
+    """
     path = folder / BUNDLE_NAME
     if not folder.is_dir():
         raise BundleError(f"bundle {folder} does not exist.", fix="check the path.")

@@ -23,14 +23,16 @@ from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.run_folder.digests import sha256_of
 from entropy_fast.run_folder.placing import put_in_place
+from entropy_fast.run_folder.provenance import Provenance
 
 __all__ = ["RESULT_SCHEMA", "read_result_document", "read_result_table", "result_document", "write_result"]
 
 RESULT_SCHEMA = "entropy_fast.result/2"
-DOCUMENT, PROMPTS, SEQUENCES, PICTURE = RESULT_FILES = (
+DOCUMENT, PROMPTS, SEQUENCES, RESPONSES, PICTURE = RESULT_FILES = (
     "result.json",
     "per_prompt.parquet",
     "per_sequence.parquet",
+    "responses.parquet",
     "contributions.png",
 )
 OF_ROWS = ("by_sequence", "by_token", "kernel")
@@ -58,16 +60,23 @@ MAY_BE_UNKNOWN = (
 
 
 def write_result(
-    result: DeltaH1Result, folder: Path, *, draw: Callable[[DeltaH1Result, Path], object] | None = None
+    result: DeltaH1Result,
+    folder: Path,
+    *,
+    provenance: Provenance | None = None,
+    responses: pa.Table | None = None,
+    draw: Callable[[DeltaH1Result, Path], object] | None = None,
 ) -> list[Path]:
     """Put all files of a result into the folder together, in place of those of an earlier one.
 
-    An earlier result's ``per_sequence.parquet`` or picture is removed where this one has none. The folder is made where it
-    is missing; on any exception it holds what it held before.
+    An earlier result's ``per_sequence.parquet``, ``responses.parquet`` or picture is removed where this one has none. The
+    folder is made where it is missing; on any exception it holds what it held before.
 
     Args:
         result: what to write.
         folder: where to.
+        provenance: how it came to be, for whoever reads it later; None leaves that unknown.
+        responses: what `entropy_fast.run_folder.response_table.response_table` made; None for no ``responses.parquet``.
         draw: draws ``contributions.png`` to the path it is given; None for no picture.
 
     Returns:
@@ -78,9 +87,13 @@ def write_result(
         RunFolderError, OutputFileError: the folder cannot be made or written to.
     """
     document = result_document(result)
+    if provenance is not None:
+        document["provenance"] = dataclasses.asdict(provenance)
     tables = {PROMPTS: result.to_arrow("prompts")}
     if result.by_sequence is not None:
         tables[SEQUENCES] = result.to_arrow("sequences")
+    if responses is not None:
+        tables[RESPONSES] = responses
 
     def fill(temporary: Path) -> None:
         for name, table in tables.items():
@@ -122,7 +135,7 @@ def read_result_document(folder: Path) -> dict[str, Any]:
 
 
 def read_result_table(folder: Path, name: str) -> pa.Table:
-    """``per_prompt.parquet`` or ``per_sequence.parquet`` of a result, verified like `read_result_document`.
+    """``per_prompt.parquet`` or another table of a result, verified like `read_result_document`.
 
     Raises:
         ResultError: likewise, or the result has no such table.
@@ -160,6 +173,7 @@ def result_document(result: DeltaH1Result) -> dict[str, Any]:
         **fields,
         "verdict": _plain(result.verdict, "verdict"),
         "explanation": result.explain(),
+        "plan": str(result.plan),
         "by_parameter": _plain(result.by_parameter, "by_parameter"),
         "by_layer": _plain(result.by_layer, "by_layer"),
         "by_sequence": _plain(result.by_sequence, "by_sequence"),

@@ -70,6 +70,8 @@ def test_probe_from_single_files_equals_the_run_folder(folder):
     assert run(["probe", *options, "--out", str(folder / "a"), "--no-picture"]) == 0
     assert run(["probe", str(folder), "--out", str(folder / "b"), "--no-picture"]) == 0
     first, second = (json.loads((folder / name / "result.json").read_text()) for name in "ab")
+    for document, name in ((first, "a"), (second, "b")):
+        assert str(folder / name) in document.pop("provenance")["commands"][0]
     assert first == second
     assert not (folder / "a" / "contributions.png").exists()
 

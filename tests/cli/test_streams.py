@@ -200,7 +200,7 @@ def test_a_picture_that_cannot_be_drawn_is_said_and_the_result_is_there(folder, 
     monkeypatch.setattr("entropy_fast.report.plots.overview.contributions", lambda result: 1 / 0)
     assert run(["probe", str(folder), "--out", str(tmp_path / "out")]) == 0
     assert "contributions.png was not drawn: contributions.png cannot be drawn: ZeroDivision" in capsys.readouterr().out
-    assert set(read_result_document(tmp_path / "out")["files"]) == {"per_prompt.parquet"}
+    assert set(read_result_document(tmp_path / "out")["files"]) == {"per_prompt.parquet", "responses.parquet"}
     with pytest.raises(ResultError):
         read_result_document(tmp_path)
     assert json.loads((tmp_path / "out" / "result.json").read_text())["delta_h1"]

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_policy import policy, saved_model
 
 from entropy_fast.cli.app import run
+from entropy_fast.cli.exit_status import ExitStatus
 from entropy_fast.errors import RunFolderError
 from entropy_fast.run_folder import adapter as adapters
 from entropy_fast.run_folder.adapter import attach_adapter
@@ -148,7 +149,7 @@ def test_every_command_that_loads_a_model_refuses(folder, tmp_path, capsys, monk
         ["sample", str(tasks), *model, "--out", str(tmp_path / "sampled.jsonl")],
         ["doctor", *model],
     ):
-        assert run(command) == 2
+        assert run(command) == ExitStatus.REFUSED
         assert "lacks 'model.layers.1.mlp.up_proj.weight'" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "sampled.jsonl").exists()

@@ -6,7 +6,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.ticker import MaxNLocator
-from scipy.cluster.hierarchy import leaves_list, linkage
 
 from entropy_fast.errors import ResultError
 from entropy_fast.estimates.held import EntropyPart, entropy_units, kernel_shares, part_of
@@ -20,27 +19,13 @@ from entropy_fast.report.plots.canvas import (
 from entropy_fast.report.plots.decimal_scale import DecimalScale, figures
 from entropy_fast.report.plots.fonts import drawable
 from entropy_fast.report.plots.labels import prompt_name
+from entropy_fast.report.prompt_order import clustered_order
 
-__all__ = ["clustered_order", "draw_kernel"]
+__all__ = ["draw_kernel"]
 
 NAMED = 40  # prompts whose texts are shown
 LABEL = 36  # characters of a prompt
 WITHIN = 0.99  # of the shares that the colours tell apart
-
-
-def clustered_order(shares: np.ndarray) -> list[int]:
-    """The order in which prompts that change alike, and change others alike, are neighbours.
-
-    Average linkage of rows and columns put end to end, each pair's own cells among them with 0 on the diagonal, leaves in the
-    order that makes neighbours most alike.
-
-    Args:
-        shares: [M, M] with NaN on the diagonal.
-    """
-    if len(shares) < 3:
-        return list(range(len(shares)))
-    filled = np.where(np.eye(len(shares), dtype=bool), 0.0, shares)
-    return [int(n) for n in leaves_list(linkage(np.hstack([filled, filled.T]), "average", optimal_ordering=True))]
 
 
 def draw_kernel(result: DeltaH1Result, part: EntropyPart | None, ax: Axes | None, *, clustered: bool) -> Axes:

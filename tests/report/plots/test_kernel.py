@@ -11,7 +11,6 @@ from shown_results import bare, full, two_batches
 
 from entropy_fast.errors import ResultError
 from entropy_fast.estimates.held import kernel_shares
-from entropy_fast.report.plots.kernel import clustered_order
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without response tokens were left out")
 
@@ -36,17 +35,6 @@ def test_cells_are_shares(part, clustered):
     bar = image.colorbar.ax.get_ylabel()
     assert result.unit in bar and "this batch's gradient" in bar and (part is None or part in bar)
     assert all(label.get_text().endswith(f"  {n}") for label, n in zip(ax.get_yticklabels(), order, strict=True))
-
-
-def test_prompts_that_act_alike_are_neighbours():
-    generator = np.random.default_rng(0)
-    group = generator.permutation(np.repeat(np.arange(3), 4))
-    shares = np.where(group[:, None] == group, 1.0, -0.2) * (1 + group) + 0.05 * generator.normal(size=(12, 12))
-    np.fill_diagonal(shares, np.nan)
-    ordered = group[clustered_order(shares)]
-    assert (np.diff(ordered) != 0).sum() == 2
-    assert sorted(clustered_order(shares)) == list(range(12))
-    assert clustered_order(np.full((2, 2), np.nan)) == [0, 1]
 
 
 def test_one_cell_does_not_wash_out_the_others():

@@ -1,0 +1,1 @@
+"""What a report shows of one result, a file for every section: from numbers to typed rows, without any markup."""
