@@ -116,8 +116,13 @@ def given(folder: Path) -> dict[str, Any]:
     (folder / "run" / "run.json").unlink()
     for step in (5, 20):
         shutil.copytree(run, folder / "policies" / "small" / f"step-{step}")
+    shutil.copytree(run / "adapter", folder / "ADAPTER")
+    shutil.copy(run / "rollouts.jsonl", folder / "rollouts.jsonl")
     torch.manual_seed(0)
     model, optimizer = stepped_policy(lora=True)
+    (folder / "checkpoint-500").mkdir()
+    for name in ("checkpoint-500/optimizer.pt", "optimizer.pt", "optimizer_0"):
+        torch.save(optimizer.state_dict(), folder / name)
     rollouts, other = sampled(model), sampled(model, seed=1)
     start = int(rollouts.loss_mask.argmax(-1).min())
     coefficients = rollouts.advantages.double()[:, None] * rollouts.loss_mask / len(rollouts.loss_mask)
