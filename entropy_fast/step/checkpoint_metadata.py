@@ -149,9 +149,23 @@ class _Unpickler(pickle.Unpickler):
         """
         if (module, name) in STAND_INS:
             return STAND_INS[module, name]
+        if (module, name) == ("builtins", "getattr"):
+            # How enumerations are written before Python 3.11.4. A new function each time: what BUILD does to it stays here.
+            return lambda kind, member: _member(kind, member)
         if module == "torch" and name.isidentifier() and isinstance(getattr(torch, name, None), torch.dtype):
             return name
         raise MetadataError(f"it names {module}.{name}, which no checkpoint of torch needs and which is not run")
+
+
+def _member(kind: object, name: object) -> object:
+    """Stands in for the member of an enumeration, of those that are not looked at alone.
+
+    Raises:
+        MetadataError: it is of something else.
+    """
+    if kind is not _Unread or not isinstance(name, str):
+        raise MetadataError("it names builtins.getattr for something else than a memory format, which is not run")
+    return _Unread()
 
 
 def read_metadata(path: Path) -> CheckpointTables:

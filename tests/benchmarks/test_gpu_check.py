@@ -39,6 +39,7 @@ def rows_of(content: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_whole_command_on_a_cpu(tmp_path: Path) -> None:
     """In a source tree beside which little is installed."""
     site = tmp_path / "site"

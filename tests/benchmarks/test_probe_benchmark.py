@@ -193,6 +193,7 @@ def crash(_: object) -> object:
     raise RuntimeError("no batching rule\nand more")
 
 
+@pytest.mark.exhaustive
 def test_a_rival_that_cannot_run_has_its_reason_in_the_table() -> None:
     from benchmarks.probe import report
 
@@ -231,6 +232,7 @@ def test_a_wrong_engine_ends_the_command_with_1(
     assert set(workload["times"]) == {"plain_step"}
 
 
+@pytest.mark.exhaustive
 def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--quick", "--threads", "1", "--repeat", "1", "--no-memory", "--growth", "--profile", "--out"]
     monkeypatch.setattr(sys, "argv", ["probe", *options, str(tmp_path)])

@@ -64,10 +64,11 @@ def test_the_peak_of_known_allocations() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.exhaustive
 # 16 rows of 17 and of 32 positions, float32. Backward holds logits and their gradient; the frozen way log-probs too.
 @pytest.mark.parametrize(
     ("contender", "low", "high"),
-    [("frozen", 3 * 128, 5 * 128), pytest.param("plain_step", 2 * 68, 3 * 68, marks=pytest.mark.exhaustive)],
+    [("frozen", 3 * 128, 5 * 128), ("plain_step", 2 * 68, 3 * 68)],
 )
 def test_memory_of_a_contender_is_that_of_its_logits(contender: str, low: int, high: int) -> None:
     from benchmarks.probe.memory import in_own_process

@@ -252,6 +252,7 @@ def wide_adapters_over_bf16(seed: int) -> nn.Module:
     return model
 
 
+@pytest.mark.exhaustive
 def test_wide_adapters_over_a_narrow_base_round_no_more_than_the_reference() -> None:
     """Without autocast, against fp64 of the same weights.
 

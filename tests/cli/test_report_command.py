@@ -13,6 +13,7 @@ from small_policy import saved_run
 
 from entropy_fast import read_rollouts
 from entropy_fast.cli.app import run
+from entropy_fast.cli.exit_status import ExitStatus
 from entropy_fast.run_folder.result_reading import read_result
 from entropy_fast.truth import EntropyLedger
 
@@ -93,10 +94,10 @@ def test_a_report_of_several_runs_and_a_ledger(folder, tmp_path, capsys):
 )
 def test_what_there_is_nothing_of_is_said(folder, monkeypatch, capsys, path, message):
     monkeypatch.chdir(folder.parent)
-    assert run(["report", path]) == 2
+    assert run(["report", path]) == (ExitStatus.REFUSED if path else ExitStatus.USAGE)
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_a_page_that_cannot_be_written_is_said(folder, capsys):
-    assert run(["report", str(folder), "--out", str(folder / "no" / "page.html")]) == 2
+    assert run(["report", str(folder), "--out", str(folder / "no" / "page.html")]) == ExitStatus.REFUSED
     assert "does not exist" in capsys.readouterr().err

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch's gloo backend"
 )
 
-QUICK = ["parts_along_the_next_step", "second_sweep", "two_batches", "plain_reference", "fewer_prompts_than_ranks"]
+QUICK = ["parts_along_the_next_step", "second_sweep", "fewer_prompts_than_ranks"]
 PHASES = [
     "agreement",
     "scores",

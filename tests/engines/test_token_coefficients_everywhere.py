@@ -341,9 +341,10 @@ def test_shares_of_tokens_with_token_entropies_by_central_differences() -> None:
     assert not found.entropies[~scored].any()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     "precision",
-    [pytest.param(None, id="fp32", marks=pytest.mark.exhaustive), pytest.param(torch.bfloat16, id="bf16 autocast")],
+    [pytest.param(None, id="fp32"), pytest.param(torch.bfloat16, id="bf16 autocast")],
 )
 def test_rounds_no_more_than_the_reference(precision: torch.dtype | None) -> None:
     """Errors of K against fp64 of the same weights, over four families and 16 prompts.

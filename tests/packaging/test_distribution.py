@@ -53,6 +53,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_wheel(checkout: Path, tmp_path: Path) -> None:
     # What is shipped, not how fast it is: without optimisation the kernels compile ten times as fast.
     launcher = tmp_path / "launcher"

@@ -197,6 +197,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     assert n_refused > 100
 
 
+@pytest.mark.exhaustive
 def test_no_damage_reads_as_other_entries(tmp_path: Path) -> None:
     path = tmp_path / "ledger.parquet"
     filled(path)

@@ -201,7 +201,14 @@ def test_nf4() -> None:
     assert_same(found, expected, 1e-4)
 
 
-@pytest.mark.parametrize(("family", "adapter"), [("qwen2", True), ("gpt2", True), ("qwen2", False)])
+@pytest.mark.parametrize(
+    ("family", "adapter"),
+    [
+        ("qwen2", True),
+        pytest.param("gpt2", True, marks=pytest.mark.exhaustive),
+        pytest.param("qwen2", False, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_bfloat16_autocast_is_no_worse_than_the_two_pass_engine(family: str, adapter: bool) -> None:
     """Against fp64 of the same weights, over 96 prompts.
 
