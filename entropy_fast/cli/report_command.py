@@ -10,6 +10,7 @@ from rich.text import Text
 
 from entropy_fast.cli.console import output
 from entropy_fast.cli.model_options import given_path
+from entropy_fast.errors import escaped
 
 __all__ = ["report"]
 
@@ -43,4 +44,4 @@ def report(
     found = [read_run(run) for run in runs]
     first = runs[0] if runs[0].is_dir() else runs[0].parent
     path = write_report(found, out or first / NAME)
-    output().print(Text(f"written: {path} ({path.stat().st_size / 1e6:.2g} MB)"), soft_wrap=True)
+    output().print(Text(f"written: {escaped(str(path))} ({path.stat().st_size / 1e6:.2g} MB)"), soft_wrap=True)

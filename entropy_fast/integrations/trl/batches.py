@@ -167,11 +167,12 @@ def _sampled_logprobs(batches: Sequence[MicroBatch], in_place: InPlace) -> Tenso
         tables = [batch.inputs.get(name) for batch in batches]
         if all(table is not None for table in tables):
             # An engine gives NaN where it has none: taken for the policy's own, as the trainer's ratios take it.
-            return in_place([
+            found = in_place([
                 torch.where(_counted(b).bool(), torch.where(table.isnan(), b.logprobs, table), 0.0)
                 for table, b in zip(tables, batches, strict=True)
                 if table is not None and b.logprobs is not None
             ])  # fmt: skip
+            return found.to(batches[0].inputs["prompt_ids"].device)
     return None
 
 

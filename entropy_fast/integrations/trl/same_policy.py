@@ -46,7 +46,7 @@ def check_same_policy(
         ModelStateError, OptimizerStateError, ConfigError: see `entropy_fast.truth.scored`.
     """
     padding = torch.cat([(b.inputs["prompt_mask"] == 0).sum(1).cpu() for b in batches])
-    padding[rollouts.response_lengths == 0] = -1
+    padding[rollouts.response_lengths.cpu() == 0] = -1
     place = int(padding.argmax())
     if padding[place] < 0:
         return False
@@ -63,9 +63,9 @@ def check_same_policy(
         theirs = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)[0][0].double().cpu()
     only = rollouts.select_rows(torch.tensor([place]))
     own = scored(trainer.model, trainer.optimizer, only, estimate=estimate, run=run).scores.logprobs[0]
-    counted = only.loss_mask[0] == 1
+    counted = only.loss_mask[0].cpu() == 1
     first = rollouts.input_ids.shape[1] - max(b.inputs["completion_ids"].shape[1] for b in batches)
-    gap = float((theirs[counted[first : first + width].cpu()] - own[counted].double().cpu()).abs().mean())
+    gap = float((theirs[counted[first : first + width]] - own.double().cpu()[counted]).abs().mean())
     if not gap <= (SCORES_MAY_MISS if run.autocast_dtype is None else SCORES_MAY_MISS_IN_16_BITS):
         raise RolloutsError(
             f"without dropout the trainer's log-probs of row {place} are {gap:.3g} nats a token away from the model's.",
