@@ -14,6 +14,8 @@ from report_pages import HOSTILE, full_run, hostile_run
 from saved_results import made_responses, made_result, made_run
 
 from entropy_fast.report.html import report_html, write_report
+from entropy_fast.run_folder.run_reading import SavedRun
+from entropy_fast.truth import EntropyLedger
 
 FORBIDDEN = {
     "script",
@@ -212,3 +214,13 @@ def test_a_large_result_is_a_page_of_less_than_5_mb(tokens, piece):
     shown = page.count('<p class="tokens"')
     assert f"{shown} of 2048 responses are shown" in page
     assert shown >= 10
+
+
+def test_a_key_names_only_what_is_drawn():
+    book = EntropyLedger()
+    for step in range(3):
+        book.record(step, part="visitation", forecast=0.1 * step, std_error=0.01)
+    run = full_run()
+    found = Page(report_html([SavedRun(run.path, None, (book,), (), {})]))
+    assert "forecast, 95 %" in found.all("main")[0].text and "realised, ±" not in found.all("main")[0].text
+    assert "realised, ±" in Page(report_html([run])).all("main")[0].text
