@@ -127,10 +127,11 @@ class Browser:
         )
         return self._seen(address)
 
-    def screenshot(self, path: Path, *, height: int) -> None:
-        """Of the beginning of the page, so many pixels of it, as WebP or PNG by the path's suffix."""
+    def screenshot(self, path: Path, *, height: int, anchor: str = "") -> None:
+        """Of the page from an element on, so many pixels of it, as WebP or PNG by the path's suffix."""
         size = self.page("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": min(height, size["height"]), "scale": 1}
+        top = self.evaluate(f"document.getElementById({anchor!r}).getBoundingClientRect().top") - 24 if anchor else 0
+        clip = {"x": 0, "y": top, "width": size["width"], "height": min(height, size["height"] - top), "scale": 1}
         kind: dict[str, Any] = {"format": path.suffix[1:], "captureBeyondViewport": True, "clip": clip}
         if path.suffix == ".webp":
             kind["quality"] = QUALITY
@@ -214,7 +215,9 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", required=True)
-    parser.add_argument("--height", type=int, default=1500, help="pixels of the page from its top")
+    parser.add_argument("--height", type=int, default=1500, help="pixels of the page")
+    parser.add_argument("--anchor", default="", help="id of the element to begin at")
+    parser.add_argument("--print", action="store_true", help="a PDF of the page too")
     parser.add_argument("--suffix", default="webp", choices=("webp", "png"))
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -223,9 +226,11 @@ def main() -> None:
             for dark in (False, True):
                 print(name, "dark" if dark else "light", window.open(given.report, width, height, dark=dark))
                 mode = "-dark" if dark else ""
-                window.screenshot(given.out / f"{given.name}-{name}{mode}.{given.suffix}", height=given.height)
-        window.open(given.report)
-        window.pdf(given.out / f"{given.name}.pdf")
+                path = given.out / f"{given.name}-{name}{mode}.{given.suffix}"
+                window.screenshot(path, height=given.height, anchor=given.anchor)
+        if given.print:
+            window.open(given.report)
+            window.pdf(given.out / f"{given.name}.pdf")
 
 
 if __name__ == "__main__":
