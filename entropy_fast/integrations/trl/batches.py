@@ -167,23 +167,21 @@ def _sampled_logprobs(batches: Sequence[MicroBatch], in_place: InPlace) -> Tenso
         tables = [batch.inputs.get(name) for batch in batches]
         if all(table is not None for table in tables):
             # An engine gives NaN where it has none: taken for the policy's own, as the trainer's ratios take it.
-            found = in_place([
+            return in_place([
                 torch.where(_counted(b).bool(), torch.where(table.isnan(), b.logprobs, table), 0.0)
                 for table, b in zip(tables, batches, strict=True)
                 if table is not None and b.logprobs is not None
             ])  # fmt: skip
-            return found.to(batches[0].inputs["prompt_ids"].device)
     return None
 
 
 def _old_logprobs(trainer: Any, batches: Sequence[MicroBatch], in_place: InPlace) -> Tensor | None:
     """[N, T] log-probs of the policy that sampled: where the trainer keeps none, those of now; None where those are random."""
     found = _sampled_logprobs(batches, in_place)
-    if found is not None or _drops_out(trainer.model):
-        return found
-    return in_place([
-        torch.where(_counted(b).bool(), b.logprobs, 0.0) for b in batches if b.logprobs is not None
-    ]) if all(b.logprobs is not None for b in batches) else None  # fmt: skip
+    now = [b.logprobs for b in batches if b.logprobs is not None]
+    if found is None and len(now) == len(batches) and not _drops_out(trainer.model):
+        found = in_place([torch.where(_counted(b).bool(), own, 0.0) for b, own in zip(batches, now, strict=True)])
+    return None if found is None else found.to(batches[0].inputs["prompt_ids"].device)
 
 
 def _coefficients(batches: Sequence[MicroBatch], name: str, scale: float, in_place: InPlace) -> Tensor | None:
