@@ -20,7 +20,8 @@ How the forecast varies with the sampled d_u is
 
     y_u = (X_sum - X_u) · (Δθ(L') - Δθ(L' with D / n of the others)),
 
-to first order in d_u the product of the others' mean X with σ (d_u - D / n) through the step (`estimates.terms`).
+to first order in d_u the product of the others' mean X with σ (d_u - D / n) through the step (`estimates.terms`). With
+several ranks sums over prompts are over those of all, parameter by parameter: D, and of a sample also X_sum and Σ (h - g).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from torch import Tensor
 from entropy_fast.columns import Side
 from entropy_fast.columns.given import GivenUpdate
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.collectives import add_up
 from entropy_fast.distributed.team import Team
 from entropy_fast.engines.along import ELEMENTS_AT_ONCE, AlongSums, SeenGradient, parts_changed, seen_gradient
 from entropy_fast.engines.gradient_sum import GradientSum, row_products
@@ -67,7 +69,8 @@ def along_sums(
         n_units: of the functional side; None for those of the update batch and the options' blocks.
 
     Raises:
-        ConfigError: a live gradient, and every unit's own gradients are not kept, or there are other updates and several ranks.
+        ConfigError: a live gradient, and every unit's own gradients are not kept.
+        DistributedError: a rank was lost.
     """
     step = context.next_step
     if step is None:
@@ -89,12 +92,6 @@ def along_sums(
             )
             for total, stack in zip(g_totals, stacks, strict=True)
         ]
-    if context.team.size > 1 and len(g_totals) > 1:
-        raise ConfigError(
-            "gradient='live' with other updates to compare, by several ranks together: what stands for a prompt's gradient in "
-            "such an update is made of all prompts' gradients, and a rank has its own.",
-            fix="leave `updates` out, or compare them with ranks='own' on the whole rollouts.",
-        )
     planned = seen_gradient(step, g_totals[0], prompts, stacks[0], exactly=exactly, team=context.team)
     found = [AlongSums(planned, n_functionals, n_units)]
     for total, stack in zip(g_totals[1:], stacks[1:], strict=True):
@@ -102,9 +99,9 @@ def along_sums(
         sampled = None
         if stack is not None:
             assert stacks[0] is not None
-            _put_stand_ins(stacks[0], stack, prompts)
+            _put_stand_ins(context.team, stacks[0], stack, n_units, prompts)
             sampled = stacks[0] if update.n_prompts < prompts else None
-        found.append(OtherSums(other, n_functionals, n_units, sampled))
+        found.append(OtherSums(other, n_functionals, n_units, sampled, context.team))
     return found
 
 
@@ -134,12 +131,12 @@ def _sign(seen: SeenGradient) -> float:
     return 1.0 if seen.step.ascends else -1.0
 
 
-def _put_stand_ins(planned: Sequence[Tensor], other: Sequence[Tensor], prompts: int) -> None:
-    """Write h over the other update's g', parameter by parameter."""
+def _put_stand_ins(team: Team, planned: Sequence[Tensor], other: Sequence[Tensor], n: int, prompts: int) -> None:
+    """Write h over the other update's g' of this rank's units, parameter by parameter; n units of all ranks."""
     for g, stack in zip(planned, other, strict=True):
-        n = len(g)
         differences = stack - g
         total = differences.sum(0, keepdim=True)
+        add_up(team, [total])
         stack.copy_(g + total * (prompts / n) - (total - differences) * ((prompts - 1) / (n - 1)))
 
 
@@ -150,25 +147,35 @@ class OtherSums(AlongSums):
         seen: what the optimizer would see: L', with σ.
         n_columns: functional columns.
         n_units: how many.
-        planned: raw g of the sampled prompts in the live update, where they are not all of the batch; None elsewhere, and L' is
-            exact then.
+        planned: raw g of the sampled prompts in the live update, of this rank's, where they are not all of the batch; None
+            elsewhere, and L' is exact then.
+        team: the ranks.
     """
 
-    def __init__(self, seen: SeenGradient, n_columns: int, n_units: int, planned: Sequence[Tensor] | None) -> None:
+    def __init__(
+        self, seen: SeenGradient, n_columns: int, n_units: int, planned: Sequence[Tensor] | None, team: Team
+    ) -> None:
         super().__init__(seen, n_columns, n_units)
-        self._planned = planned
+        self._planned, self._team = planned, team
         self._projections = [torch.zeros(n_units, dtype=torch.float64) for _ in range(n_columns)]
 
     def add(self, numbers: Sequence[int], x_stacks: Sequence[Stack], g_stack: Stack | None, sizes: Tensor) -> None:
-        """See `AlongSums.add`; of a sample, all of its prompts at once, and ``g_stack`` is h."""
+        """See `AlongSums.add`; of a sample, all of this rank's prompts at once, and ``g_stack`` is h."""
         super().add(numbers, x_stacks, g_stack, sizes)
         if self._planned is None:
             return
-        assert g_stack is not None and len(numbers) == len(self._projections[0])
+        assert g_stack is not None and (self._team.size > 1 or len(numbers) == len(self._projections[0]))
         for place, (g, h) in enumerate(zip(self._planned, g_stack, strict=True)):
-            if self.seen.loss[place] is None or not self.seen.step.held[place] or h is None:
+            if self.seen.loss[place] is None or not self.seen.step.held[place]:
                 continue
-            self._project(place, g, h, [stack[place] for stack in x_stacks])
+            x = [stack[place] for stack in x_stacks]
+            assert h is not None and all(own is not None for own in x)  # they are kept for every parameter
+            self._project(place, numbers, g, h, [own for own in x if own is not None])
+
+    def add_ranks(self, team: Team) -> None:
+        """See `AlongSums.add_ranks`."""
+        super().add_ranks(team)
+        add_up(team, self._projections)
 
     def put(self, sums: Sequence[KernelSums]) -> list[KernelSums]:
         """See `AlongSums.put`. Of the fresh gradient's kernel nothing is known: a part of it is no prompt's."""
@@ -192,21 +199,21 @@ class OtherSums(AlongSums):
             )
         return found
 
-    def _project(self, place: int, g: Tensor, h: Tensor, x: Sequence[Tensor | None]) -> None:
+    def _project(self, place: int, numbers: Sequence[int], g: Tensor, h: Tensor, x: Sequence[Tensor]) -> None:
         """Add one parameter's part of every y_u."""
         loss, seen = self.seen.loss[place], self.seen
         assert loss is not None
-        mean = (h - g).mean(0, keepdim=True)
+        flat = [own.reshape(len(own), -1) for own in x]
+        mean, totals = (h - g).sum(0, keepdim=True), [own.sum(0) for own in flat]
+        add_up(self._team, [mean, *totals])
+        mean /= len(self._projections[0])
         whole = parts_changed(seen, place, loss.unsqueeze(0))
-        at_once = max(1, ELEMENTS_AT_ONCE // max(1, g[0].numel()))
+        at_once = max(1, ELEMENTS_AT_ONCE // max(1, g.shape[1:].numel()))
         for start in range(0, len(g), at_once):
             span = slice(start, start + at_once)
             # h_u - g_u differs from its mean by (B - 1) / (n - 1) times what d_u does from its own.
             shift = (h[span] - g[span] - mean) * (-seen.own / (seen.prompts - 1))
             moved = (whole - parts_changed(seen, place, loss.unsqueeze(0) + shift.to(loss))).reshape(len(shift), -1)
-            for projections, own in zip(self._projections, x, strict=True):
-                if own is None:
-                    continue
-                flat = own.reshape(len(own), -1)
-                total = flat.sum(0).to(moved.dtype)
-                projections[span] += row_products(moved, total) - row_products(flat[span], moved.to(flat.dtype))
+            for projections, own, total in zip(self._projections, flat, totals, strict=True):
+                found = row_products(moved, total.to(moved.dtype)) - row_products(own[span], moved.to(own.dtype))
+                projections[list(numbers[span])] += found

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
+import torch.distributed as dist
 from scipy.stats import t as student_t
 
 from entropy_fast.errors import ConfigError
@@ -83,7 +84,8 @@ class EntropyFloor:
         within: k, steps.
         part: ``direct``, which is known far better, or ``total``.
         last: m, forecasts looked back on.
-        on_warning: called with every warning; None logs it (logger ``entropy_fast``).
+        on_warning: called with every warning, by every rank of a training; None has the first one log it (logger
+            ``entropy_fast``).
         again_after: steps without another warning after one.
         stop: ask the training to stop after the step that a warning is given before.
 
@@ -142,7 +144,7 @@ class EntropyFloor:
         self.warnings.append(found)
         if self._on_warning is not None:
             self._on_warning(found)
-        else:
+        elif not (dist.is_available() and dist.is_initialized() and dist.get_rank()):
             log.warning("%s", found)
 
     def _warning(self, forecast: StepForecast, result: DeltaH1Result) -> EntropyWarning | None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -18,11 +18,23 @@ from entropy_fast.integrations.forecast import StepForecast
 from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["ForecastOptions", "HeldOut", "OnForecast", "Verify", "forecast_options"]
+__all__ = ["ForecastOptions", "HeldOut", "OnForecast", "SharedHeldOut", "Verify", "forecast_options"]
 
 Verify = Literal["previous", "held_out"] | None
 OnForecast = Callable[[StepForecast], None]
 HeldOut = Callable[[StepWindow, int], Rollouts]  # of so many prompts
+
+
+@runtime_checkable
+class SharedHeldOut(Protocol):
+    """Responses that are held out, of which every rank can make its share."""
+
+    def __call__(self, window: StepWindow, prompts: int) -> Rollouts:
+        """All of them."""
+
+    def share(self, window: StepWindow, prompts: int, rank: int, ranks: int) -> Rollouts | None:
+        """Those of one rank, with group ids that no other rank's have; None where there are too few for it."""
+
 
 VERIFY = ("previous", "held_out", None)
 
@@ -42,7 +54,8 @@ class ForecastOptions:
             trained parameters are copied to the CPU before the step; ``held_out`` from responses that are sampled for this
             alone, before the step and of prompts that have no part in it; None not at all.
         held_out: for ``verify="held_out"``, gives such responses, of the policy as it is and of about so many prompts; the
-            window it gets is that of the step. None leaves that to the trainer's integration.
+            window it gets is that of the step. Of several ranks each calls it, and it returns the same on all of them, unless
+            it is a `SharedHeldOut`. None leaves that to the trainer's integration.
         ledger: a file that forecasts and realised changes go to; None keeps them in memory.
         on_forecast: called with every forecast, once it is written down.
         estimate: which entropy, and of which policy; the gradient is always the live one. None is the mean over all response

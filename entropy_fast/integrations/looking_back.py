@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from entropy_fast.checks.parameter_registry import unwrap_model
 from entropy_fast.columns import TokenScores
 from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.distributed.team import Team
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.truth import Scored, scored
 
@@ -70,6 +71,7 @@ class KeptPolicy:
         *,
         estimate: EstimateOptions,
         run: RunOptions,
+        team: Team | None = None,
     ) -> Realised:
         """How the expected entropy has changed from the policy that was kept to the one that the model is now.
 
@@ -80,11 +82,12 @@ class KeptPolicy:
             responses: sampled from the policy as it is now.
             estimate: of the forecast.
             run: likewise.
+            team: the ranks of the same call, that share the work; None for this process by itself.
 
         Raises:
             RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
         """
-        now, then = self._both(optimizer, responses, estimate, run)
+        now, then = self._both(optimizer, responses, estimate, run, team)
         back = _realised(now, now.scores, then)
         return dataclasses.replace(back, total=-back.total, direct=-back.direct)
 
@@ -96,12 +99,17 @@ class KeptPolicy:
         return _realised(now, then, now.scores)
 
     def _both(
-        self, optimizer: torch.optim.Optimizer, responses: Rollouts, estimate: EstimateOptions, run: RunOptions
+        self,
+        optimizer: torch.optim.Optimizer,
+        responses: Rollouts,
+        estimate: EstimateOptions,
+        run: RunOptions,
+        team: Team | None = None,
     ) -> tuple[Scored, TokenScores]:
         """Responses under the policy as it is now, and under the one that was kept."""
         parameters = trainable_parameters(self._model)
         with _without_mixed_precision(self._model):
-            now = scored(self._model, optimizer, responses, estimate=estimate, run=run)
+            now = scored(self._model, optimizer, responses, estimate=estimate, run=run, team=team)
             here = _copied(parameters)
             try:
                 _put(parameters, self._kept)
@@ -120,6 +128,7 @@ class ScoredResponses:
         responses: sampled from the policy as it is now.
         estimate: of the forecast.
         run: likewise.
+        team: the ranks of the same call, that share the work; None for this process by itself.
 
     Raises:
         RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
@@ -133,25 +142,27 @@ class ScoredResponses:
         *,
         estimate: EstimateOptions,
         run: RunOptions,
+        team: Team | None = None,
     ) -> None:
         self._model, self._responses, self._estimate, self._run = model, responses, estimate, run
-        self._then = self._scored(optimizer).scores
+        self._then = self._scored(optimizer, team).scores
 
-    def change(self, optimizer: torch.optim.Optimizer) -> Realised:
+    def change(self, optimizer: torch.optim.Optimizer, team: Team | None = None) -> Realised:
         """How the expected entropy has changed since.
 
         Args:
             optimizer: of the model.
+            team: see the class.
 
         Raises:
             RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
         """
-        now = self._scored(optimizer)
+        now = self._scored(optimizer, team)
         return _realised(now, self._then, now.scores)
 
-    def _scored(self, optimizer: torch.optim.Optimizer) -> Scored:
+    def _scored(self, optimizer: torch.optim.Optimizer, team: Team | None) -> Scored:
         with _without_mixed_precision(self._model):
-            return scored(self._model, optimizer, self._responses, estimate=self._estimate, run=self._run)
+            return scored(self._model, optimizer, self._responses, estimate=self._estimate, run=self._run, team=team)
 
 
 def scores_of(
@@ -161,10 +172,11 @@ def scores_of(
     *,
     estimate: EstimateOptions,
     run: RunOptions,
+    team: Team | None = None,
 ) -> TokenScores:
     """What a model says of every response token of a batch, [N, T]; arguments and errors as of `ScoredResponses`."""
     with _without_mixed_precision(model):
-        return scored(model, optimizer, rollouts, estimate=estimate, run=run).scores.spread(rollouts)
+        return scored(model, optimizer, rollouts, estimate=estimate, run=run, team=team).scores.spread(rollouts)
 
 
 def _realised(of: Scored, before: TokenScores, after: TokenScores) -> Realised:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from entropy_fast.columns import TokenScores
 from entropy_fast.rollouts import Rollouts
 
-__all__ = ["StepWindow"]
+__all__ = ["StepWindow", "with_baselines"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,3 +47,10 @@ class StepWindow:
     def coefficients(self) -> tuple[Tensor, Tensor] | Tensor:
         """As `fast_delta_h1` takes them."""
         return self.of_logprob if self.of_entropy is None else (self.of_logprob, self.of_entropy)
+
+
+def with_baselines(window: StepWindow) -> StepWindow:
+    """Without functionals, where some prompt has a single response in the step: others of the prompt are their baseline."""
+    rollouts = window.rollouts
+    sizes = torch.bincount(rollouts.prompt_index[rollouts.response_lengths > 0], minlength=1)
+    return dataclasses.replace(window, functionals={}) if bool((sizes == 1).any()) else window

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.distributed.agreement import fingerprint, refuse_others
+from entropy_fast.distributed.rows import gather_rows
+from entropy_fast.distributed.team import Team
 from entropy_fast.errors import EntropyFastWarning
-from entropy_fast.integrations.forecast_options import ForecastOptions
+from entropy_fast.integrations.forecast_options import ForecastOptions, HeldOut, SharedHeldOut
 from entropy_fast.integrations.looking_back import KeptPolicy, Realised, ScoredResponses
 from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.rollouts import Rollouts
@@ -34,12 +37,13 @@ class Verification(Protocol):
     def needs_window(self) -> bool:
         """Whether it looks at the next step's window."""
 
-    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None) -> Found:
+    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None, team: Team) -> Found:
         """What the step did, once it was taken.
 
         Args:
             optimizer: of the model.
             window: of the next step; None where it is not there.
+            team: the ranks that find it out together.
         """
 
 
@@ -51,6 +55,7 @@ def verification_of(
     prompts: int,
     estimate: EstimateOptions,
     run: RunOptions,
+    team: Team,
 ) -> Verification | None:
     """Keep what is needed, before the step; None where nothing is to be found out.
 
@@ -62,8 +67,10 @@ def verification_of(
         prompts: that the forecast was made from.
         estimate: of the forecast.
         run: likewise.
+        team: the ranks that do so together.
 
     Raises:
+        DistributedError: a rank failed, or was given other responses than the first.
         RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
         Whatever ``options.held_out`` raises.
     """
@@ -72,14 +79,27 @@ def verification_of(
     if options.verify == "previous":
         return _NextWindow(KeptPolicy(model), max(FEWEST, prompts), estimate, run)
     assert options.held_out is not None
-    responses = options.held_out(window, max(FEWEST, prompts))
+    responses = _held_out(options.held_out, window, max(FEWEST, prompts), team)
     rows = _rows_with_others(responses, responses.response_lengths > 0)
     if rows is None:
         return _Nothing("too few prompts that were held out have two responses or more")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", EntropyFastWarning)
-        kept = ScoredResponses(model, optimizer, _selected(responses, rows), estimate=estimate, run=run)
+        kept = ScoredResponses(model, optimizer, _selected(responses, rows), estimate=estimate, run=run, team=team)
     return _HeldOut(kept, estimate)
+
+
+def _held_out(source: HeldOut, window: StepWindow, prompts: int, team: Team) -> Rollouts:
+    """Responses that are held out, the same on all ranks; made by all of them where they can be shared out."""
+    if team.size > 1 and isinstance(source, SharedHeldOut):
+        return gather_rows(source.share(window, prompts, team.rank, team.size), team=team).rollouts
+    found = source(window, prompts)
+    refuse_others(
+        team,
+        {"responses that are held out": fingerprint(found)},
+        fix="have held_out return the same responses on all ranks.",
+    )
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +109,7 @@ class _Nothing:
     reason: str
     needs_window = False
 
-    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None) -> Found:
+    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None, team: Team) -> Found:
         """See `Verification`."""
         return None, self.reason
 
@@ -104,7 +124,7 @@ class _NextWindow:
     run: RunOptions
     needs_window = True
 
-    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None) -> Found:
+    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None, team: Team) -> Found:
         """See `Verification`."""
         if window is None:
             return None, "the next step's batch is not there"
@@ -118,7 +138,7 @@ class _NextWindow:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EntropyFastWarning)
             done = self.policy.change_since(
-                optimizer, _selected(window.rollouts, rows), estimate=self.estimate, run=self.run
+                optimizer, _selected(window.rollouts, rows), estimate=self.estimate, run=self.run, team=team
             )
         return _of_parts(done, self.estimate), ""
 
@@ -131,11 +151,11 @@ class _HeldOut:
     estimate: EstimateOptions
     needs_window = False
 
-    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None) -> Found:
+    def found(self, optimizer: torch.optim.Optimizer, window: StepWindow | None, team: Team) -> Found:
         """See `Verification`."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", EntropyFastWarning)
-            return _of_parts(self.responses.change(optimizer), self.estimate), ""
+            return _of_parts(self.responses.change(optimizer, team), self.estimate), ""
 
 
 def _of_parts(done: Realised, estimate: EstimateOptions) -> Realised:

@@ -13,6 +13,7 @@ from entropy_fast.columns import TokenScores
 from entropy_fast.columns.entropy import EntropyMeasure
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.team import Team
 from entropy_fast.engines.one_pass import OnePassEngine
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.step import GivenOptimizer, read_optimizer
@@ -30,6 +31,7 @@ def scored(
     *,
     estimate: EstimateOptions | None = None,
     run: RunOptions | None = None,
+    team: Team | None = None,
 ) -> Scored:
     """Score a batch with the model as it is now, without autocast, gradients or dropout.
 
@@ -40,14 +42,17 @@ def scored(
         estimate: which entropy, of which policy (``entropy_weighting``, ``policy_temperature``).
         run: how it is run; ``autocast_dtype`` is left out, since rounding to 16 bits moves an entropy by more than a small
             step does.
+        team: the ranks that make the same call with replicas of one model, and score every prompt once; None for this process
+            by itself, whatever ``run.ranks`` is.
 
     Raises:
         RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
+        DistributedError: a rank of the team failed or was lost.
     """
     estimate = dataclasses.replace(estimate or EstimateOptions(), gradient="rollouts", sample=None, relative_error=None)
     run = dataclasses.replace(run or RunOptions(), autocast_dtype=None)
     at_hand = read_optimizer(optimizer, model, any_kind=True)
-    context = ProbeContext.of(model, at_hand, estimate, run)
+    context = dataclasses.replace(ProbeContext.of(model, at_hand, estimate, run), team=team or Team.alone())
     check_rollouts_fit_model(rollouts, context.registry.module)
     kind = context.registry.tensors[0].device.type
     with one_probe_at_a_time(wait=run.when_busy == "wait"), torch.autocast(kind, enabled=False):

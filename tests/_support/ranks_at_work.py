@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import importlib
 import json
 import os
 import signal
@@ -155,16 +156,38 @@ def forwards_with_tangents() -> Run:
 
 @case
 def live_gradient_of_a_sample() -> Run:
-    batch, model = make_rollouts((2, 3, 2, 2, 2, 2)), wide_model()
+    return live_gradient((2, 3, 2, 2, 2, 2), sample=4)
+
+
+@case
+def live_gradient_of_a_sample_and_other_updates() -> Run:
+    return live_gradient((2, 3, 2, 2, 2, 2), sample=4, others=True)
+
+
+@case
+def live_gradient_and_other_updates() -> Run:
+    return live_gradient((2, 3, 2), others=True)
+
+
+def live_gradient(sizes: tuple[int, ...], *, others: bool = False, **options: Any) -> Run:
+    batch, model = make_rollouts(sizes), wide_model()
+    fields: dict[str, Any] = {}
+    if others:
+        scale = 8 * batch.n_sequences  # of the loss below
+        another = torch.randn(batch.n_sequences, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        fields["coefficients"] = batch.advantages.double() / scale
+        fields["updates"] = {"another": another / scale}
+        fields["functionals"] = {"length": batch.response_lengths.double()}
     run = probing(
         model,
         batch,
+        fields=fields,
         gradient="live",
-        sample=4,
         step="next",
         entropy_estimator="rao_blackwell",
         parts=("direct",),
         max_grad_norm=0.5,
+        **options,
     )
     model.eval()
     logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
@@ -386,13 +409,19 @@ MODES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+def mode_named(name: str) -> Callable[..., dict[str, Any]]:
+    """One of `MODES`, or FUNCTION of a module beside this file, by ``MODULE:FUNCTION``."""
+    module, _, function = name.rpartition(":")
+    return getattr(importlib.import_module(module), function) if module else MODES[name]  # type: ignore[no-any-return]
+
+
 def work(rank: int, world: int, folder: Path, mode: str, arguments: Mapping[str, Any]) -> None:
     warnings.simplefilter("ignore")
     torch.manual_seed(1000 + rank)  # nothing may depend on it
     limit = datetime.timedelta(seconds=120)
     store = dist.TCPStore("127.0.0.1", int((folder / "port").read_text()), None, False, limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-    found = MODES[mode](rank, **arguments)
+    found = mode_named(mode)(rank, **arguments)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
 
 
@@ -400,6 +429,8 @@ def main(folder: Path, jobs: list[dict[str, Any]]) -> None:
     """Run jobs one after the other, each by processes of its own that are forked from this one."""
     torch.set_num_threads(1)
     sys.modules["ranks_at_work"] = sys.modules["__main__"]
+    for job in jobs:
+        mode_named(job["mode"])
     for number, job in enumerate(jobs):
         own = folder / str(number)
         own.mkdir()

@@ -14,6 +14,7 @@ from probe_oracle.batches import Shape, make_rollouts
 
 from entropy_fast import EstimateOptions
 from entropy_fast.candidates import clip_higher, entropy_bonus, kl_cov
+from entropy_fast.distributed import Team
 from entropy_fast.errors import ConfigError, EntropyFastWarning
 from entropy_fast.integrations.forecast_options import ForecastOptions, forecast_options
 from entropy_fast.integrations.forecaster import StepForecaster
@@ -109,11 +110,11 @@ def test_a_look_back_is_in_the_budget_before_the_forecast_is_made(monkeypatch: p
     monkeypatch.setattr("entropy_fast.integrations.forecaster.time.perf_counter", lambda: now[0])
     own, window = forecaster(budget=0.1, verify="previous")
 
-    def forecast(self: StepForecaster, _: StepWindow, prompts: int) -> Any:
+    def forecast(self: StepForecaster, _: StepWindow, prompts: int, team: Team) -> Any:
         now[0] += 1.0 * prompts
         return made
 
-    made = own._made_from(window, 4)
+    made = own._made_from(window, 4, Team.alone())
     monkeypatch.setattr(StepForecaster, "_made_from", forecast)
 
     class Looked:
@@ -163,10 +164,10 @@ def test_candidates_are_compared_and_one_that_cannot_be_is_nan() -> None:
         assert math.isnan(metrics[f"candidate/covariant{name}"])
     # Clipping acts on both alike: coefficients stand as they are in a gradient half as large, and what the bonus adds is half.
     halved = dataclasses.replace(window, clip=0.5)
-    (a, e), (b, f) = (own._other_updates(one)["bonus"] for one in (window, halved))
+    (a, e), (b, f) = (own._other_updates(one, Team.alone())["bonus"] for one in (window, halved))
     assert torch.equal(a, b) and torch.equal(e, 2 * f) and bool((e > 0).any())
     bare = dataclasses.replace(window, scores=None)
-    assert torch.equal(own._other_updates(bare)["bonus"][1], e)
+    assert torch.equal(own._other_updates(bare, Team.alone())["bonus"][1], e)
     empty = own.before_step(1, lambda: (_ for _ in ()).throw(RuntimeError("no batch")))
     assert math.isnan(empty.metrics()["candidate/bonus_direct_error"])
 

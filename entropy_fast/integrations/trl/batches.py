@@ -221,9 +221,6 @@ def _drops_out(model: nn.Module) -> bool:
 
 def _functionals(names: Sequence[str], batches: Sequence[MicroBatch], rollouts: Rollouts) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    sizes = torch.bincount(rollouts.prompt_index[rollouts.response_lengths > 0], minlength=1)
-    if bool((sizes == 1).any()):
-        return found  # their baseline is the prompt's other responses, and some prompt has none in this step
     for name in names:
         if name == "length":
             found[name] = rollouts.response_lengths.double()

@@ -17,6 +17,7 @@ from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.integrations.forecast_options import ForecastOptions, forecast_options
 from entropy_fast.integrations.forecaster import StepForecaster
 from entropy_fast.integrations.step_window import StepWindow
+from entropy_fast.integrations.training_ranks import TrainingRanks
 from entropy_fast.integrations.trl.batches import NUMBERS, window_of
 from entropy_fast.integrations.trl.held_out import HeldOutResponses
 from entropy_fast.integrations.trl.hooks import TrainerHooks
@@ -41,7 +42,8 @@ class EntropyForecastCallback(TrainerCallback):
     training goes on as it would without.
 
     Args:
-        trainer: a ``trl.GRPOTrainer`` (tried with TRL 1.16), in one process.
+        trainer: a ``trl.GRPOTrainer`` (tried with TRL 1.16), in one process or in several with DistributedDataParallel, which
+            then make every forecast together, of all their rows. All of them have a callback with the same options.
         functionals: what else is forecast: ``reward`` and ``length``.
         bundle: folder that steps are kept in, one folder each, for `entropy-fast probe FOLDER`; None keeps none.
         bundle_every: keep one step in so many: the first of them that is forecast.
@@ -76,6 +78,7 @@ class EntropyForecastCallback(TrainerCallback):
             trainer.optimizer,  # None until the training begins
             _options(trainer, forecast_options(options)),
             keep=None if bundle is None else self._keep,
+            ranks=TrainingRanks(trainer.accelerator.num_processes > 1, _seconds(options.get("run"))),
         )
         self._bundle = None if bundle is None else Path(bundle)
         if isinstance(bundle_every, bool) or not isinstance(bundle_every, int) or bundle_every < 1:
@@ -119,7 +122,7 @@ class EntropyForecastCallback(TrainerCallback):
         with self._hooks.listening():
             self._hooks.begin()
             self._count()
-            if any(getattr(hook, "wants_stop", False) for hook in self.forecaster.on_forecast):
+            if self.forecaster.stop:
                 control.should_training_stop = True
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
@@ -158,7 +161,7 @@ class EntropyForecastCallback(TrainerCallback):
             rollouts=window.rollouts,
             coefficients=(window.of_logprob, window.of_entropy),
             estimate=result.estimate_options,
-            run=result.run_options,
+            run=dataclasses.replace(result.run_options, ranks="own"),  # it is one process that will look at it
             step=step,
             facts={
                 "trainer": type(trainer).__name__,
@@ -216,6 +219,11 @@ def _options(trainer: Any, given: ForecastOptions) -> ForecastOptions:
         estimate=_estimate(trainer, given.estimate),
         run=given.run or RunOptions(autocast_dtype=autocast_of(trainer)),
     )
+
+
+def _seconds(run: RunOptions | None) -> float:
+    """That ranks wait for one another."""
+    return (run or RunOptions()).rank_timeout
 
 
 def _decoder(trainer: Any) -> Callable[[int], str] | None:

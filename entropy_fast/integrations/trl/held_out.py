@@ -8,6 +8,7 @@ of the forecast, would be no evidence either: their responses are in the step.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -61,15 +62,27 @@ class HeldOutResponses:
         Raises:
             RolloutsError: it has not two others.
         """
+        found = self.share(window, prompts, 0, 1)
+        assert found is not None
+        return found
+
+    def share(self, window: StepWindow, prompts: int, rank: int, ranks: int) -> Rollouts | None:
+        """Those of every prompt whose number is a rank's; see `SharedHeldOut`.
+
+        Raises:
+            RolloutsError: the data set has not two others; on all ranks.
+        """
         trainer = self._trainer
         step = int(trainer.state.global_step)
-        chosen = self._others(window, prompts, step)
+        chosen = dict(list(enumerate(self._others(window, prompts, step)))[rank::ranks])
+        if not chosen:
+            return None
         responses = generated(
             cast(PreTrainedModel, unwrap_model(trainer.model)),
-            chosen,
+            list(chosen.values()),
             self._generation(),
-            seed=step,
-            prompts_per_batch=max(1, len(window.rollouts.group_ids) // trainer.num_generations),
+            seed=step * ranks + rank,
+            prompts_per_batch=max(1, len(window.rollouts.group_ids) // ranks // trainer.num_generations),
         )
         return self._as_rollouts(chosen, [self._cut(response) for response in responses])
 
@@ -115,9 +128,11 @@ class HeldOutResponses:
             return [] if self._trainer.mask_truncated_completions else response
         return response[: ends[0] + 1]
 
-    def _as_rollouts(self, prompts: list[list[int]], responses: list[list[int]]) -> Rollouts:
+    def _as_rollouts(self, prompts: Mapping[int, list[int]], responses: list[list[int]]) -> Rollouts:
+        """Of prompts by their numbers."""
         trainer, times = self._trainer, len(responses) // len(prompts)
-        rows = [(prompts[number // times], response) for number, response in enumerate(responses)]
+        repeated = [prompt for prompt in prompts.values() for _ in range(times)]
+        rows = list(zip(repeated, responses, strict=True))
         width = max(len(prompt) + len(response) for prompt, response in rows)
         ids = torch.zeros(len(rows), width, dtype=torch.int64)
         attention, loss = torch.zeros_like(ids), torch.zeros_like(ids)
@@ -130,7 +145,7 @@ class HeldOutResponses:
             input_ids=ids,
             attention_mask=attention,
             loss_mask=loss,
-            group_ids=torch.arange(len(prompts)).repeat_interleave(times),
+            group_ids=torch.tensor(list(prompts)).repeat_interleave(times),
             advantages=torch.zeros(len(rows), dtype=torch.float64),
             max_lengths=trainer.max_completion_length,
             temperature=float(trainer.temperature),

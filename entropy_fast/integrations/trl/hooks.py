@@ -154,14 +154,15 @@ class TrainerHooks:
         """Tell every response of a generation its prompt's number, when it was born, and its reward."""
         trainer = self._trainer
         if trainer.model.training:
-            ids = found["completion_ids"]
-            # One process: the rows are the whole batch, prompt by prompt.
-            rows = torch.arange(len(ids), device=ids.device)
+            ids, accelerator = found["completion_ids"], trainer.accelerator
+            # Rows of all processes are the whole batch, prompt by prompt; a prompt's may be on two of them.
+            everywhere, first = len(ids) * accelerator.num_processes, len(ids) * accelerator.process_index
+            rows = torch.arange(first, first + len(ids), device=ids.device)
             found[GROUP] = rows // trainer.num_generations + self._groups
             found[BORN] = torch.full_like(rows, trainer.state.global_step)
-            self._groups += -(-len(ids) // trainer.num_generations)
-            if self._rewards and len(self._rewards[-1]) == len(ids):
-                found[REWARD] = self._rewards[-1].to(ids.device)
+            self._groups += -(-everywhere // trainer.num_generations)
+            if self._rewards and len(self._rewards[-1]) == everywhere:
+                found[REWARD] = self._rewards[-1][first : first + len(ids)].to(ids.device)
 
     def _rewarding(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def calculate(*args: Any, **kwargs: Any) -> Any:

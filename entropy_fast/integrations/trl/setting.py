@@ -26,7 +26,7 @@ _OF_THE_CONFIG = (
 )  # fmt: skip
 _TOP_K_OF_TRANSFORMERS = 50
 _WITHOUT = (
-    "train without it, in one process and with an optimizer of torch's, to have forecasts; or probe consolidated checkpoints "
+    "train without it, in one process or with DistributedDataParallel, to have forecasts; or probe consolidated checkpoints "
     "with `entropy-fast probe`."
 )
 
@@ -56,7 +56,8 @@ def refuse_setting(trainer: Any) -> None:
     """Raise for ways of training whose steps cannot be forecast.
 
     Raises:
-        ConfigError: it is no trainer, trains with DeepSpeed, FSDP, a fused loss or several processes.
+        ConfigError: it is no trainer, trains with DeepSpeed, FSDP, a fused loss, or in several processes by other means than
+            DistributedDataParallel.
         ModelStateError: its model is sharded by other means.
     """
     accelerator = getattr(trainer, "accelerator", None)
@@ -83,10 +84,10 @@ def refuse_setting(trainer: Any) -> None:
             "makes gradients in its forward, and log-probs with a graph are nowhere to be listened to.",
             fix="train with use_liger_kernel=False (its loss; TRL 1.16 takes Liger's layers alone, which may stay).",
         )
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1 and not kind.rpartition(".")[2].startswith("MULTI_"):
         raise ConfigError(
-            f"EntropyForecastCallback: {accelerator.num_processes} processes, whose batches would have to be put together.",
-            fix="train in one process to have forecasts.",
+            f"EntropyForecastCallback: {accelerator.num_processes} processes by {kind}, which is not DistributedDataParallel.",
+            fix=_WITHOUT,
         )
     for model in (trainer.model, getattr(trainer, "model_wrapped", None)):
         if model is not None:
