@@ -25,13 +25,17 @@ def test_demo_runs_and_its_probe_repeats_exactly(tmp_path, monkeypatch, capsys, 
     folder = tmp_path / "demo"
     sizes = ["--prompts", "4", "--responses", "4", "--max-new-tokens", "10", "--steps", "2"]
     sizes += [] if by_token else ["--no-by-token"]
-    assert run(["demo", "--out", str(folder), "--verbose", *sizes]) == 0
+    # The form of the output changes nothing of what is done.
+    assert run(["demo", "--out", str(folder), "--json" if by_token else "--verbose", *sizes]) == 0
     shown = capsys.readouterr().out
     first = read_result_document(folder)
     assert set(first["files"]) == {"per_prompt.parquet", "responses.parquet", "contributions.png"}
-    assert f"{first['delta_h1']:.17g}" in shown
-    assert "Solve the following multiplication" in shown
-    assert first["verdict"]["sentence"] in " ".join(shown.split())
+    if by_token:
+        assert json.loads(shown) == first
+    else:
+        assert f"{first['delta_h1']:.17g}" in shown
+        assert "Solve the following multiplication" in shown
+        assert first["verdict"]["sentence"] in " ".join(shown.split())
     for name in (
         "per_prompt.parquet",
         "responses.parquet",

@@ -11,7 +11,7 @@ from rich.text import Text
 from entropy_fast.cli.bars import progress
 from entropy_fast.cli.model_options import given_path
 from entropy_fast.cli.quiet import quiet_libraries
-from entropy_fast.cli.showing import Showing, VerboseOption
+from entropy_fast.cli.showing import JsonOption, Showing, VerboseOption
 from entropy_fast.errors import ConfigError, escaped
 
 __all__ = ["demo"]
@@ -34,9 +34,10 @@ def demo(
     ] = True,
     model: Annotated[str | None, typer.Option(help="Another model than the embedded one.", show_default=False)] = None,
     verbose: VerboseOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a LoRA for a few real GRPO steps, then forecast what the next one does to the entropy."""
-    showing = Showing.of(context, verbose=verbose, as_json=False)
+    showing = Showing.of(context, verbose=verbose, as_json=as_json)
     context.with_resource(quiet_libraries())
     try:
         from entropy_fast.demo import DemoSettings, run_demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,9 +10,9 @@ import typer
 from rich.text import Text
 
 from entropy_fast.cli.bars import progress
-from entropy_fast.cli.console import output
 from entropy_fast.cli.model_options import DeviceOption, DtypeOption, FourBitOption, given_path, model_source
 from entropy_fast.cli.quiet import quiet_libraries
+from entropy_fast.cli.showing import JsonOption, Showing
 from entropy_fast.errors import ConfigError, SamplingError, escaped
 
 __all__ = ["sample"]
@@ -48,8 +49,10 @@ def sample(
     dtype: DtypeOption = None,
     load_in_4bit: FourBitOption = None,
     device: DeviceOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Sample responses, reward them, and write rollouts a probe can read."""
+    showing = Showing.of(context, verbose=False, as_json=as_json)
     context.with_resource(quiet_libraries())
     from entropy_fast.cli.inputs import load_policy
     from entropy_fast.rollouts import format_of, write_rollouts
@@ -76,10 +79,14 @@ def sample(
     assert rollouts.advantages is not None
     mean = float(rollouts.rewards.mean())
     signal = sum(bool((rollouts.advantages[rollouts.rows_of_prompt(n)] != 0).any()) for n in range(rollouts.n_prompts))
-    output().print(
+    if as_json:
+        found = {"responses": rollouts.n_sequences, "prompts": rollouts.n_prompts, "mean_reward": mean}
+        showing.document(json.dumps(found | {"prompts_whose_rewards_differ": signal, "written": str(out)}, indent=2))
+        return
+    showing.aside.print(
         Text(
             f"{rollouts.n_sequences} responses to {rollouts.n_prompts} prompts, mean reward {mean:.3f}, "
             f"{signal} prompts whose rewards differ."
         )
     )
-    output().print(Text(f"written: {escaped(str(out))}"), soft_wrap=True)
+    showing.aside.print(Text(f"written: {escaped(str(out))}"), soft_wrap=True)

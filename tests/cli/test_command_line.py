@@ -206,7 +206,9 @@ def test_a_truncated_sample_is_recorded_and_refused(folder, tmp_path, monkeypatc
     prompts.write_text("".join(json.dumps({"prompt": f"{n} plus 1 is", "answer": str(n + 1)}) + "\n" for n in range(3)))
     command = ["sample", str(prompts), "--model", str(folder / "base"), "--adapter", str(folder / "adapter")]
     command += ["--out", str(out), "--responses", "16", "--max-new-tokens", "5", "--seed", "3"]
-    assert run([*command, "--top-k", "12", "--min-p", "0.01"]) == 0
+    assert run([*command, "--top-k", "12", "--min-p", "0.01", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["responses"], said["prompts"], said["written"]) == (48, 3, str(out))
     assert read_rollouts(out).truncated_by == ("top-k 12", "min-p 0.01")
     probe = ["probe", str(folder), "--rollouts", str(out), "--out", str(tmp_path / "o"), "--no-picture"]
     assert run(probe) == REFUSED
