@@ -38,6 +38,7 @@ def fast_delta_h1(
     run: RunOptions | None = None,
     on_progress: ProgressCallback | None = None,
     team: Team | None = None,
+    keeps_checkpoint: bool = False,
 ) -> DeltaH1Result:
     """Forecast how much the next update will change the policy's entropy, before it is taken.
 
@@ -74,6 +75,8 @@ def fast_delta_h1(
         run: how it is run; None takes the defaults.
         on_progress: called with stage, prompts done, prompts in all.
         team: the ranks of ``RunOptions(ranks="all")``, where the caller has joined them already (`entropy_fast.distributed`).
+        keeps_checkpoint: whether what was kept in ``RunOptions(checkpoint=...)`` stays there when the forecast is made, for a
+            caller who writes the result down before `entropy_fast.resuming.discard_checkpoint`.
 
     Returns:
         δH₁ in nats per the unit named in the result, with standard error, interval, shares and diagnostics.
@@ -81,6 +84,7 @@ def fast_delta_h1(
     Raises:
         GradContextError: called under ``inference_mode`` or ``no_grad``.
         RolloutsError, OptimizerStateError, LearningRateError, ConfigError: bad input.
+        ResumeError: the checkpoint is of another probe, damaged, or another process's.
         DistributedError: with ``ranks="all"``, a rank failed, died, did not come or holds something else; raised by all.
         ModelStateError, GraphDetachedError, GradientCoverageError, CheckpointingError, ForwardDerivativeError: the model cannot
             be probed as it is.
@@ -112,7 +116,15 @@ def fast_delta_h1(
     )
     run = run or RunOptions()
     with joined(run.ranks, run.rank_timeout, team) as found:
-        probe = OfflineEntropyProbe(model, optimizer, estimate=estimate, run=run, on_progress=on_progress, team=found)
+        probe = OfflineEntropyProbe(
+            model,
+            optimizer,
+            estimate=estimate,
+            run=run,
+            on_progress=on_progress,
+            team=found,
+            keeps_checkpoint=keeps_checkpoint,
+        )
         if entropy_rollouts is None:
             return probe.compute_delta_h1(rollouts, wanted=wanted)
         return probe.run_mixed_probe(entropy_rollouts=entropy_rollouts, update_rollouts=rollouts, wanted=wanted)

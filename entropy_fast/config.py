@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import TYPE_CHECKING, Literal
 
 from entropy_fast.errors import ConfigError
@@ -16,9 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     AutocastDtype = Literal["bfloat16", "float16"] | torch.dtype | None
+    FolderPath = str | os.PathLike[str] | None
 else:
     # torch is not imported for a command's help; a torch.dtype is taken by its name.
     AutocastDtype = Literal["bfloat16", "float16"] | None
+    FolderPath = str | None  # a path object is taken by its name too
 
 __all__ = ["EstimateOptions", "OptionField", "RunOptions", "default_of", "option_fields"]
 
@@ -35,6 +38,7 @@ YPass = Literal["backward", "autograd_grad"]
 ConditionalVariance = Literal["per_prompt", "alpha"]
 WhenBusy = Literal["wait", "refuse"]
 Ranks = Literal["own", "all"]
+CHECKPOINT_SECONDS = 120.0  # of which writing takes about a hundredth, where it is of gigabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,6 +237,11 @@ class RunOptions(Options):
             (`entropy_fast.distributed.gather_rows` brings rows together that are spread over them), and all get the same
             numbers.
         rank_timeout: seconds that ranks wait for one another before who is missing ends the probe on all of them.
+        checkpoint: folder in which the probe keeps what it has added up so far, and from which the same call goes on after it
+            was ended before its time: to the same number, bit by bit where the machine and its threads are the same. A finished
+            probe removes what it has kept there. None keeps nothing.
+        checkpoint_seconds: between two of them; 0 for one after every microbatch. There is one at the end of every sweep and
+            after Ctrl-C in any case.
         when_busy: what to do while another probe runs in this process, of whatever model: they cannot run at once.
         y_pass: how the two-pass engine takes the update gradient; ``autograd_grad`` is the route some scripts use, kept to
             compare with.
@@ -257,9 +266,39 @@ class RunOptions(Options):
     strict: bool = option(False, "a parameter without a gradient is an error")
     ranks: Ranks = option("own", "of torch.distributed: a forecast each, or one by all")
     rank_timeout: float = option(600.0, "seconds that ranks wait for one another (ranks all)", least=1)
+    checkpoint: FolderPath = option(None, "folder that an ended probe goes on from")
+    checkpoint_seconds: float = option(CHECKPOINT_SECONDS, "seconds between two checkpoints", least=0)
     when_busy: WhenBusy = option("wait", "while another probe runs in this process")
     y_pass: YPass = option("backward", "two_pass: route of the update gradient")
     conditional_variance: ConditionalVariance = option("per_prompt", "two_pass, two batches: or the double backward")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.checkpoint, os.PathLike):
+            object.__setattr__(self, "checkpoint", os.fspath(self.checkpoint))
+        super().__post_init__()
+        if self.checkpoint == "":
+            raise ConfigError("RunOptions: `checkpoint` is empty.", fix="use the path of a folder, or None.")
+        if not math.isfinite(self.checkpoint_seconds):
+            raise ConfigError(
+                f"RunOptions: `checkpoint_seconds` is {self.checkpoint_seconds!r}.", fix="use a finite number from 0."
+            )
+        if self.checkpoint is None and "checkpoint_seconds" in self.changed():
+            raise ConfigError(
+                f"RunOptions: checkpoint_seconds={self.checkpoint_seconds!r} without a checkpoint.",
+                fix="pass checkpoint=FOLDER (--checkpoint FOLDER) too.",
+            )
+
+    def refuse_checkpoint(self, reason: str) -> None:
+        """Raise where there is nothing that a checkpoint could be gone on from.
+
+        Args:
+            reason: why not.
+
+        Raises:
+            ConfigError: one is asked for.
+        """
+        if self.checkpoint is not None:
+            raise ConfigError(f"checkpoint={self.checkpoint!r}: {reason}.", fix="leave checkpoint out.")
 
     @property
     def memory_bytes(self) -> int:

@@ -16,6 +16,7 @@ from entropy_fast.columns import Columns, TokenScores, columns_of
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.distributed.team import Team
 from entropy_fast.errors import ConfigError
+from entropy_fast.resuming import Keeper
 from entropy_fast.step import AdamPreconditioner, AdamState, NextStep, OptimizerAtHand, next_step_of, preconditioner_of
 
 __all__ = ["ProbeContext", "ProgressCallback"]
@@ -40,6 +41,7 @@ class ProbeContext:
         prompts_of_batch: prompts of the batch that a live gradient is of, where a sample of them is gone through; None
             elsewhere.
         team: the ranks that work on it; this process alone unless ``ranks="all"``.
+        keeper: who keeps what sweeps add up, for a process after this one; nobody unless ``checkpoint`` is set.
         on_progress: called with stage, prompts done and prompts in all.
     """
 
@@ -55,6 +57,7 @@ class ProbeContext:
     notes: tuple[str, ...] = ()
     prompts_of_batch: int | None = None
     team: Team = dataclasses.field(default_factory=Team.alone)
+    keeper: Keeper = dataclasses.field(default_factory=Keeper)
 
     @classmethod
     def of(

@@ -31,6 +31,7 @@ __all__ = [
     "ParameterRegistryError",
     "ProbeMemoryError",
     "ResultError",
+    "ResumeError",
     "RolloutsError",
     "RolloutsFileError",
     "RunFolderError",
@@ -104,6 +105,10 @@ class BundleError(RunFolderError):
 
 class ResultError(EntropyFastError, ValueError):
     """A result holds a number that is not finite, lacks what is asked of it, or its files on disk do not belong together."""
+
+
+class ResumeError(EntropyFastError, ValueError):
+    """A checkpoint of a probe is damaged, another process's, or of another probe than the one that is to go on from it."""
 
 
 class LedgerError(EntropyFastError, ValueError):

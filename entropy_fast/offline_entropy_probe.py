@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,7 @@ from entropy_fast.context import ProbeContext, ProgressCallback
 from entropy_fast.distributed.agreement import fingerprint, of_first_rank, refuse_others
 from entropy_fast.distributed.team import Team, joined
 from entropy_fast.engines import Engine, EngineKind, Scores, engine_kind
+from entropy_fast.engines.probe_identity import probe_identity
 from entropy_fast.engines.replicas import refuse_other_replicas
 from entropy_fast.engines.resolving import OTHER_SCORES_FIX, SCORES_MAY_MISS, SCORES_MAY_MISS_IN_16_BITS
 from entropy_fast.errors import ConfigError, EntropyFastWarning, RolloutsError
@@ -33,6 +35,7 @@ from entropy_fast.estimates.measured import Measured
 from entropy_fast.estimates.merging import merged
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.estimates.sampled_prompts import PromptChunks, in_all_rows, of_rows, refuse_other_updates
+from entropy_fast.resuming import FolderKeeper, discard_checkpoint
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
 from entropy_fast.step import GivenOptimizer, read_optimizer
 
@@ -50,6 +53,8 @@ class OfflineEntropyProbe:
         on_progress: called with stage, prompts done and prompts in all.
         team: the ranks that work on it, where the caller has brought them together already; None leaves that to
             ``run.ranks``.
+        keeps_checkpoint: whether what was kept in ``run.checkpoint`` stays there when an estimate is made, for a caller who
+            writes the result down before `entropy_fast.resuming.discard_checkpoint`.
 
     Attributes:
         context: all of that, frozen.
@@ -68,6 +73,7 @@ class OfflineEntropyProbe:
         run: RunOptions | None = None,
         on_progress: ProgressCallback | None = None,
         team: Team | None = None,
+        keeps_checkpoint: bool = False,
     ) -> None:
         estimate, run = estimate or EstimateOptions(), run or RunOptions()
         self._kind: EngineKind = engine_kind(run)
@@ -75,7 +81,7 @@ class OfflineEntropyProbe:
         any_kind = estimate.step != "adam_static" and no_next_step is None
         at_hand = read_optimizer(optimizer, model, any_kind=any_kind)
         self.context = ProbeContext.of(model, at_hand, estimate, run, on_progress, no_next_step)
-        self._team, self._state = team, at_hand
+        self._team, self._state, self._keeps_checkpoint = team, at_hand, keeps_checkpoint
         self._measure = entropy_measure(self.context.estimate, Wanted(), None)
 
     @property
@@ -98,7 +104,7 @@ class OfflineEntropyProbe:
         """
         assert_grad_context("OfflineEntropyProbe.compute_delta_h1")
         wanted = wanted or Wanted()
-        with self._joined() as probe:
+        with self._joined(wanted, rollouts=rollouts) as probe:
             probe._check_live(wanted)
             wanted = probe._worked_out(wanted, rollouts)
             if self.context.estimate.samples:
@@ -106,14 +112,24 @@ class OfflineEntropyProbe:
             return probe._asked(wanted, rollouts, rollouts)._same_batch(rollouts)
 
     @contextlib.contextmanager
-    def _joined(self) -> Iterator[OfflineEntropyProbe]:
-        """The same probe with the ranks that work on it."""
+    def _joined(self, wanted: Wanted, **batches: Rollouts) -> Iterator[OfflineEntropyProbe]:
+        """The same probe with the ranks that work on it, and with what a process before this one left of it."""
         run, probe = self.context.run, copy.copy(self)
         with joined(run.ranks, run.rank_timeout, self._team) as team:
             probe.context = dataclasses.replace(self.context, team=team)
             team.enter("agreement")
             refuse_other_replicas(team, probe.context, self._state)
-            yield probe
+            if run.checkpoint is None:
+                yield probe
+                return
+            team.enter("checkpoint")
+            identity = probe_identity(probe.context, self._state, wanted, batches, self.engine)
+            with FolderKeeper.of(os.fspath(run.checkpoint), run.checkpoint_seconds, team, identity) as keeper:
+                probe.context = dataclasses.replace(probe.context, keeper=keeper)
+                yield probe
+            team.meet()  # nobody lets go of what somebody may need once more
+            if not self._keeps_checkpoint:
+                discard_checkpoint(os.fspath(run.checkpoint), team)
 
     def _same_batch(self, rollouts: Rollouts) -> DeltaH1Result:
         measured, batch, empty = self._measured(rollouts)
@@ -176,9 +192,10 @@ class OfflineEntropyProbe:
                 "which is gone through.",
                 fix="leave them out, or the entropy batch.",
             )
-        with self._joined() as probe:
-            probe._check_live(wanted or Wanted())
-            wanted = probe._worked_out(wanted or Wanted(), update_rollouts)
+        wanted = wanted or Wanted()
+        with self._joined(wanted, entropy_rollouts=entropy_rollouts, update_rollouts=update_rollouts) as probe:
+            probe._check_live(wanted)
+            wanted = probe._worked_out(wanted, update_rollouts)
             return probe._asked(wanted, entropy_rollouts, update_rollouts)._two_batch(entropy_rollouts, update_rollouts)
 
     def _two_batch(self, entropy_rollouts: Rollouts, update_rollouts: Rollouts) -> DeltaH1Result:

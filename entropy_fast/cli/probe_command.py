@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,6 +102,7 @@ def probe(
     from entropy_fast.cli.saving import Beside, save_and_show, show_online
     from entropy_fast.columns.functional import usual_functionals
     from entropy_fast.report.picture import require_matplotlib
+    from entropy_fast.resuming import discard_checkpoint
     from entropy_fast.run_folder.placing import check_folder
     from entropy_fast.run_folder.provenance import provenance_of
     from entropy_fast.run_folder.response_table import response_table
@@ -147,6 +149,7 @@ def probe(
                 run=how,
                 on_progress=bars.report,
                 team=team if team.size > 1 else None,
+                keeps_checkpoint=True,
             )
         team.enter("writing")
         team.meet()  # nobody writes what somebody has not got
@@ -164,3 +167,6 @@ def probe(
             save_and_show(result, target, beside, showing)
             if inputs.bundle is not None and as_asked:
                 show_online(inputs.bundle.online, result, showing.aside)
+        if how.checkpoint is not None:
+            team.meet()  # the result is written: nobody needs what led to it
+            discard_checkpoint(os.fspath(how.checkpoint), team)

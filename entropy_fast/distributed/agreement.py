@@ -17,7 +17,7 @@ from entropy_fast.distributed.collectives import rows_of, texts_of
 from entropy_fast.distributed.team import Team
 from entropy_fast.errors import DistributedError
 
-__all__ = ["fingerprint", "of_first_rank", "refuse_other_tensors", "refuse_others", "united"]
+__all__ = ["fingerprint", "of_first_rank", "refuse_other_tensors", "refuse_others", "sum_of_bits", "united"]
 
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _Found = TypeVar("_Found")
@@ -59,7 +59,7 @@ def refuse_other_tensors(team: Team, named: Mapping[str, Tensor], *, fix: str) -
     """
     if team.size == 1 or not named:
         return
-    found = rows_of(team, torch.tensor([_sum_of_bits(tensor) for tensor in named.values()], dtype=torch.int64))
+    found = rows_of(team, torch.tensor([sum_of_bits(tensor) for tensor in named.values()], dtype=torch.int64))
     for rank, theirs in enumerate(found):
         different = (theirs != found[0]).nonzero().flatten().tolist()
         if different:
@@ -89,7 +89,8 @@ def _other(rank: int, name: str, fix: str) -> DistributedError:
     return DistributedError(f"rank {rank} has other {name} than rank 0.", fix=fix, ranks=(rank,), agreed=True)
 
 
-def _sum_of_bits(tensor: Tensor) -> int:
+def sum_of_bits(tensor: Tensor) -> int:
+    """Of a tensor's elements as whole numbers, which a change of any single one changes."""
     plain = tensor.detach().contiguous()
     plain = torch.view_as_real(plain) if plain.is_complex() else plain
     return int(plain.view(_WORDS[plain.element_size()]).sum(dtype=torch.int64))

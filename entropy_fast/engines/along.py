@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -294,6 +294,19 @@ class AlongSums:
             for part in rows:
                 rows[part].zero_()
                 whole[part] = 0.0
+
+    def kept(self) -> dict[str, Tensor]:
+        """See `entropy_fast.resuming.Accumulator`."""
+        whole = torch.tensor([list(own.values()) for own in self._whole], dtype=torch.float64)
+        named = {f"{column}/{part}": own for column, rows in enumerate(self._rows) for part, own in rows.items()}
+        return {**named, "whole": whole}
+
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """See `entropy_fast.resuming.Accumulator`."""
+        for column, (rows, values) in enumerate(zip(self._rows, found["whole"].tolist(), strict=True)):
+            for part, own in rows.items():
+                own.copy_(found[f"{column}/{part}"])
+            self._whole[column] = dict(zip(rows, values, strict=True))
 
     def add_ranks(self, team: Team) -> None:
         """Rows of the units of one rank become those of all."""

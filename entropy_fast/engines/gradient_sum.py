@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from entropy_fast.resuming.held import flags_of
 
 __all__ = ["GradientSum", "inner_product", "parameter_products", "row_products"]
 
@@ -47,6 +49,16 @@ class GradientSum:
         for tensor in self.tensors:
             tensor.zero_()
         self.touched[:] = [False] * len(self.touched)
+
+    def kept(self) -> Mapping[str, Tensor]:
+        """See `entropy_fast.resuming.Accumulator`."""
+        return {str(place): tensor for place, tensor in enumerate(self.tensors)} | {"touched": flags_of(self.touched)}
+
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """See `entropy_fast.resuming.Accumulator`."""
+        for place, tensor in enumerate(self.tensors):
+            tensor.copy_(found[str(place)])
+        self.touched[:] = found["touched"].tolist()
 
 
 def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> float:

@@ -11,7 +11,10 @@ from entropy_fast.distributed.agreement import fingerprint, refuse_other_tensors
 from entropy_fast.distributed.team import Team
 from entropy_fast.step import OptimizerAtHand
 
-__all__ = ["refuse_other_replicas"]
+__all__ = ["refuse_other_replicas", "replica_tensors"]
+
+
+PARAMETERS, STATE, GRADIENT = "parameters of the model", "state of the optimizer", "gradient in .grad"
 
 
 def refuse_other_replicas(team: Team, context: ProbeContext, optimizer: OptimizerAtHand) -> None:
@@ -29,7 +32,7 @@ def refuse_other_replicas(team: Team, context: ProbeContext, optimizer: Optimize
     """
     if team.size == 1:
         return
-    named = dict(_tensors(context, optimizer))
+    named = {name: tensor for _, name, tensor in replica_tensors(context, optimizer)}
     forms = {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in named.items()}
     refuse_others(
         team,
@@ -50,18 +53,19 @@ def refuse_other_replicas(team: Team, context: ProbeContext, optimizer: Optimize
     )
 
 
-def _tensors(context: ProbeContext, optimizer: OptimizerAtHand) -> Iterator[tuple[str, Tensor]]:
+def replica_tensors(context: ProbeContext, optimizer: OptimizerAtHand) -> Iterator[tuple[str, str, Tensor]]:
+    """All that a probe's numbers depend on in a model and its optimizer: of what kind each is, its name, and the tensor."""
     names = {id(p.tensor): p.name for p in context.registry.parameters}
     for name, parameter in context.registry.module.named_parameters():
-        yield name, parameter
+        yield PARAMETERS, name, parameter
     for name, moments in sorted(optimizer.state.moments.items()):
-        yield f"second moment of {name}", moments.second_moment
+        yield STATE, f"second moment of {name}", moments.second_moment
     if optimizer.live is not None:
         for owner, state in optimizer.live.state.items():
             for key, value in sorted(state.items()):
                 if isinstance(value, Tensor) and id(owner) in names:
-                    yield f"{key} of {names[id(owner)]}", value
+                    yield STATE, f"{key} of {names[id(owner)]}", value
     if context.next_step is not None and context.next_step.live is not None:
         for name, gradient in zip(context.registry.names, context.next_step.live, strict=True):
             if gradient is not None:
-                yield f"gradient of {name}", gradient
+                yield GRADIENT, f"gradient of {name}", gradient

@@ -90,6 +90,10 @@ class ForecastOptions:
             raise ConfigError(f"verify is {self.verify!r}.", fix="use 'previous', 'held_out' or None.")
         if self.held_out is not None and self.verify != "held_out":
             raise ConfigError(f"held_out with verify={self.verify!r}.", fix="pass verify='held_out', or no held_out.")
+        if self.run is not None:
+            self.run.refuse_checkpoint(
+                "a forecast in a training loop is of a step that a later process does not come to again"
+            )
         for name, candidate in self.candidates.items():
             _check_candidate(name, candidate)
 

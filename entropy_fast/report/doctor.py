@@ -88,6 +88,7 @@ def check_model(
     """
     checks: list[Check] = []
     try:
+        (run or RunOptions()).refuse_checkpoint("what is looked at takes a few rows")
         _run(checks, model, state, rollouts, estimate or EstimateOptions(), run or RunOptions())
     except EntropyFastError as error:
         checks.append(Check("stopped here", False, f"{error.problem} {error.fix}"))

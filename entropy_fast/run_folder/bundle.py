@@ -27,6 +27,7 @@ from entropy_fast.checks.parameter_registry import unwrap_model
 from entropy_fast.columns import TokenScores
 from entropy_fast.columns.given import given_update
 from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.digests import sha256_of
 from entropy_fast.engines import engine_kind
 from entropy_fast.errors import BundleError
 from entropy_fast.estimates.result import DeltaH1Result
@@ -40,7 +41,6 @@ from entropy_fast.run_folder.bundle_reading import (
     read_bundle,
     rendered,
 )
-from entropy_fast.run_folder.digests import sha256_of
 from entropy_fast.run_folder.kept_model import kept_model
 from entropy_fast.run_folder.manifest import RunManifest, write_manifest
 from entropy_fast.run_folder.placing import new_folder

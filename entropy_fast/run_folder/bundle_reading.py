@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from entropy_fast.columns import TokenScores
+from entropy_fast.digests import sha256_of
 from entropy_fast.errors import BundleError
 from entropy_fast.rollouts import Rollouts, read_rollouts
 from entropy_fast.run_folder.adapter import load_policy
-from entropy_fast.run_folder.digests import sha256_of
 from entropy_fast.run_folder.manifest import MANIFEST_NAME, RunManifest, read_manifest
 from entropy_fast.run_folder.model_source import ModelSource
 from entropy_fast.run_folder.restoring import put_gradients, take_dtypes

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from entropy_fast.atomic import atomic_path
-from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.config import EstimateOptions, RunOptions, default_of
 from entropy_fast.errors import ConfigError, RunFolderError
 from entropy_fast.run_folder.model_source import ModelSource
 
@@ -20,6 +20,7 @@ SCHEMA = "entropy_fast.run/2"
 # Of one that names what a single step's update is; the fields are absent in the other.
 SCHEMA_OF_STEPS = "entropy_fast.run/3"
 OF_STEPS = ("gradient", "coefficients")
+OF_ONE_PROBE = ("checkpoint", "checkpoint_seconds")
 IN_FOLDER = "folder:"  # in front of a model's name: a folder in the run folder
 LARGEST = 2**20  # bytes; far above what the fields below can take
 
@@ -56,7 +57,9 @@ class RunManifest:
 def write_manifest(manifest: RunManifest, folder: Path) -> None:
     """Write ``run.json`` into the folder, atomically."""
     fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
-    probe = {name: fields.pop(name).to_dict() for name in ("estimate", "run")}
+    # Where a probe kept what it went on from is none of those that come after it.
+    plain = dataclasses.replace(fields.pop("run"), **{name: default_of(RunOptions, name) for name in OF_ONE_PROBE})
+    probe = {"estimate": fields.pop("estimate").to_dict(), "run": plain.to_dict()}
     of_step = {name: found for name in OF_STEPS if (found := fields.pop(name)) is not None}
     schema = SCHEMA_OF_STEPS if of_step else SCHEMA
     document = {"schema": schema, **fields, **of_step, "model": dataclasses.asdict(manifest.model), "probe": probe}
@@ -97,6 +100,12 @@ def read_manifest(folder: Path, *, device: str | None = None) -> RunManifest:
     fields["model"] = _build(ModelSource, fields.get("model"), f"{path}: model")
     fields["estimate"] = _build(EstimateOptions, probe.get("estimate", {}), f"{path}: probe.estimate")
     fields["run"] = _build(RunOptions, probe.get("run", {}), f"{path}: probe.run")
+    if fields["run"].checkpoint is not None:
+        # Of a folder that somebody passed on, it would say where to write on this machine.
+        raise RunFolderError(
+            f"{path}: probe.run names a checkpoint, {fields['run'].checkpoint!r}, which is of a single call.",
+            fix="take it out, and pass --checkpoint FOLDER.",
+        )
     manifest = _build(RunManifest, fields, str(path))
     _check_named(folder, path, manifest.optimizer, is_folder=None)
     files = (manifest.rollouts, manifest.entropy_rollouts, manifest.gradient, manifest.coefficients)

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import torch
 
 from entropy_fast._version import __version__
+from entropy_fast.digests import sha256_of
 from entropy_fast.errors import ResultError
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.result import DeltaH1Result
-from entropy_fast.run_folder.digests import sha256_of
 from entropy_fast.run_folder.placing import put_in_place
 from entropy_fast.run_folder.provenance import Provenance
 

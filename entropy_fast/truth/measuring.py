@@ -173,6 +173,7 @@ def measure_delta_h(
             "measure_delta_h: `update` and `coefficients` both give the update.", fix="leave one of them out."
         )
     estimate, run = estimate or EstimateOptions(), dataclasses.replace(run or RunOptions(), autocast_dtype=None)
+    run.refuse_checkpoint("measure_delta_h takes steps on a model that has to be put back")
     if run.engine not in ("auto", "one_pass"):
         raise ConfigError(f"measure_delta_h: engine is {run.engine!r}.", fix="use engine='one_pass'.")
     at_hand = read_optimizer(optimizer, model, any_kind=estimate.step != "adam_static")

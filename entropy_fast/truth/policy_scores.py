@@ -51,6 +51,7 @@ def scored(
     """
     estimate = dataclasses.replace(estimate or EstimateOptions(), gradient="rollouts", sample=None, relative_error=None)
     run = dataclasses.replace(run or RunOptions(), autocast_dtype=None)
+    run.refuse_checkpoint("what a policy says of a batch is found by forwards alone")
     at_hand = read_optimizer(optimizer, model, any_kind=True)
     context = dataclasses.replace(ProbeContext.of(model, at_hand, estimate, run), team=team or Team.alone())
     check_rollouts_fit_model(rollouts, context.registry.module)

@@ -11,12 +11,24 @@ PACKAGE = "entropy_fast"
 # Lowest first. A module may import from its own unit, from layers below, and from a unit beside it that does not import back.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"errors", "config", "_version", "accessors", "atomic", "libraries", "optional_packages", "scalars", "schema"}
+        {
+            "errors",
+            "config",
+            "_version",
+            "accessors",
+            "atomic",
+            "digests",
+            "libraries",
+            "optional_packages",
+            "scalars",
+            "schema",
+        }
     ),
     frozenset({"reference"}),
     frozenset({"ops"}),
     frozenset({"rollouts"}),
     frozenset({"distributed"}),
+    frozenset({"resuming"}),
     frozenset({"checks"}),
     frozenset({"step"}),
     frozenset({"columns"}),

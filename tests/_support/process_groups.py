@@ -31,11 +31,13 @@ def job(world: int, mode: str, **arguments: Any) -> dict[str, Any]:
     return {"world": world, "mode": mode, "arguments": arguments}
 
 
-def run_jobs(folder: Path, jobs: Sequence[dict[str, Any]], timeout: float = 300) -> list[Done]:
-    """Jobs one after the other; the libraries are imported once for all of them."""
+def run_jobs(
+    folder: Path, jobs: Sequence[dict[str, Any]], timeout: float = 300, script: str = ranks_at_work.__file__
+) -> list[Done]:
+    """Jobs one after the other by a script that starts them; the libraries are imported once for all of them."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, ranks_at_work.__file__, str(folder), json.dumps(list(jobs))],
+        [sys.executable, script, str(folder), json.dumps(list(jobs))],
         env=environment,
         timeout=timeout,
         stdout=subprocess.PIPE,

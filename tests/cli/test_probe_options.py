@@ -30,6 +30,7 @@ TYPED = {name: (word, word) for name, word in WORDS.items()} | {
     "prompts_per_microbatch": ("2", 2),
     "max_excluded_share": ("0.25", 0.25),
     "rank_timeout": ("30", 30.0),
+    "checkpoint": ("runs/kept", "runs/kept"),
 }
 
 
@@ -75,6 +76,7 @@ def test_every_field_is_tried():
         "dual_clip",
         "sample",
         "relative_error",
+        "checkpoint_seconds",
     }
     for name in switches:
         assert changed(**{name: True})[1] == dataclasses.replace(RunOptions(), **{name: True})

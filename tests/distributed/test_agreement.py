@@ -9,7 +9,7 @@ import torch
 from probe_models.batches import make_rollouts
 
 from entropy_fast import EstimateOptions
-from entropy_fast.distributed.agreement import _put_together, _sum_of_bits, _taken_apart, fingerprint
+from entropy_fast.distributed.agreement import _put_together, _taken_apart, fingerprint, sum_of_bits
 from entropy_fast.estimates.kernel_sums import KernelSums
 
 
@@ -50,7 +50,7 @@ def test_a_single_bit_of_a_large_tensor_shows():
         other = tensor.clone()
         word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
         other.view(word)[37] ^= 1
-        assert _sum_of_bits(tensor) != _sum_of_bits(other)
+        assert sum_of_bits(tensor) != sum_of_bits(other)
 
 
 def test_what_was_found_comes_together_again_with_the_first_rank_s_numbers():

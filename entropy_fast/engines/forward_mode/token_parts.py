@@ -14,9 +14,11 @@ from torch import Tensor
 
 from entropy_fast.columns import Coefficients, Columns, ScoredTokens, Side
 from entropy_fast.context import ProbeContext
+from entropy_fast.distributed.agreement import fingerprint
 from entropy_fast.distributed.dealing import Share
 from entropy_fast.engines.forward_mode.agreement import scaled_direction
 from entropy_fast.engines.forward_mode.forward import ForwardWithTangents
+from entropy_fast.resuming import Held, Tables
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways.teacher_forcing import pad_rows
 
@@ -107,12 +109,19 @@ def parts_by_unit(
     Raises:
         ForwardDerivativeError: an operation of the model has no forward derivative.
     """
-    columns, rollouts, done = context.columns.of_side(Side.FUNCTIONAL), share.rollouts, 0
+    columns, rollouts = context.columns.of_side(Side.FUNCTIONAL), share.rollouts
     share.team.enter("tokens")
     tables = [torch.zeros(rollouts.input_ids.shape, dtype=torch.float64) for _ in columns]
+    kept = context.keeper.sweep(
+        lambda: f"tokens: {fingerprint((rollouts, share.units, columns.members))}",
+        Held({"tokens": Tables({str(place): table for place, table in enumerate(tables)})}),
+    )
+    done = sum(map(len, share.units[: kept.position]))
+    if done:
+        context.report("tokens", done, len(share.prompts))
     with context.probe_state():
         forward = forward_of(context, rollouts)
-        for number, unit in enumerate(share.units):
+        for number, unit in kept.steps(enumerate(share.units)):
             along, scale = scaled_direction(direction(number), context.registry.tensors)
             rows = torch.cat([rollouts.rows_of_prompt(prompt) for prompt in unit])
             found = token_parts(context, forward, columns, rollouts, rows, along, scale)

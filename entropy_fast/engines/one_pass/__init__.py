@@ -12,6 +12,8 @@ KIND = EngineKind(
         {
             "accumulate_on",
             "autocast_dtype",
+            "checkpoint",
+            "checkpoint_seconds",
             "by_sequence",
             "by_token",
             "full_kernel",

@@ -46,6 +46,7 @@ from entropy_fast.engines.unit_dots import stacks_of, unit_dots, unit_of
 from entropy_fast.errors import EntropyFastWarning
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured
+from entropy_fast.resuming import Held, Tables
 from entropy_fast.rollouts import Rollouts
 
 __all__ = ["OnePassEngine"]
@@ -151,14 +152,15 @@ class OnePassEngine:
                         rows[which, place, number] = found[:, 1].sum()
                 sweeper.add(x_total, gradients.columns[place])
 
-        def start_again() -> None:
-            for x_total in x_totals:
-                x_total.clear()
-            for own in along:
-                own.clear()
-
         request = SweepRequest(entropy, entropy_share.units, functional, "entropy", tables["entropy"])
-        sweeper.sweep(request, project_entropy, start_again=start_again)
+        held = Held(
+            {
+                **{f"sum {place}": x_total for place, x_total in enumerate(x_totals)},
+                **{f"along {which}": own for which, own in enumerate(along)},
+                "rows": Tables({"rows": rows}, overwritten=True),
+            }
+        )
+        sweeper.sweep(request, project_entropy, held)
         sweeper.add_ranks(x_totals)
         entropy_share.fill(tables["entropy"].known)
         sums = finished(context, x_totals[0], g_totals[0], entropy, update)
@@ -179,7 +181,7 @@ class OnePassEngine:
                             columns[which, place, number] = unit_dots(context, unit, unit, x_total, y_sum)[:, 2].sum()
 
             request = SweepRequest(update, update_share.units, updates, "projections")
-            sweeper.sweep(request, project_update, start_again=lambda: None)
+            sweeper.sweep(request, project_update, Held({"columns": Tables({"columns": columns}, overwritten=True)}))
         add_up(team, [rows, columns])
         found = [
             [
@@ -222,14 +224,11 @@ class OnePassEngine:
                         dots[which, index, number] = dot.sum(0)
                         diagonals[which, index].add_(dot[:, 0])
 
-        def start_again() -> None:
-            dots.zero_()
-            diagonals.zero_()
-            for own in along:
-                own.clear()
-
         request = SweepRequest(share.rollouts, share.units, columns, "projections")
-        self._sweeper.sweep(request, project, start_again=start_again)
+        held = Held({"products": Tables({"dots": dots, "diagonals": diagonals})})
+        for which, own in enumerate(along):
+            held = held.and_also(f"along {which}", own)
+        self._sweeper.sweep(request, project, held)
         add_up(context.team, [dots, diagonals])
         found = [
             [sums_of_dots(*own, sizes) for own in zip(*of_update, strict=True)]
@@ -254,6 +253,7 @@ class OnePassEngine:
             and any(isinstance(column, ResolvedColumn) for column in columns)
             and self._sweeper.stack_bytes(share, context.columns) <= context.run.memory_bytes
             and not (context.run.by_sequence or context.run.by_token)
+            and not self._sweeper.has_scores(share.rollouts)
             and self._sweeper.runs_whole(context, share)
         )
 
@@ -287,7 +287,7 @@ class OnePassEngine:
         if note is not None:
             warnings.warn(note, EntropyFastWarning, stacklevel=4)
         plan = self._sweeper.plan()
-        notes = () if note is None else (note,)
+        notes = (*(() if note is None else (note,)), *self._context.keeper.notes)
         first, apart, candidates = by_column(self._context.columns, found)
         agreement = along[0].seen.agreement if along else None
         return Measured(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.capture import GradientRecorder
+from entropy_fast.resuming.held import flags_of, refuse_other_form
 
 __all__ = ["GradientStack"]
 
@@ -80,3 +81,27 @@ class GradientStack:
                 tensor.zero_()
         self._used.clear()
         self.touched[:] = [False] * len(self.touched)
+
+    def kept(self) -> Mapping[str, Tensor]:
+        """See `entropy_fast.resuming.Accumulator`; gradients are of units by themselves (`rows`)."""
+        return {"touched": flags_of(self.touched)}
+
+    def restore(self, found: Mapping[str, Tensor]) -> None:
+        """See `entropy_fast.resuming.Accumulator`."""
+        self.touched[:] = found["touched"].tolist()
+
+    def rows(self, start: int, stop: int) -> Mapping[str, Tensor]:
+        """See `entropy_fast.resuming.UnitRows`."""
+        return {
+            f"{column}/{place}": tensor[start:stop]
+            for column, stack in enumerate(self.columns)
+            for place, tensor in enumerate(stack)
+        }
+
+    def restore_rows(self, start: int, stop: int, found: Mapping[str, Tensor]) -> None:
+        """See `entropy_fast.resuming.UnitRows`."""
+        own = self.rows(start, stop)
+        refuse_other_form(found, own)
+        for name, tensor in own.items():
+            tensor.copy_(found[name])
+        self._used |= set(range(start, stop))

@@ -10,8 +10,9 @@ from entropy_fast.config import RunOptions
 from entropy_fast.context import ProbeContext
 from entropy_fast.distributed.collectives import add_up, most_of
 from entropy_fast.engines.one_pass.costs import CostModel
+from entropy_fast.engines.one_pass.course import SweepReport
 from entropy_fast.engines.one_pass.runner import Runner
-from entropy_fast.engines.one_pass.sweep import SweepReport, SweepRequest, prompt_tokens
+from entropy_fast.engines.one_pass.sweep import SweepRequest, prompt_tokens
 from entropy_fast.estimates.measured import Plan
 from entropy_fast.ways import Way
 
@@ -113,7 +114,7 @@ class PassLog:
             tokens - prefix,
             scored,
             len(columns),
-            min(way.prompt_forwards, len(columns)),
+            min(report.prompt_forwards, len(columns)),
             backwards=columns.backwards,
             entropies=columns.needs_entropies,
         )
@@ -128,7 +129,7 @@ class PassLog:
             [
                 max(report.microbatches for report in reports),
                 max(report.largest for report in reports),
-                runner.way.prompt_forwards,
+                max(report.prompt_forwards for report in reports),
             ],
         )
         total = torch.tensor(

@@ -11,47 +11,28 @@ import torch
 from entropy_fast.capture import RowRecorder
 from entropy_fast.checks.memory import out_of_memory, release_memory
 from entropy_fast.columns import Columns, SequenceTable, TokenScores
-from entropy_fast.config import RunOptions
 from entropy_fast.context import ProbeContext
-from entropy_fast.engines.one_pass.costs import CostModel
+from entropy_fast.distributed.agreement import fingerprint
+from entropy_fast.engines.one_pass.course import Course, MicrobatchLimit, SweepReport
 from entropy_fast.engines.one_pass.cutting import cut
 from entropy_fast.engines.one_pass.runner import Runner
-from entropy_fast.errors import ProbeMemoryError
+from entropy_fast.errors import ProbeMemoryError, ResumeError
+from entropy_fast.resuming import Held, KeptSweep, Tables
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.ways import Microbatch
 
 __all__ = [
     "Found",
-    "MicrobatchLimit",
-    "SweepReport",
     "SweepRequest",
     "chosen",
     "prompt_tokens",
     "runs_whole",
     "score_batch",
+    "scoring_of",
     "sweep",
 ]
 
 Found = TypeVar("Found", bound=RowRecorder)  # the recorder of a sweep
-
-
-@dataclasses.dataclass
-class MicrobatchLimit:
-    """How much goes into one forward, lowered where memory runs out; one for all sweeps of a probe.
-
-    Attributes:
-        tokens: where microbatches are cut by tokens.
-        prompts: where a number of prompts was asked for; None elsewhere.
-    """
-
-    tokens: int
-    prompts: int | None
-
-    @classmethod
-    def of(cls, options: RunOptions, costs: CostModel) -> MicrobatchLimit:
-        """As many tokens as products need for their full rate, if their activations fit the budget."""
-        fitting = options.memory_bytes // max(1, costs.bytes_per_token)
-        return cls(max(1, min(costs.full_rate_tokens, fitting)), options.prompts_per_microbatch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,20 +55,11 @@ class SweepRequest:
     table: SequenceTable | None = None
     whole_sequences: bool = False
 
-
-@dataclasses.dataclass
-class SweepReport:
-    """What a sweep did.
-
-    Attributes:
-        microbatches: that were gone through.
-        largest: tokens of the largest.
-        halved: how often memory ran out and a microbatch was halved.
-    """
-
-    microbatches: int = 0
-    largest: int = 0
-    halved: int = 0
+    @property
+    def named(self) -> str:
+        """The same text wherever the same is gone through for the same."""
+        asked = self.rollouts, self.units, self.columns.members, self.whole_sequences, self.table is None
+        return f"{self.stage}: {fingerprint(asked)}"
 
 
 def sweep(
@@ -97,7 +69,7 @@ def sweep(
     request: SweepRequest,
     recorder: Callable[[list[int]], Found],
     visit: Callable[[list[int], Found], None],
-    start_again: Callable[[], object],
+    held: Held,
 ) -> SweepReport:
     """Go through a batch; ``visit`` sees what the backwards of a few complete units brought.
 
@@ -108,22 +80,26 @@ def sweep(
         request: what is gone through.
         recorder: makes what takes in the signals of the given units, which are successive.
         visit: called for each group of units, by their numbers, with that.
-        start_again: called when everything visited so far is void: whatever ``visit`` adds up is to be emptied.
+        held: whatever ``visit`` adds up, empty: it is emptied again when everything visited so far is void, and filled where
+            a process before this one had gone through a part.
 
     Raises:
         ProbeMemoryError: there is not enough memory for a single prompt.
         ModelStateError: log-probs are random, or sequences interact.
+        ResumeError: the checkpoint is of another sweep, or the model goes another way than it did then.
     """
-    rollouts, units, report = request.rollouts, request.units, SweepReport()
+    rollouts, units = request.rollouts, request.units
+    if request.table is not None:
+        known = {str(place): own for place, own in enumerate(request.table.known)}
+        held = held.and_also("table", Tables(known, overwritten=True))
     total = sum(len(unit) for unit in units)
     # Compiled modules run as they were written: what is exchanged in them is not what was compiled.
     with context.probe_state(), torch.compiler.set_stance("force_eager"):
         runner.choose(rollouts)
-        cutter = _Cutter(runner, limit, request)
-        waiting = cutter.groups(units)
-        done = 0
-        while waiting:
-            numbers = waiting[0]
+        kept = context.keeper.sweep(lambda: request.named, held)
+        course, cutter = _begin(context, runner, limit, request, kept)
+        while course.waiting:
+            numbers = course.waiting[0]
             prompts = [prompt for number in numbers for prompt in units[number]]
             recorded, parts = recorder(numbers), cutter.parts(prompts)
             refused, message = _run_parts(runner, request, numbers, parts, recorded)
@@ -131,23 +107,70 @@ def sweep(
                 # Nothing of this group was visited.
                 del recorded
                 release_memory()
-                report.halved += 1
-                waiting = cutter.halved(numbers, prompts, parts, message)
+                course.report.halved += 1
+                course.waiting = cutter.halved(numbers, prompts, parts, message)
             elif refused:
                 # From the start: what was visited lacks these parameters.
                 runner.leave_out(refused)
                 runner.choose(rollouts)
-                start_again()
+                held.clear()
+                kept.void()
                 cutter = _Cutter(runner, limit, request)
-                waiting, done, report = cutter.groups(units), 0, SweepReport()
+                course = Course(cutter.groups(units))
             else:
                 visit(numbers, recorded)
-                report.microbatches += len(parts)
-                report.largest = max(report.largest, *(cutter.size(part) for part in parts))
-                done += len(prompts)
-                del waiting[0]
-                context.report(request.stage, done, total)
-    return report
+                course.report.microbatches += len(parts)
+                course.report.largest = max(course.report.largest, *(cutter.size(part) for part in parts))
+                course.report.prompt_forwards = max(course.report.prompt_forwards, runner.way.prompt_forwards)
+                del course.waiting[0]
+                _one_more(context, runner, limit, request, kept, course, total)
+        kept.end(course.details(limit, runner.left_out, str(runner.way)))
+    return course.report
+
+
+def _begin(
+    context: ProbeContext, runner: Runner, limit: MicrobatchLimit, request: SweepRequest, kept: KeptSweep
+) -> tuple[Course, _Cutter]:
+    """Where a sweep begins, or goes on; the runner and the limit are as they were there.
+
+    Raises:
+        ResumeError: the model goes another way than it did.
+    """
+    if kept.details is None:
+        cutter = _Cutter(runner, limit, request)
+        return Course(cutter.groups(request.units)), cutter
+    course, then = Course.from_details(kept.details, kept.position, len(request.units))
+    limit.tokens, limit.prompts = then.tokens, then.prompts
+    if set(kept.details["left_out"]) != set(runner.left_out):
+        runner.leave_out(set(kept.details["left_out"]))
+        runner.choose(request.rollouts)
+    if kept.details["way"] != str(runner.way):
+        raise ResumeError(
+            f"the checkpoint was written where microbatches went this way: {kept.details['way']}; here it is: {runner.way}.",
+            fix="go on with the same versions of libraries on the same kind of machine, or delete the checkpoint.",
+        )
+    total, done = sum(map(len, request.units)), sum(map(len, request.units[: kept.position]))
+    context.report(request.stage, done, total)
+    return course, _Cutter(runner, limit, request)
+
+
+def _one_more(
+    context: ProbeContext,
+    runner: Runner,
+    limit: MicrobatchLimit,
+    request: SweepRequest,
+    kept: KeptSweep,
+    course: Course,
+    total: int,
+) -> None:
+    """A group is done."""
+    position = course.position(len(request.units))
+    kept.advance(position, course.details(limit, runner.left_out, str(runner.way)))
+    try:
+        context.report(request.stage, sum(map(len, request.units[:position])), total)
+    except KeyboardInterrupt:
+        kept.interrupted()
+        raise
 
 
 def chosen(context: ProbeContext, runner: Runner, rollouts: Rollouts, least: int = 0) -> int:
@@ -176,13 +199,14 @@ def score_batch(
 
     Arguments and errors as of `sweep`.
     """
-    units, scores, done = [[prompt] for prompt in prompts], TokenScores.empty(rollouts), 0
+    request, scores = scoring_of(context, rollouts, prompts), TokenScores.empty(rollouts)
+    held = Held({"scores": Tables(vars(scores))})
     with context.probe_state(), torch.compiler.set_stance("force_eager"):
         runner.choose(rollouts)
-        cutter = _Cutter(runner, limit, SweepRequest(rollouts, units, context.columns, "scores"))
-        waiting = cutter.groups(units)
-        while waiting:
-            numbers = waiting[0]
+        kept = context.keeper.sweep(lambda: request.named, held)
+        course, cutter = _begin(context, runner, limit, request, kept)
+        while course.waiting:
+            numbers = course.waiting[0]
             own = [prompts[number] for number in numbers]
             rows = torch.cat([rollouts.rows_of_prompt(prompt) for prompt in own])
             try:
@@ -194,12 +218,17 @@ def score_batch(
                     raise
                 message = (str(error) or type(error).__name__).splitlines()[0]
                 release_memory()
-                waiting = cutter.halved(numbers, own, [own], message)
+                course.waiting = cutter.halved(numbers, own, [own], message)
                 continue
-            del waiting[0]
-            done += len(own)
-            context.report("scores", done, len(prompts))
+            del course.waiting[0]
+            _one_more(context, runner, limit, request, kept, course, len(prompts))
+        kept.end(course.details(limit, runner.left_out, str(runner.way)))
     return scores
+
+
+def scoring_of(context: ProbeContext, rollouts: Rollouts, prompts: Sequence[int]) -> SweepRequest:
+    """What `score_batch` goes through."""
+    return SweepRequest(rollouts, [[prompt] for prompt in prompts], context.columns, "scores")
 
 
 def _run_parts(

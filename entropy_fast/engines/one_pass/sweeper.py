@@ -15,25 +15,27 @@ from torch import Tensor
 
 from entropy_fast.capture import Directions, GradientRecorder, ProjectionRecorder
 from entropy_fast.columns import Columns, SequenceTable, TokenScores
+from entropy_fast.config import RunOptions
 from entropy_fast.context import ProbeContext
 from entropy_fast.distributed.agreement import united
 from entropy_fast.distributed.collectives import add_up, any_of, least_of, most_of
 from entropy_fast.distributed.dealing import Share, share_of
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.engines.one_pass.costs import CostModel
+from entropy_fast.engines.one_pass.course import MicrobatchLimit, SweepReport
 from entropy_fast.engines.one_pass.gradient_stack import GradientStack
 from entropy_fast.engines.one_pass.plan import OnePassPlan, PassLog
 from entropy_fast.engines.one_pass.runner import Runner
 from entropy_fast.engines.one_pass.sweep import (
     Found,
-    MicrobatchLimit,
-    SweepReport,
     SweepRequest,
     chosen,
     runs_whole,
     score_batch,
+    scoring_of,
     sweep,
 )
+from entropy_fast.resuming import Held, Tables
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import prompt_units
 
@@ -53,7 +55,7 @@ class Sweeper:
         self._context, self._team = context, context.team
         self._runner = Runner(context)
         self._costs = CostModel.of(context.model, context.registry.module, context.device)
-        self._limit = MicrobatchLimit.of(context.run, self._costs)
+        self._limit = _first_limit(context.run, self._costs)
         self._log = PassLog(self._costs)
 
     @property
@@ -68,6 +70,11 @@ class Sweeper:
     def runs_whole(self, context: ProbeContext, share: Share) -> bool:
         """Whether one forward of this rank says all that there is to know of a batch's coefficients."""
         return self._team.size == 1 and runs_whole(context, self._runner, self._limit, share.rollouts, share.units)
+
+    def has_scores(self, rollouts: Rollouts) -> bool:
+        """Whether a checkpoint has what the policy says of a batch, so that a process before this one had to find it."""
+        prompts = self.share(rollouts, None).prompts
+        return self._context.keeper.holds(lambda: scoring_of(self._context, rollouts, prompts).named)
 
     def stack_bytes(self, share: Share, columns: Columns) -> int:
         """What gradients of the units of a rank take, on the rank that has most."""
@@ -112,17 +119,14 @@ class Sweeper:
                 for total, found in zip(totals, gradients.columns, strict=True):
                     self.add(total, found)
 
-            def start_again() -> None:
-                for total in totals:
-                    total.clear()
-
-            self.sweep(request, collect, start_again=start_again)
+            held = Held({f"sum {place}": total for place, total in enumerate(totals)})
+            self.sweep(request, collect, held)
         else:
             on_cpu = self._context.run.accumulate_on == "cpu"
             n_units = len(share.units)
             stack = GradientStack(registry.names, registry.tensors, n_units, len(columns), on_cpu=on_cpu)
             self._log.stored = max(self._log.stored, self.stack_bytes(share, columns))
-            self.sweep(request, stack.collect, start_again=stack.clear, storage=stack.storage)
+            self.sweep(request, stack.collect, Held({"stack": stack}, units=stack), storage=stack.storage)
             for total, stored in zip(totals, stack.columns, strict=True):
                 for index, tensor in enumerate(stored):
                     if stack.touched[index]:
@@ -153,7 +157,7 @@ class Sweeper:
             values.add_(found.values)
 
         request = SweepRequest(share.rollouts, share.units, columns, "sequences", whole_sequences=True)
-        self._record(request, recorder, collect, lambda: values.zero_())
+        self._record(request, recorder, collect, Held({"values": Tables({"values": values})}))
         found = values.cpu()
         share.fill([found])
         return found
@@ -162,11 +166,11 @@ class Sweeper:
         self,
         request: SweepRequest,
         visit: Callable[[list[int], GradientRecorder], None],
+        held: Held,
         *,
-        start_again: Callable[[], object],
         storage: Storage | None = None,
     ) -> None:
-        """Go through units; ``visit`` sees their gradients, by their places among the request's."""
+        """Go through units; ``visit`` sees their gradients, by their places among the request's, and adds up what is held."""
         registry = self._context.registry
         parameters = dict(zip(registry.names, registry.tensors, strict=True))
 
@@ -174,7 +178,7 @@ class Sweeper:
             kept = None if storage is None else storage(numbers)
             return GradientRecorder(parameters, len(numbers), len(request.columns), kept)
 
-        self._record(request, recorder, visit, start_again)
+        self._record(request, recorder, visit, held)
 
     def plan(self) -> OnePassPlan:
         """How the batches were gone through, by all ranks; after all sweeps."""
@@ -185,7 +189,7 @@ class Sweeper:
         request: SweepRequest,
         recorder: Callable[[list[int]], Found],
         visit: Callable[[list[int], Found], None],
-        start_again: Callable[[], object],
+        held: Held,
     ) -> None:
         """One `sweep`, counted in the plan."""
         team = self._team
@@ -193,7 +197,7 @@ class Sweeper:
         self._settle(request.rollouts)
 
         def go() -> SweepReport:
-            return sweep(self._context, self._runner, self._limit, request, recorder, visit, start_again)
+            return sweep(self._context, self._runner, self._limit, request, recorder, visit, held)
 
         report = go()
         if team.size > 1:
@@ -203,7 +207,7 @@ class Sweeper:
             )[0]:
                 if missing:
                     self._runner.leave_out(missing)
-                    start_again()
+                    held.clear()
                     report = go()
             self._settle(request.rollouts)
             self._limit.tokens, prompts = least_of(team, [self._limit.tokens, self._limit.prompts or 0])
@@ -219,3 +223,9 @@ class Sweeper:
             own = chosen(self._context, self._runner, rollouts, least)
             least = most_of(self._team, [own])[0]
             behind = any_of(self._team, [own < least])[0]
+
+
+def _first_limit(options: RunOptions, costs: CostModel) -> MicrobatchLimit:
+    """As many tokens as products need for their full rate, if their activations fit the budget."""
+    fitting = options.memory_bytes // max(1, costs.bytes_per_token)
+    return MicrobatchLimit(max(1, min(costs.full_rate_tokens, fitting)), options.prompts_per_microbatch)
