@@ -38,7 +38,6 @@ YPass = Literal["backward", "autograd_grad"]
 ConditionalVariance = Literal["per_prompt", "alpha"]
 WhenBusy = Literal["wait", "refuse"]
 Ranks = Literal["own", "all"]
-CHECKPOINT_SECONDS = 120.0  # of which writing takes about a hundredth, where it is of gigabytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,8 +239,8 @@ class RunOptions(Options):
         checkpoint: folder in which the probe keeps what it has added up so far, and from which the same call goes on after it
             was ended before its time: to the same number, bit by bit where the machine and its threads are the same. A finished
             probe removes what it has kept there. None keeps nothing.
-        checkpoint_seconds: between two of them; 0 for one after every microbatch. There is one at the end of every sweep and
-            after Ctrl-C in any case.
+        checkpoint_seconds: between two of them; 0 for one after every microbatch. None is a minute, or as much longer as keeps
+            the writing of sums to a fiftieth of the time. There is one at the end of every sweep and after Ctrl-C in any case.
         when_busy: what to do while another probe runs in this process, of whatever model: they cannot run at once.
         y_pass: how the two-pass engine takes the update gradient; ``autograd_grad`` is the route some scripts use, kept to
             compare with.
@@ -267,7 +266,7 @@ class RunOptions(Options):
     ranks: Ranks = option("own", "of torch.distributed: a forecast each, or one by all")
     rank_timeout: float = option(600.0, "seconds that ranks wait for one another (ranks all)", least=1)
     checkpoint: FolderPath = option(None, "folder that an ended probe goes on from")
-    checkpoint_seconds: float = option(CHECKPOINT_SECONDS, "seconds between two checkpoints", least=0)
+    checkpoint_seconds: float | None = option(None, "seconds between two checkpoints", least=0)
     when_busy: WhenBusy = option("wait", "while another probe runs in this process")
     y_pass: YPass = option("backward", "two_pass: route of the update gradient")
     conditional_variance: ConditionalVariance = option("per_prompt", "two_pass, two batches: or the double backward")
@@ -278,11 +277,11 @@ class RunOptions(Options):
         super().__post_init__()
         if self.checkpoint == "":
             raise ConfigError("RunOptions: `checkpoint` is empty.", fix="use the path of a folder, or None.")
-        if not math.isfinite(self.checkpoint_seconds):
+        if self.checkpoint_seconds is not None and not math.isfinite(self.checkpoint_seconds):
             raise ConfigError(
                 f"RunOptions: `checkpoint_seconds` is {self.checkpoint_seconds!r}.", fix="use a finite number from 0."
             )
-        if self.checkpoint is None and "checkpoint_seconds" in self.changed():
+        if self.checkpoint is None and self.checkpoint_seconds is not None:
             raise ConfigError(
                 f"RunOptions: checkpoint_seconds={self.checkpoint_seconds!r} without a checkpoint.",
                 fix="pass checkpoint=FOLDER (--checkpoint FOLDER) too.",

@@ -26,6 +26,10 @@ from entropy_fast.resuming.record import CheckpointRecord, KeptFile, SweepRecord
 
 __all__ = ["FolderKeeper", "Keeper", "KeptSweep"]
 
+# Where nobody says how often: seconds at least, and how many times longer than sums took to write. Units' own gradients are
+# written once however often that is.
+SECONDS, TIMES_LONGER = 60.0, 50.0
+
 Item = TypeVar("Item")
 AGAIN = "make the very call that wrote it, pass another folder, or delete this one to begin the probe anew."
 
@@ -97,7 +101,7 @@ class FolderKeeper(Keeper):
     Args:
         folder: of this rank.
         identity: of the probe, by what each text is of.
-        seconds: between two checkpoints.
+        seconds: between two checkpoints; None for what their size suggests.
         record: of the checkpoint that is there; None where none is.
         note: what a result says of it.
         clock: seconds.
@@ -107,7 +111,7 @@ class FolderKeeper(Keeper):
         self,
         folder: CheckpointFolder,
         identity: Mapping[str, str],
-        seconds: float,
+        seconds: float | None,
         record: CheckpointRecord | None = None,
         note: str | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -115,16 +119,16 @@ class FolderKeeper(Keeper):
         self._folder, self._identity, self._seconds, self._clock = folder, identity, seconds, clock
         self._found = list(record.sweeps) if record is not None else []
         self._sweeps: list[SweepRecord] = []
-        self._note, self._last = note, clock()
+        self._note, self._last, self._took = note, clock(), 0.0
 
     @classmethod
     @contextlib.contextmanager
-    def of(cls, folder: str, seconds: float, team: Team, identity: Mapping[str, str]) -> Iterator[FolderKeeper]:
+    def of(cls, folder: str, seconds: float | None, team: Team, identity: Mapping[str, str]) -> Iterator[FolderKeeper]:
         """For the length of a probe. All ranks open theirs together.
 
         Args:
             folder: of the whole checkpoint.
-            seconds: between two checkpoints.
+            seconds: between two checkpoints; None for what their size suggests.
             team: the ranks.
             identity: of the probe, by what each text is of.
 
@@ -174,7 +178,8 @@ class FolderKeeper(Keeper):
 
     def due(self) -> bool:
         """Whether it is time to write."""
-        return self._clock() - self._last >= self._seconds
+        wanted = max(SECONDS, TIMES_LONGER * self._took) if self._seconds is None else self._seconds
+        return self._clock() - self._last >= wanted
 
     def write(self, number: int, record: SweepRecord, held: Held) -> SweepRecord:
         """Write how far a sweep has come, and with it all before it.
@@ -196,7 +201,9 @@ class FolderKeeper(Keeper):
         try:
             if held.units is not None:
                 new += self._folder.write_units(number, held.units, reached, record.position)
+            began = self._clock()
             new += self._folder.write_sums(number, held.kept())
+            self._took = self._clock() - began
             written = dataclasses.replace(record, files=(*there, *new))
             sweeps = (*self._sweeps[:number], written)
             now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
