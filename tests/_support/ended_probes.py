@@ -16,7 +16,7 @@ from probe_options import options_of
 from ranks_at_work import numbers, wide_model
 from torch import nn
 
-from entropy_fast import DeltaH1Result, Rollouts, fast_delta_h1
+from entropy_fast import DeltaH1Result, Rollouts, candidates, fast_delta_h1
 
 SIZES = (3, 2, 4, 2)
 PARTS = {"entropy_estimator": "rao_blackwell", "baseline": "prompts"}
@@ -26,8 +26,24 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "units' gradients not kept, next step": {**PARTS, "step": "next", "memory_budget": 0},
     "units' gradients kept, adam_static, sequences": {"by_sequence": True},
     "units' gradients not kept, adam_static, blocks": {"memory_budget": 0, "blocks": 2},
+    "other updates and functionals": {
+        **PARTS,
+        "memory_budget": 0,
+        "step": "next",
+        "fields": {
+            "functionals": {"length": torch.arange(float(sum(SIZES)))},
+            "updates": {"bonus": candidates.entropy_bonus(0.01)},
+        },
+    },
     "two batches, next step": {**PARTS, "step": "next", "memory_budget": 0, "batches": 2},
     "two batches, adam_static, sequences and tokens": {"by_sequence": True, "by_token": True, "batches": 2},
+    "two passes, next step": {**PARTS, "engine": "two_pass", "step": "next"},
+    "two passes, two batches, the double backward": {
+        "engine": "two_pass",
+        "batches": 2,
+        "conditional_variance": "alpha",
+    },
+    "two passes, two batches, next step": {**PARTS, "engine": "two_pass", "batches": 2, "step": "next"},
     "a live gradient, in chunks of prompts": {
         **PARTS,
         "step": "next",

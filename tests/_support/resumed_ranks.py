@@ -16,6 +16,7 @@ PARTS = {"entropy_estimator": "rao_blackwell", "baseline": "prompts", "step": "n
 CASES: dict[str, dict[str, Any]] = {
     "kept": {**PARTS, "by_sequence": True, "by_token": True},
     "not kept": {**PARTS, "memory_budget": 0},
+    "two passes": {**PARTS, "engine": "two_pass"},
 }
 
 

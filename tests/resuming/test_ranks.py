@@ -36,7 +36,9 @@ def test_all_ranks_go_on(tmp_path, name, how):
         assert second.statuses == [0] * world
         for found in second.ranks:
             assert found["found"] == found["expected"], at
-            assert found["parts"] == ["rank-0-of-2", "rank-1-of-2"] and not found["left"]
+            # A pass of the two-pass engine writes after its report, so a rank that raises at its first one leaves nothing.
+            nothing = (name, how, at) == ("two passes", "raise", 1)
+            assert found["parts"] == ["rank-0-of-2", "rank-1-of-2"][: 1 if nothing else 2] and not found["left"]
             (note,) = found["notes"]
             assert "rank 0" in note and "rank 1" in note
         assert second.ranks[0]["notes"] == second.ranks[1]["notes"]

@@ -12,6 +12,8 @@ KIND = EngineKind(
         {
             "accumulate_on",
             "autocast_dtype",
+            "checkpoint",
+            "checkpoint_seconds",
             "conditional_variance",
             "full_kernel",
             "max_excluded_share",
@@ -25,6 +27,8 @@ KIND = EngineKind(
     refuses=lambda batches, context: (
         "conditional_variance='alpha' is about the entropy batch of the two-batch estimate; here is one batch"
         if batches == 1 and context.run.conditional_variance == "alpha"
+        else "checkpoint with full_kernel, for which this engine holds every unit's gradients without writing them"
+        if context.run.checkpoint is not None and context.run.full_kernel
         else None
     ),
     no_next_step=lambda estimate, run: (

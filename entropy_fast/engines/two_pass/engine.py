@@ -26,12 +26,14 @@ from entropy_fast.engines.gradient_sum import GradientSum, inner_product, parame
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import coverage_of, finish_functional, finish_update, finished
 from entropy_fast.engines.two_pass import alpha_trick
-from entropy_fast.engines.two_pass.gradient_routes import gradients_by_autograd_grad, gradients_by_backward
+from entropy_fast.engines.two_pass.gradient_routes import gradients_by_route
+from entropy_fast.engines.two_pass.kept import kept_steps, tables_of
 from entropy_fast.engines.two_pass.passes import Pass, kernel_between, measured_of, sums_of_dots
 from entropy_fast.engines.two_pass.scoring import padded_scores
 from entropy_fast.engines.unit_dots import unit_dots
 from entropy_fast.estimates.kernel_sums import KernelSums
 from entropy_fast.estimates.measured import Measured
+from entropy_fast.resuming import Tables
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import iter_microbatches, prompt_units
 from entropy_fast.step import AdamState
@@ -224,7 +226,9 @@ class ProbeComponents:
         alpha_trick.refuse_reentrant_checkpointing(own.context.model)
         columns, found = own._column(Side.FUNCTIONAL, 0), torch.zeros(entropy.n_prompts, dtype=torch.float64)
         with own.context.probe_state(), alpha_trick.twice_differentiable_attention():
-            for rows in self._iter_prompt_microbatches(entropy, share.prompts):
+            microbatches = self._iter_prompt_microbatches(entropy, share.prompts)
+            kept = {"found": Tables({"found": found})}
+            for rows in kept_steps(own.context, "alpha", (entropy, columns, share.prompts), kept, microbatches):
                 forward = self._compute_aligned_batch_logprobs(entropy, rows)
                 prompts = alpha_trick.put_projections(found, own.context, forward, columns, entropy, rows, y_mean)
                 own.context.report("alpha", int(prompts.max()) + 1, entropy.n_prompts)
@@ -248,7 +252,9 @@ class ProbeComponents:
         kept: list[tuple[list[Tensor], list[Tensor]]] = []
         along = along_sums(context, g_totals, rollouts, len(x_totals), None)
         context.team.enter("diagonal")
-        for number, unit in zip(share.numbers, share.units, strict=True):
+        sums_so_far = {"dots": Tables({"dots": dots})} | {f"along {which}": own for which, own in enumerate(along)}
+        asked, numbered = (rollouts, context.columns, share.units), zip(share.numbers, share.units, strict=True)
+        for number, unit in kept_steps(context, "diagonal", asked, sums_so_far, numbered):
             x_units, g_units = (
                 [self._gradient_sum(side, rollouts, unit, place=place).tensors for place in range(len(totals))]
                 for side, totals in ((Side.FUNCTIONAL, x_totals), (Side.UPDATE, y_sums))
@@ -293,7 +299,9 @@ class ProbeComponents:
         rollouts = share.rollouts
         products = torch.zeros(rollouts.n_prompts, dtype=torch.float64)
         self.context.team.enter(f"{side.value} per prompt")
-        for prompt in share.prompts:
+        asked = rollouts, self._column(side, place), share.prompts
+        kept = {"products": Tables({"products": products})} | {f"along {n}": own for n, own in enumerate(along)}
+        for prompt in kept_steps(self.context, f"{side.value} per prompt", asked, kept, share.prompts):
             gradient = self._gradient_sum(side, rollouts, [prompt], place=place).tensors
             for steps in along:
                 x_stacks: list[list[Tensor | None]] = [
@@ -333,7 +341,7 @@ class ProbeComponents:
         """See `_gradient_sum`: over the prompts of all ranks."""
         team = self.context.team
         team.enter(side.value)
-        total = self._gradient_sum(side, share.rollouts, share.prompts, table, x_touched, place=place)
+        total = self._gradient_sum(side, share.rollouts, share.prompts, table, x_touched, place=place, keeps=True)
         add_up(team, total.tensors)
         total.touched[:] = any_of(team, total.touched)
         if table is not None:
@@ -349,43 +357,36 @@ class ProbeComponents:
         x_touched: Sequence[bool] | None = None,
         *,
         place: int = 0,
+        keeps: bool = False,
     ) -> GradientSum:
         """Σ X_n or Σ g_n (raw) over the given prompts: a fresh forward and one backward per microbatch.
 
-        Of the column at ``place`` among those of its side.
-
-        With a ``table`` (the pass over the whole batch) what is learned of every sequence is written into it.
+        Of the column at ``place`` among those of its side. With a ``table`` (the pass over the whole batch) what is learned of
+        every sequence is written into it. ``keeps`` for a pass that a later process may go on with.
         """
         context, columns = self.context, self._column(side, place)
-        total, done = GradientSum.zeros(context.registry.tensors, context.sums_device), 0
+        total = GradientSum.zeros(context.registry.tensors, context.sums_device)
+        microbatches = self._iter_prompt_microbatches(rollouts, prompts)
+        if keeps:
+            asked = rollouts, columns, (list(prompts), table is None)
+            microbatches = kept_steps(context, side.value, asked, {"sum": total, **tables_of(table)}, microbatches)
         with context.probe_state():
             if side is Side.UPDATE:
                 # Every pass starts from the caller's random state. One draw more before Y, so that randomness nobody
                 # switched off differs from that of X and `check_repeatable` sees it.
                 torch.rand(1, device=context.device)
-            for rows in self._iter_prompt_microbatches(rollouts, prompts):
+            for rows in microbatches:
                 forward = self._compute_aligned_batch_logprobs(rollouts, rows)
                 scored = forward.scored_tokens(rollouts, rows)
                 coefficients = columns.weigh(scored)
                 scale = power_of_two_scale(coefficients.largest(0))
                 loss = self._build_probe_loss(forward, coefficients) * scale
-                total.add(self._gradients(side, loss, forward, x_touched), scale)
+                total.add(gradients_by_route(context, side, loss, forward.sequence_logprobs, x_touched), scale)
                 if table is not None:
                     table.put(rows, scored.sequence_logprobs, coefficients)
-                    done += len(torch.unique(rollouts.prompt_index[rows]))
+                    done = list(prompts).index(int(rollouts.prompt_index[rows[-1]])) + 1
                     context.report(side.value, done, rollouts.n_prompts)
         return total
 
     def _column(self, side: Side, place: int) -> Columns:
         return Columns((self.context.columns.of_side(side).members[place],))
-
-    def _gradients(
-        self, side: Side, loss: Tensor, forward: ForwardResult, x_touched: Sequence[bool] | None
-    ) -> Sequence[Tensor | None]:
-        """By the route that was asked for."""
-        context = self.context
-        if side is Side.FUNCTIONAL or context.run.y_pass == "backward":
-            return gradients_by_backward(loss, context.registry)
-        return gradients_by_autograd_grad(
-            loss, forward.sequence_logprobs, context.registry, strict=context.run.strict, x_touched=x_touched
-        )

@@ -13,9 +13,22 @@ import torch
 from torch import Tensor
 
 from entropy_fast.checks.parameter_registry import ParameterRegistry
+from entropy_fast.columns import Side
+from entropy_fast.context import ProbeContext
 from entropy_fast.errors import GradientCoverageError, GraphDetachedError
 
-__all__ = ["gradients_by_autograd_grad", "gradients_by_backward"]
+__all__ = ["gradients_by_autograd_grad", "gradients_by_backward", "gradients_by_route"]
+
+
+def gradients_by_route(
+    context: ProbeContext, side: Side, loss: Tensor, sequence_logprobs: Tensor, x_touched: Sequence[bool] | None
+) -> Sequence[Tensor | None]:
+    """By the route that was asked for; arguments and errors as of `gradients_by_autograd_grad`."""
+    if side is Side.FUNCTIONAL or context.run.y_pass == "backward":
+        return gradients_by_backward(loss, context.registry)
+    return gradients_by_autograd_grad(
+        loss, sequence_logprobs, context.registry, strict=context.run.strict, x_touched=x_touched
+    )
 
 
 def gradients_by_backward(loss: Tensor, registry: ParameterRegistry) -> list[Tensor | None]:

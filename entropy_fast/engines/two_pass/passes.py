@@ -68,6 +68,7 @@ def measured_of(
         sums.excluded,
         sums.leading_products,
         plan,
+        context.keeper.notes,
         apart=apart,
         candidates=candidates,
     )

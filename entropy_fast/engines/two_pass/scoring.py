@@ -10,6 +10,8 @@ from torch import Tensor
 from entropy_fast.columns import TokenScores
 from entropy_fast.context import ProbeContext
 from entropy_fast.distributed.dealing import Share
+from entropy_fast.engines.two_pass.kept import kept_steps
+from entropy_fast.resuming import Tables
 from entropy_fast.ways.teacher_forcing import align_logprobs, model_logits, pad_rows
 
 __all__ = ["padded_scores"]
@@ -29,8 +31,9 @@ def padded_scores(context: ProbeContext, share: Share, microbatches: Iterable[Te
     rollouts, temperature = share.rollouts, context.estimate.policy_temperature
     scores = TokenScores.empty(rollouts)
     share.team.enter("scores")
+    asked = rollouts, context.columns, share.prompts
     with context.probe_state():
-        for rows in microbatches:
+        for rows in kept_steps(context, "scores", asked, {"scores": Tables(vars(scores))}, microbatches):
             batch = pad_rows(rollouts, rows, context.device)
             with torch.no_grad(), context.autocast():
                 logits = model_logits(context.registry.module, batch)
