@@ -61,10 +61,10 @@ def test_ended_at_every_microbatch(tmp_path, name):
 
 @pytest.mark.parametrize("name", FAST)
 def test_killed(tmp_path, name):
-    """By SIGKILL, in the middle; and the one that goes on is killed too, further on."""
+    """By SIGKILL, in the middle; and those that go on are killed too, further on, in each sweep."""
     numbers, whole = expected(name)
     reports = len(whole)
-    for at in (reports // 2, 4):
+    for at in (reports // 2, *[4] * (reports // len(SIZES) - 1)):
         assert in_another_process(lambda at=at: probe(tmp_path / "kept", at, kill, **CASES[name])) == -signal.SIGKILL
     result, seen = probe(tmp_path / "kept", **CASES[name])
     assert found_by(result) == numbers
