@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -233,6 +232,8 @@ def _part(folder: str, team: Team) -> Path:
 
 
 def _lock(handle: int, folder: str) -> None:
+    import fcntl  # which not every system has on which nothing is kept
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

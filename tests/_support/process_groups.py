@@ -54,3 +54,12 @@ def run_jobs(
             raise AssertionError(done.stdout[-5000:])
         found.append(Done(statuses, written))
     return found
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """A launcher with so many processes of what follows ``python``."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False
+    )

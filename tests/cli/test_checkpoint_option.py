@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import launched_probe
 import pytest
+from process_groups import torchrun
 from small_policy import saved_run
 
 from entropy_fast.cli.app import run
@@ -63,6 +66,23 @@ def test_typed_again_it_goes_on(folder, tmp_path, capsys, monkeypatch):
     assert "went on from the checkpoint of" in " ".join(capsys.readouterr().out.split())
     assert numbers(tmp_path / "out") == numbers(tmp_path / "plain")
     assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("phase", ["gradient sums", "result"])
+def test_under_torchrun(folder, tmp_path, phase):
+    """A rank is killed where sums are added up, or at the end; started again, all ranks go on, and one of them writes."""
+    script, kept = Path(launched_probe.__file__), tmp_path / "kept"
+    given = command(folder, tmp_path / "out", "--checkpoint", kept, "--rank-timeout", 60)
+    assert torchrun(2, script, 1, phase, *given).returncode != 0
+    assert not (tmp_path / "out").exists()
+    assert sorted(path.parent.name for path in kept.glob("*/checkpoint.json")) == ["rank-0-of-2", "rank-1-of-2"]
+    done = torchrun(2, "-m", "entropy_fast", *given, "-v")
+    assert done.returncode == 0, done.stderr
+    assert " ".join(done.stdout.split()).count("went on from the checkpoint of") == 1
+    assert not kept.exists()
+    assert torchrun(2, "-m", "entropy_fast", *command(folder, tmp_path / "plain")).returncode == 0
+    assert numbers(tmp_path / "out") == numbers(tmp_path / "plain")
 
 
 def test_another_probe_is_refused_in_a_sentence(folder, tmp_path, capsys, monkeypatch):

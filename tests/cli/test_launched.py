@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import launched_probe
 import pytest
+from process_groups import torchrun
 from small_policy import saved_run
 
 from entropy_fast.cli.app import run
@@ -62,14 +60,6 @@ def test_all_ranks_need_a_process_group(tmp_path, capsys):
     assert run(["probe", str(folder), "--ranks", "all", "--out", str(tmp_path / "out")]) == 2
     assert "no process group" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out" / "result.json").exists()
-
-
-def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
 
 
 @pytest.mark.exhaustive

@@ -66,7 +66,7 @@ class Course:
             way: that microbatches go.
         """
         return {
-            "waiting": self.waiting,
+            "waiting": list(self.waiting),
             "report": dataclasses.asdict(self.report),
             "limit": dataclasses.asdict(limit),
             "left_out": list(left_out),
