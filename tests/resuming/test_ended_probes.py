@@ -37,7 +37,8 @@ def ended(folder: Path, name: str, at: int) -> None:
         probe(folder, at, **CASES[name])
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == FAST[1] else pytest.mark.exhaustive) for n in CASES])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
 def test_a_checkpoint_changes_no_number_and_goes_with_the_probe(tmp_path, name):
     result, _ = probe(tmp_path / "kept", **CASES[name])
     assert found_by(result) == expected(name)[0]

@@ -119,7 +119,10 @@ def bytes_of(folder: Path, kind: str) -> int:
     return sum(t.numel() * t.element_size() for found in tensors for t in found.values())
 
 
-@pytest.mark.parametrize("shard", [1 << 28, 1 << 12], ids=["whole", "in pieces"])
+@pytest.mark.parametrize(
+    "shard",
+    [pytest.param(1 << 28, marks=pytest.mark.exhaustive, id="whole"), pytest.param(1 << 12, id="in pieces")],
+)
 def test_as_large_as_docs_say(tmp_path, monkeypatch, shard):
     """docs/scaling.md, with F = 2 functional columns and U = 1 update, in fp64."""
     monkeypatch.setattr(folder_module, "SHARD", shard)

@@ -83,6 +83,7 @@ def test_another_version_is_another_probe(kept, monkeypatch):
         probe(kept, **OPTIONS)
 
 
+@pytest.mark.exhaustive
 def test_a_loss_that_says_something_else_is_another(tmp_path):
     """Two functions of one type: what they say of the batch is what differs."""
 
