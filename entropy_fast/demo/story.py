@@ -150,6 +150,8 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     rollouts = sample(settings.optimizer_steps)
     announce(f"Rollouts for the next update: {_describe(rollouts)}")
     _save(folder, source, model, optimizer, rollouts, settings.run)
+    announce(f"Written to {folder}: `entropy-fast probe {folder} --out DIR` can go on from here")
+    announce("Forecasting what the step from these rollouts would do")
     numbers = usual_functionals(rollouts)
     # By itself, as a probe of the folder repeats it: more columns in a call round otherwise.
     result = fast_delta_h1(

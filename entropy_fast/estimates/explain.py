@@ -59,8 +59,9 @@ def _from_where(forecast: Forecast, split: Split | None, prompts: Sequence[tuple
     ranked = sorted(prompts, key=lambda prompt: -abs(prompt[1]))[:NAMED]
     named = " and ".join(f"{name} ({share:+.2g})" for name, share in ranked)
     if split is None or math.isnan(split.total.value):
-        return f"Of {len(prompts)} prompts {named} matter most."
+        return f"Of {len(prompts)} prompts {named} have the largest shares of it."
     return (
-        f"Of the total, {split.direct.value:+.3g} are from how distributions change and {split.visitation.value:+.3g} ± "
-        f"{split.visitation.std_error:.2g} from where the policy goes; of {len(prompts)} prompts {named} matter most."
+        f"Of the total, {split.direct.value:+.3g} are from how distributions change and {split.visitation.value:+.3g} "
+        f"(standard error {split.visitation.std_error:.2g}) from where the policy goes; of {len(prompts)} prompts {named} have "
+        "the largest shares of the total."
     )

@@ -36,6 +36,7 @@ class MethodSection:
         commands: that give the result again.
         directory: that they are typed in.
         made: when and where.
+        notes: that do not bear on what may be concluded.
     """
 
     facts: tuple[tuple[str, str], ...]
@@ -46,6 +47,7 @@ class MethodSection:
     commands: tuple[str, ...]
     directory: str
     made: str
+    notes: tuple[str, ...]
 
 
 def method_section(saved: SavedResult) -> MethodSection:
@@ -66,6 +68,7 @@ def method_section(saved: SavedResult) -> MethodSection:
         () if provenance is None else tuple(printable(command, TEXT) for command in provenance.commands),
         "" if provenance is None else printable(provenance.directory, TEXT),
         UNKNOWN if provenance is None else printable(f"{provenance.finished}, {provenance.machine}", TEXT),
+        tuple(printable(note, TEXT) for note in result.diagnostics.asides),
     )
 
 

@@ -39,7 +39,7 @@ class VerdictSection:
         sentence: the verdict.
         explanation: how much, how sure, from where.
         figures: two or three numbers.
-        warnings: everything that deserves a sentence.
+        warnings: what bears on it.
     """
 
     sentence: str
@@ -60,7 +60,7 @@ def verdict_section(result: DeltaH1Result) -> VerdictSection:
         _kept_together(result.verdict.sentence),
         _kept_together(printable(result.explain(), LONGEST)),
         tuple(figures),
-        tuple(printable(warning, LONGEST) for warning in result.diagnostics.warnings),
+        tuple(printable(warning, LONGEST) for warning in result.diagnostics.bearing),
     )
 
 
