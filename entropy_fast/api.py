@@ -13,10 +13,12 @@ from entropy_fast.columns.given import LossFunction
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.context import ProgressCallback
 from entropy_fast.distributed.team import Team, joined
+from entropy_fast.engines import engine_kind
 from entropy_fast.errors import ConfigError, RolloutsError
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.offline_entropy_probe import OfflineEntropyProbe
 from entropy_fast.rollouts import Rollouts
+from entropy_fast.sharded import as_whole
 from entropy_fast.step import GivenOptimizer
 
 __all__ = ["fast_delta_h1"]
@@ -49,7 +51,8 @@ def fast_delta_h1(
     the probe raises.
 
     Args:
-        model: a causal language model (LoRA or not, quantised base or not, DDP-wrapped or not).
+        model: a causal language model (LoRA or not, quantised base or not, DDP-wrapped or not; with ``RunOptions(ranks="all")``
+            also one that FSDP2 shards over all ranks).
         optimizer: the live optimizer that trains it, of any kind, or a list of those that train it together (then the step is
             the whole one that they will take next); or the path of an optimizer's file or checkpoint folder, or an `AdamState`
             (then it is Adam's static geometry, which comes from second moments, unless ``EstimateOptions(step="next")`` asks
@@ -114,11 +117,14 @@ def fast_delta_h1(
     wanted = Wanted(
         functionals or {}, entropy_mask, coefficients if update is None else update, dict(updates or {}), scores
     )
-    run = run or RunOptions()
-    with joined(run.ranks, run.rank_timeout, team) as found:
+    estimate, run = estimate or EstimateOptions(), run or RunOptions()
+    with (
+        joined(run.ranks, run.rank_timeout, team) as found,
+        as_whole(model, optimizer, estimate, run, found, layers_on_demand=engine_kind(run).by_layer) as whole,
+    ):
         probe = OfflineEntropyProbe(
-            model,
-            optimizer,
+            whole.model,
+            whole.optimizer,
             estimate=estimate,
             run=run,
             on_progress=on_progress,

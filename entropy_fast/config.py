@@ -232,9 +232,9 @@ class RunOptions(Options):
         strict: an untouched trainable parameter is an error instead of a count.
         ranks: whose forecast it is under torch.distributed: ``own``, each process makes one from the rollouts that it is given
             and waits for nobody; ``all``, the processes of the default group make one together, each from its own share of the
-            prompts. All of them have to make the call, with replicas of one model and the same, whole rollouts
-            (`entropy_fast.distributed.gather_rows` brings rows together that are spread over them), and all get the same
-            numbers.
+            prompts. All of them have to make the call, with replicas (or FSDP2's shards) of one model and the same, whole
+            rollouts (`entropy_fast.distributed.gather_rows` brings rows together that are spread over them), and all get the
+            same numbers.
         rank_timeout: seconds that ranks wait for one another before who is missing ends the probe on all of them.
         checkpoint: folder in which the probe keeps what it has added up so far, and from which the same call goes on after it
             was ended before its time: to the same number, bit by bit where the machine and its threads are the same. A finished

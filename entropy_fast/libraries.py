@@ -7,6 +7,7 @@ of one has imported its library, and a model that holds none needs no import.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,11 +16,15 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Fsdp2Settings",
     "attention_configurations",
     "attention_function",
     "dequantized_weight",
     "embedding_scale",
     "flattened_by_fsdp",
+    "fsdp2_casts",
+    "fsdp2_hooks",
+    "fsdp2_settings",
     "is_exactly",
     "overwrites_what_it_saved",
     "prompt_learning",
@@ -50,6 +55,74 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
 def flattened_by_fsdp(parameter: nn.Parameter) -> bool:
     """Whether a parameter is a flattened one of torch's FSDP1, or shows a part of one under its original name."""
     return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fsdp2Settings:
+    """How ``fully_shard`` was called on a module, and what its gradients are at.
+
+    Attributes:
+        param_dtype: that forwards see its parameters in; None for their own.
+        offloads: whether shards are kept on the CPU, and gathered from there.
+        sharded: identities of its parameters while they are sharded.
+        unreduced: whether gradients wait to be added up over ranks (``set_requires_gradient_sync(False)``).
+    """
+
+    param_dtype: torch.dtype | None
+    offloads: bool
+    sharded: frozenset[int]
+    unreduced: bool
+
+
+def fsdp2_settings(module: Any) -> Fsdp2Settings:
+    """Of a module that ``fully_shard`` was called on."""
+    state = module._get_fsdp_state()
+    # Older versions of torch know one group, or None.
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    sharded = [parameter for group in groups if group is not None for parameter in group.fsdp_params]
+    waiting = [
+        gradient
+        for parameter in sharded
+        for gradient in (
+            parameter.unsharded_accumulated_grad,
+            getattr(getattr(parameter, "_unsharded_param", None), "grad", None),
+        )
+    ]
+    return Fsdp2Settings(
+        state._mp_policy.param_dtype,
+        any(parameter.offload_to_cpu for parameter in sharded),
+        frozenset(id(parameter.sharded_param) for parameter in sharded),
+        any(gradient is not None for gradient in waiting),
+    )
+
+
+def fsdp2_casts(module: Any) -> tuple[Callable[[Any, Any], tuple[Any, Any]] | None, Callable[[Any], Any] | None]:
+    """What a module's mixed precision policy makes of its forward's arguments, and of what that returns; None for nothing."""
+    state = module._get_fsdp_state()
+    policy = state._mp_policy
+    casts_inputs = policy.cast_forward_inputs and policy.param_dtype is not None
+    return (
+        state._cast_forward_inputs if casts_inputs else None,
+        None if policy.output_dtype is None else state._cast_output_dtype,
+    )
+
+
+def fsdp2_hooks(module: nn.Module) -> tuple[list[int], list[int]]:
+    """Keys of the hooks that FSDP2 has before and after a module's forward."""
+    before, after = (
+        [key for key, hook in hooks.items() if _is_of_fsdp2(hook)]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+    )
+    return before, after
+
+
+def _is_of_fsdp2(hook: Any) -> bool:
+    while hook is not None:
+        kinds = type(getattr(hook, "__self__", None)).__mro__
+        if any(kind.__name__ == "FSDPState" for kind in kinds):
+            return True
+        hook = getattr(hook, "__wrapped__", None)
+    return False
 
 
 def overwrites_what_it_saved(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from types import FrameType
 
 from entropy_fast.errors import ModelStateError
 
-__all__ = ["one_probe_at_a_time", "raise_if_interrupted"]
+__all__ = ["one_probe_at_a_time", "raise_if_interrupted", "undivided"]
 
 _running = threading.Lock()
 _owner: int | None = None
@@ -94,6 +94,23 @@ def _interrupts_deferred() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if _interrupts:
             _pass_on(None)
+
+
+@contextlib.contextmanager
+def undivided() -> Iterator[None]:
+    """Around a few lines outside of a probe that have to happen together: an interrupt is passed on after them."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    came: list[FrameType | None] = []
+    signal.signal(signal.SIGINT, lambda number, frame: came.append(frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if came:
+            before(signal.SIGINT, came[-1])
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -21,6 +21,10 @@ _WHOLE_STATES = (
     "StateDictOptions(full_state_dict=True)), or a folder with torch.distributed.checkpoint.save, and probe an unwrapped model "
     "with that."
 )
+_BY_ALL_RANKS = (
+    "where fully_shard has sharded it over all ranks, call fast_delta_h1 on every rank with RunOptions(ranks='all'). Elsewhere "
+    + _WHOLE_STATES
+)
 _CONSOLIDATED = (
     "consolidate the checkpoint, and probe the model without its engine, with torch.optim.AdamW on whole parameters or with "
     "the optimizer file of one."
@@ -56,7 +60,7 @@ def _refuse_wrapper(name: str, kind: type, *, gathered: bool) -> None:
     if kind.__name__ == "FullyShardedDataParallel":
         raise ModelStateError(f"{who}: {_FLATTENED}", fix=_WHOLE_STATES)
     if kind.__name__ == "FSDPModule" and gathered:
-        raise ModelStateError(f"{who} of FSDP2, whose parameters are whole for the moment alone.", fix=_WHOLE_STATES)
+        raise ModelStateError(f"{who} of FSDP2, whose parameters are whole for the moment alone.", fix=_BY_ALL_RANKS)
     if kind.__module__.split(".")[0] == "deepspeed" and kind.__name__.endswith("Engine"):
         raise ModelStateError(
             f"{who}: DeepSpeed steps on flattened copies of its own, which ZeRO partitions over ranks, and no gradient stands "
@@ -77,7 +81,7 @@ def _refuse_parameter(name: str, parameter: nn.Parameter) -> None:
         raise ModelStateError(
             f"parameter '{name}' is a DTensor, sharded by FSDP2 or tensor parallelism: this process holds a piece of it, of "
             "its gradient and of its moments.",
-            fix=_WHOLE_STATES,
+            fix=_BY_ALL_RANKS,
         )
 
 

@@ -61,6 +61,7 @@ class Team:
         self.rank = 0 if store is None else dist.get_rank()
         self.size = 1 if store is None else dist.get_world_size()
         self._store, self._phase = store, "the beginning"
+        self._between: Callable[[], object] | None = None
 
     @classmethod
     def alone(cls) -> Team:
@@ -111,9 +112,9 @@ class Team:
         """
         if self.size == 1:
             return
-        self._barrier(self.seconds)
-        if self._has("failed"):
-            raise self._of_words(self._words())
+        if self._between is not None:
+            self._between()
+        self._look()
 
     def run(self, operation: Callable[[dist.ProcessGroup | None], object], device: torch.device | None = None) -> None:
         """A collective operation, after a meeting.
@@ -127,10 +128,30 @@ class Team:
             DistributedError: see `meet`; or a rank was lost in the middle of it.
         """
         self.meet()
+        self._operate(operation, device)
+
+    def run_between(self, operation: Callable[[dist.ProcessGroup | None], object]) -> None:
+        """A collective operation of which there is no same number on all ranks, on tensors of the CPU.
+
+        Who has come to a meeting takes part from there: `serving`.
+
+        Args:
+            operation: see `run`.
+
+        Raises:
+            DistributedError: see `meet`.
+        """
+        self._look()
+        self._operate(operation, None)
+
+    @contextlib.contextmanager
+    def serving(self, between: Callable[[], object]) -> Iterator[None]:
+        """Before every meeting, ``between`` is called: it takes part in others' `run_between` until all have come to it."""
+        self._between = between
         try:
-            operation(self.group if device is None or device.type == "cpu" else self._group_elsewhere())
-        except RuntimeError as error:
-            self._lost(error)
+            yield
+        finally:
+            self._between = None
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -161,6 +182,18 @@ class Team:
                     dist.destroy_process_group(group)
         del group
         self.group = self._elsewhere = None
+
+    def _look(self) -> None:
+        """Wait for all ranks, and raise where one has failed."""
+        self._barrier(self.seconds)
+        if self._has("failed"):
+            raise self._of_words(self._words())
+
+    def _operate(self, operation: Callable[[dist.ProcessGroup | None], object], device: torch.device | None) -> None:
+        try:
+            operation(self.group if device is None or device.type == "cpu" else self._group_elsewhere())
+        except RuntimeError as error:
+            self._lost(error)
 
     def _group_elsewhere(self) -> dist.ProcessGroup:
         """For tensors that are not on the CPU, by the training's own backend."""

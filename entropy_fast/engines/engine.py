@@ -54,6 +54,7 @@ class EngineKind:
         takes: the options in `RunOptions` that it has a use for, beside those that are about every probe (`COMMON`).
         refuses: given a number of batches (1 or 2) and the context, why it cannot do what is asked; None when it can.
         no_next_step: given the options, why it cannot measure along the optimizer's whole step; None when it can.
+        by_layer: whether it reads frozen matrices of layers in their layers' forwards and backwards alone.
     """
 
     name: str
@@ -61,6 +62,7 @@ class EngineKind:
     takes: frozenset[str]
     refuses: Callable[[int, ProbeContext], str | None] = lambda batches, context: None
     no_next_step: Callable[[EstimateOptions, RunOptions], str | None] = lambda estimate, run: None
+    by_layer: bool = False
 
     def why_not(self, batches: int, context: ProbeContext) -> str | None:
         """Why it cannot do what is asked with so many batches; None when it can."""

@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.errors import ConfigError, OptimizerStateError
 from entropy_fast.step.dry_run import DryRun
 from entropy_fast.step.rules import DECAY, FRESH, MOMENTUM, SCALE, StepRule
@@ -138,13 +137,13 @@ def clip_factor(gradients: Sequence[Tensor | None], most: float | None) -> float
     return min(1.0, most / (norm + CLIP_EPS))
 
 
-def live_gradients(registry: ParameterRegistry) -> tuple[Tensor | None, ...]:
+def live_gradients(parameters: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
     """The parameters' ``.grad`` as they stand.
 
     Raises:
         ConfigError: there are none.
     """
-    found = tuple(None if p.tensor.grad is None else p.tensor.grad.detach() for p in registry.parameters)
+    found = tuple(None if p.grad is None else p.grad.detach() for p in parameters)
     if all(gradient is None for gradient in found):
         raise ConfigError(
             "gradient='live' and no trainable parameter has a .grad.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -43,15 +43,22 @@ class OptimizerAtHand:
         state: groups and, of an Adam, its moments; of another kind every element has the same weight.
         live: the optimizer itself, without wrappers, or another kind than Adam made again from its file; None where an Adam's
             file or state was given.
+        values: parameters as the optimizer steps them, by name, where the model computes with casts of them; None elsewhere.
     """
 
     state: AdamState
     live: torch.optim.Optimizer | None = None
+    values: Mapping[str, Tensor] | None = None
 
     @property
     def is_adam(self) -> bool:
         """Whether ``state`` has Adam's second moments."""
         return self.live is None or is_adam(self.live)
+
+    def stepped(self, registry: ParameterRegistry) -> list[Tensor]:
+        """The parameters as the optimizer steps them, in registry order."""
+        values = self.values or {}
+        return [values.get(p.name, p.tensor) for p in registry.parameters]
 
 
 GivenOptimizer: TypeAlias = (
@@ -142,7 +149,7 @@ def next_step_of(
         step.learning_rate,
         all(group.maximize for group in groups),
         estimate.max_grad_norm,
-        live_gradients(registry) if estimate.gradient == "live" else None,
+        live_gradients(at_hand.stepped(registry)) if estimate.gradient == "live" else None,
         _dry(at_hand, registry, step),
     )
 
@@ -151,23 +158,23 @@ def _dry(at_hand: OptimizerAtHand, registry: ParameterRegistry, step: AdamPrecon
     """Steps on copies, where they are those of the learning rate that is asked for."""
     if at_hand.live is None or step.learning_rate != at_hand.state.groups[0].learning_rate:
         return None
-    return DryRun(at_hand.live, registry.tensors)
+    return DryRun(at_hand.live, at_hand.stepped(registry))
 
 
 def _rule(at_hand: OptimizerAtHand, registry: ParameterRegistry, step: AdamPreconditioner) -> StepRule:
-    live, state = at_hand.live, at_hand.state
+    live, state, stepped = at_hand.live, at_hand.state, at_hand.stepped(registry)
     places = range(len(registry.parameters))
     if live is not None and type(live) is torch.optim.SGD:
         settings = [_sgd_group(group, index) for index, group in enumerate(live.param_groups)]
-        buffers = [live.state.get(p.tensor, {}).get("momentum_buffer") for p in registry.parameters]
+        buffers = [live.state.get(p, {}).get("momentum_buffer") for p in stepped]
         of_group = [None if p.group is None else settings[p.group] for p in registry.parameters]
-        return SgdRule(registry.tensors, buffers, of_group, [step.rates[place] for place in places])
+        return SgdRule(stepped, buffers, of_group, [step.rates[place] for place in places])
     if live is not None and type(live) not in (torch.optim.Adam, torch.optim.AdamW):
         found = state.groups[0].learning_rate
         check_learning_rate(found, f"the {kind_name(live)}'s first group has")  # its steps are scaled from there
-        return DryRunRule(DryRun(live, registry.tensors), registry.tensors, step.learning_rate / found)
+        return DryRunRule(DryRun(live, stepped), stepped, step.learning_rate / found)
     return AdamRule(
-        registry.tensors,
+        stepped,
         [state.moments.get(p.name) for p in registry.parameters],
         [None if p.group is None else _decoupled(state.groups[p.group]) for p in registry.parameters],
         [step.rates[place] for place in places],

@@ -31,6 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"resuming"}),
     frozenset({"checks"}),
     frozenset({"step"}),
+    frozenset({"sharded"}),
     frozenset({"columns"}),
     frozenset({"estimates"}),
     frozenset({"context"}),

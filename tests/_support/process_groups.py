@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -63,3 +64,28 @@ def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
+
+
+def assert_one_process(done: Done, name: str, *, narrow: bool = False) -> None:
+    """The same bits on all ranks, and the numbers of one process to rounding: of fp64, or of fp32 where they are ``narrow``."""
+    first = done.ranks[0]
+    assert first is not None
+    for other in done.ranks:
+        assert other is not None
+        assert {key: other[name][key] for key in ("digest", "plan", "warnings")} == {
+            key: first[name][key] for key in ("digest", "plan", "warnings")
+        }
+    found, expected = first[name]["all"], first[name]["own"]
+    assert found.keys() == expected.keys()
+    if narrow:
+        # Sums in which terms cancel have no more than the terms' digits: the kernel and its sums are compared as vectors.
+        for place in (".kernel", ".diagonal", ".row_sums", ".column_sums", ".x_dot_y"):
+            assert math.dist(found[place], expected[place]) <= 1e-6 * math.hypot(*expected[place]), place
+        return
+    for place, values in expected.items():
+        # A difference has no more than the digits of what it is the difference of.
+        beside = [*values, *expected.get(place.replace(".compared.", ".updates."), ())]
+        size = max((abs(value) for value in beside if math.isfinite(value)), default=0.0)
+        for mine, theirs in zip(found[place], values, strict=True):
+            both_unknown = math.isnan(mine) and math.isnan(theirs)
+            assert both_unknown or abs(mine - theirs) <= 1e-10 * size, (place, mine, theirs)

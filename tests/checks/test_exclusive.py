@@ -13,6 +13,7 @@ from probe_models.snapshot import assert_unchanged, take_snapshot
 from probe_options import options_of
 
 from entropy_fast import OfflineEntropyProbe, fast_delta_h1
+from entropy_fast.checks.exclusive import undivided
 from entropy_fast.errors import ModelStateError
 
 
@@ -128,3 +129,19 @@ def test_who_insists_is_heard_at_once(case: Case) -> None:
         fast_delta_h1(case.model, case.optimizer, case.rollouts)
     handle.remove()
     assert not after
+
+
+def test_an_interrupt_in_lines_that_belong_together_comes_after_them() -> None:
+    done = []
+
+    def interrupted() -> None:
+        with undivided():
+            signal.raise_signal(signal.SIGINT)
+            done.append("all of it")
+        done.append("and more")
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert done == ["all of it"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with undivided():
+        pass

@@ -5,12 +5,11 @@ All processes are forked from one that has imported the libraries, job by job.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from process_groups import Done, job, run_jobs
+from process_groups import Done, assert_one_process, job, run_jobs
 from ranks_at_work import CASES
 
 pytestmark = pytest.mark.skipif(
@@ -18,6 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 QUICK = ["parts_along_the_next_step", "second_sweep", "fewer_prompts_than_ranks"]
+LAYERS = "many layers, no prompt for one"
 PHASES = [
     "agreement",
     "scores",
@@ -41,33 +41,9 @@ def quick(tmp_path_factory) -> dict[str, Done]:
         "kill": job(3, "ending", name="score_function", phase="influence kernel", failing=2, how="kill", seconds=LONG),
         "other data": job(2, "other_data"),
         "rows": job(3, "spread_rows"),
+        "layers": job(3, "fsdp2_ranks:sharded", names=[LAYERS]),
     }
     return dict(zip(jobs, run_jobs(tmp_path_factory.mktemp("jobs"), list(jobs.values())), strict=True))
-
-
-def assert_one_process(done: Done, name: str) -> None:
-    """The same bits on all ranks, and the numbers of one process to rounding."""
-    first = done.ranks[0]
-    assert first is not None
-    for other in done.ranks:
-        assert other is not None
-        assert {key: other[name][key] for key in ("digest", "plan", "warnings")} == {
-            key: first[name][key] for key in ("digest", "plan", "warnings")
-        }
-    found, expected = first[name]["all"], first[name]["own"]
-    assert found.keys() == expected.keys()
-    if name in SINGLE_PRECISION:
-        # Sums in which terms cancel have no more than the terms' digits: the kernel and its sums are compared as vectors.
-        for place in (".kernel", ".diagonal", ".row_sums", ".column_sums", ".x_dot_y"):
-            assert math.dist(found[place], expected[place]) <= 1e-6 * math.hypot(*expected[place]), place
-        return
-    for place, values in expected.items():
-        # A difference has no more than the digits of what it is the difference of.
-        beside = [*values, *expected.get(place.replace(".compared.", ".updates."), ())]
-        size = max((abs(value) for value in beside if math.isfinite(value)), default=0.0)
-        for mine, theirs in zip(found[place], values, strict=True):
-            both_unknown = math.isnan(mine) and math.isnan(theirs)
-            assert both_unknown or abs(mine - theirs) <= 1e-10 * size, (place, mine, theirs)
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -75,12 +51,16 @@ def test_ranks_together_find_what_one_process_does(quick, name):
     assert_one_process(quick["together"], name)
 
 
+def test_ranks_take_part_in_what_others_need_until_all_have_come(quick):
+    assert_one_process(quick["layers"], LAYERS)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_case_at_every_world_size(tmp_path, world):
     (done,) = run_jobs(tmp_path, [job(world, "together", names=list(CASES))], timeout=900)
     for name in CASES:
-        assert_one_process(done, name)
+        assert_one_process(done, name, narrow=name in SINGLE_PRECISION)
 
 
 def test_a_rank_that_raises_ends_all_at_every_phase_and_the_next_probe_succeeds(quick):

@@ -6,6 +6,7 @@ A model of a few tensors is stepped several times with random gradients; then th
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -263,6 +264,27 @@ def test_another_rate_scales_all_of_it() -> None:
         own, other = (read(model, optimizer, learning_rate=r) for r in (None, 3 * rate))
         close(total(other, gradients), [3 * moved for moved in total(own, gradients)], 1e-12)
         assert other.dry is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "amsgrad with L2", "nesterov"])
+def test_what_is_computed_with_casts_is_stepped_as_the_optimizer_knows_it(name: str) -> None:
+    model, optimizer = stepped(LINEAR[name], dtype=torch.float32)
+    gradients = fill(model, torch.Generator().manual_seed(3))
+    estimate = EstimateOptions(step="next", gradient="live")
+    at_hand = read_optimizer(optimizer, model, any_kind=True)
+    values = dict(model.named_parameters())
+    narrow = Model().to(torch.bfloat16)
+    for own, p in zip(narrow.parameters(), values.values(), strict=True):
+        own.data = p.detach().to(torch.bfloat16)
+    registry = ParameterRegistry.build(narrow, at_hand.state.group_of)
+    of_casts = dataclasses.replace(at_hand, values=values)
+    geometry = preconditioner_of(of_casts, registry, estimate, next_step=True)
+    found = next_step_of(of_casts, registry, geometry, estimate)
+    assert found.live is not None and all(map(torch.equal, found.live, gradients))  # type: ignore[arg-type]
+    moved, parts = [own for own in found.exactly(gradients) if own is not None], total(found, gradients)
+    assert all(map(torch.equal, parts, total(read(model, optimizer), gradients)))
+    real = taken(model, optimizer)
+    assert len(moved) == len(real) and all(map(torch.equal, moved, real))
 
 
 def test_a_file_has_the_same_step(tmp_path: Any) -> None:

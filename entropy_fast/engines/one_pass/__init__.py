@@ -25,4 +25,5 @@ KIND = EngineKind(
             "strict",
         }
     ),
+    by_layer=True,
 )

@@ -1,0 +1,126 @@
+"""A model that FSDP2 shards, and its optimizer, as plain ones for the length of a probe.
+
+Every rank gathers what is trained, with the optimizer's state, and what is not in layers, one tensor after the other. Plain
+parameters then stand in the modules in place of the sharded ones, and FSDP2's hooks and classes are set aside but for its
+casts: engines see a replica. Frozen matrices of layers come and go. Nothing that training uses is written to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.distributed.agreement import fingerprint, refuse_others
+from entropy_fast.distributed.team import Team
+from entropy_fast.errors import ConfigError
+from entropy_fast.sharded.exchange import in_place
+from entropy_fast.sharded.fsdp2 import ShardedModel, fsdp2_modules
+from entropy_fast.sharded.gathering import gathered
+from entropy_fast.sharded.layers import LayersOnDemand
+from entropy_fast.sharded.optimizer import ShardedOptimizer, StandIns, sharded_optimizer
+from entropy_fast.step import GivenOptimizer
+
+__all__ = ["WholeModel", "as_whole"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeModel:
+    """What engines are given.
+
+    Attributes:
+        model: whose parameters are whole on this rank.
+        optimizer: of these.
+    """
+
+    model: nn.Module
+    optimizer: GivenOptimizer
+
+
+@contextlib.contextmanager
+def as_whole(
+    model: nn.Module,
+    optimizer: GivenOptimizer,
+    estimate: EstimateOptions,
+    run: RunOptions,
+    team: Team,
+    *,
+    layers_on_demand: bool,
+) -> Iterator[WholeModel]:
+    """Plain parameters in place of sharded ones; as it was afterwards, also after an exception. Other models pass as they are.
+
+    Args:
+        model: possibly wrapped.
+        optimizer: see `entropy_fast.fast_delta_h1`.
+        estimate: what is estimated.
+        run: how it is run. Where ranks do not make one forecast together, nothing is gathered, and who reads the model next
+            refuses it.
+        team: the ranks, all of which have to come here.
+        layers_on_demand: whether frozen matrices of layers are whole only while their layer is run.
+
+    Raises:
+        ModelStateError: FSDP2 shards the model in a way that is not taken.
+        OptimizerStateError: the optimizer is not one that is read under sharding.
+        ConfigError: ``gradient="live"``, and gradients wait to be added up over ranks; or a checkpoint is to be kept.
+        DistributedError: a rank failed, was lost, or holds something else.
+    """
+    modules = fsdp2_modules(model) if run.ranks == "all" else {}
+    if not modules:
+        yield WholeModel(model, optimizer)
+        return
+    team.enter("sharded parameters")
+    sharded = ShardedModel.of(model, modules)
+    # What a checkpoint is of is told by the bits of all parameters, and layers come and go.
+    run.refuse_checkpoint("FSDP2 shards the model")
+    live = estimate.gradient == "live"
+    if live and sharded.unreduced is not None:
+        raise ConfigError(
+            f"gradient='live' and the gradients of '{sharded.unreduced}' were not added up over ranks yet.",
+            fix="call it after a backward with set_requires_gradient_sync(True).",
+        )
+    given = sharded_optimizer(optimizer, sharded)
+    _refuse_others(team, sharded, given, estimate)
+    layers = LayersOnDemand(team, sharded.frozen_layers() if layers_on_demand and team.size > 1 else {})
+    stand_ins = _stand_ins(sharded, layers.stand_ins, team, live=live)
+    whole = given.of_stand_ins(stand_ins, team, momentum=estimate.step != "adam_static")
+    with team.serving(layers.serve), in_place(sharded, model, stand_ins.computed, layers):
+        yield WholeModel(model, whole(model))
+
+
+def _refuse_others(team: Team, sharded: ShardedModel, given: ShardedOptimizer, estimate: EstimateOptions) -> None:
+    """Raise, on all ranks alike, unless all will gather the same."""
+    forms = [
+        [p.name, list(p.tensor.shape), str(p.tensor.dtype), str(p.computed_in), p.tensor.requires_grad, p.owner]
+        for p in sharded.parameters
+    ]
+    refuse_others(
+        team,
+        {
+            "sharded parameters": fingerprint(forms),
+            "sharded optimizer states": given.form,
+            "options of the estimate": fingerprint(estimate.to_dict()),
+        },
+        fix="make the same call on all ranks, with the model that fully_shard made and the optimizer of each.",
+    )
+
+
+def _stand_ins(sharded: ShardedModel, lent: Mapping[int, nn.Parameter], team: Team, *, live: bool) -> StandIns:
+    """Whole parameters beside those that come and go, and with ``live`` the gradients of those that are trained."""
+    stepped: dict[int, nn.Parameter] = {}
+    computed = dict(lent)
+    for own in sharded.parameters:
+        trained, key = own.tensor.requires_grad, id(own.tensor)
+        if key in computed:
+            continue
+        values = gathered(team, own.tensor)
+        computed[key] = nn.Parameter(values.to(own.computed_in), requires_grad=trained)
+        if not trained:
+            continue
+        cast = own.computed_in != own.tensor.dtype
+        stepped[key] = nn.Parameter(values) if cast else computed[key]
+        if live and own.tensor.grad is not None:
+            stepped[key].grad = gathered(team, own.tensor.grad)
+    return StandIns(stepped, computed)
