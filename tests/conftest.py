@@ -19,6 +19,17 @@ settings.load_profile("entropy_fast")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Seconds after which a test hangs, whatever else the machine does meanwhile: hundreds of cases may be one of them.
+LONG = 3600
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests have a longer limit than that of pyproject.toml, unless they have their own."""
+    for item in items:
+        if item.get_closest_marker("exhaustive") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(LONG))
+
+
 @pytest.fixture(autouse=True)
 def own_random_state() -> None:
     """Every test draws the same numbers, whatever ran before it in the same process."""

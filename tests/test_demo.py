@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("by_token", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_demo_runs_and_its_probe_repeats_exactly(tmp_path, monkeypatch, capsys, by_token):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -65,8 +65,11 @@ def test_the_whole_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert token_formulas.main(["--quick", "--out", str(tmp_path)]) == 0
     records = json.loads((tmp_path / "token_formulas.json").read_text())["records"]
-    assert len(records) == 2 and all(0 < record["crossing"] < 1 for record in records)
+    assert len(records) == 2
     for record in records:
+        # Where no prompt's rewards differ, which is a matter of a draw, this batch has no gradient of its own.
+        signal = record["direct, adam_static"] != 0
+        assert 0 < record["crossing"] < 1 if signal else math.isnan(record["crossing"])
         assert record["direct, next"] == pytest.approx(record["direct"], rel=0.5)
 
 
