@@ -68,7 +68,6 @@ def other_buffer(model, optimizer):
         ({"fields": {"functionals": {"length": torch.arange(11.0)}}}, "other functionals, mask, update or scores"),
         ({"fields": {"updates": {"bonus": candidates.entropy_bonus(0.1)}}}, "functionals, mask, update or scores"),
     ],
-    ids=str,
 )
 def test_what_differs_is_named(kept, changed, said):
     before = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()}
