@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.estimates.split import Split
+from entropy_fast.estimates.verdict import percent_of, shown_percent
 
 __all__ = ["explanation"]
 
@@ -36,7 +37,8 @@ def _how_much(forecast: Forecast, split: Split | None, level: float, unit: str) 
     if shown.value == 0:
         return f"To first order this update does not change the entropy{where}; it is {level:.3g} {unit} now."
     verb = "lowers" if shown.value < 0 else "raises"
-    percent = f" ({abs(shown.value) / abs(level):.2%} of the {level:.3g} there are now)" if level else ""
+    share = percent_of(abs(shown.value), level)
+    percent = "" if math.isnan(share) else f" ({shown_percent(share)} of the {level:.3g} there are now)"
     return f"To first order this update {verb} the entropy{where} by {abs(shown.value):.3g} {unit}{percent}."
 
 
