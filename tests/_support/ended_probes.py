@@ -13,7 +13,8 @@ import torch
 from probe_models.architectures import stepped_adamw
 from probe_models.batches import make_rollouts
 from probe_options import options_of
-from ranks_at_work import numbers, wide_model
+from rank_cases import wide_model
+from ranks_at_work import numbers
 from torch import nn
 
 from entropy_fast import DeltaH1Result, Rollouts, candidates, fast_delta_h1

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from probe_models.architectures import add_lora, build_model, enable_checkpointing
 from probe_models.batches import make_rollouts
 from probe_options import options_of
-from ranks_at_work import SIZES, TIMEOUT
+from rank_cases import SIZES, TIMEOUT
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,

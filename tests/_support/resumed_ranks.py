@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from probe_models.batches import make_rollouts
-from ranks_at_work import MODES, SIZES, attempt, digest, main, numbers, probing, wide_model
+from rank_cases import SIZES, probing, wide_model
+from ranks_at_work import MODES, attempt, digest, main, numbers
 
 PARTS = {"entropy_estimator": "rao_blackwell", "baseline": "prompts", "step": "next", "prompts_per_microbatch": 1}
 CASES: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from process_groups import Done, assert_one_process, job, run_jobs
-from ranks_at_work import CASES
+from rank_cases import CASES
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="needs torch's gloo backend"

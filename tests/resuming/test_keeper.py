@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ended_probes import CASES, SIZES, EndedError, probe
-from ranks_at_work import wide_model
+from rank_cases import wide_model
 from safetensors.torch import load_file
 
 from entropy_fast.distributed import Team
