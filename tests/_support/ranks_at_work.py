@@ -244,6 +244,10 @@ def work(rank: int, world: int, folder: Path, mode: str, arguments: Mapping[str,
     warnings.simplefilter("ignore")
     torch.manual_seed(1000 + rank)  # nothing may depend on it
     limit = datetime.timedelta(seconds=120)
+    until = time.monotonic() + limit.total_seconds()
+    while not (folder / "port").exists():
+        assert time.monotonic() < until, "the store did not come"
+        time.sleep(0.002)
     store = dist.TCPStore("127.0.0.1", int((folder / "port").read_text()), None, False, limit)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     found = mode_named(mode)(rank, **arguments)
@@ -259,8 +263,6 @@ def main(folder: Path, jobs: list[dict[str, Any]]) -> None:
     for number, job in enumerate(jobs):
         own = folder / str(number)
         own.mkdir()
-        store = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=120), wait_for_workers=False)
-        (own / "port").write_text(str(store.port))
         ranks = []
         for rank in range(job["world"]):
             process = os.fork()
@@ -272,6 +274,10 @@ def main(folder: Path, jobs: list[dict[str, Any]]) -> None:
                     os._exit(1)
                 os._exit(0)
             ranks.append(process)
+        # After the forks: the store's thread looks names up, and a process that is forked meanwhile inherits that lock taken.
+        store = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=120), wait_for_workers=False)
+        (own / "port.new").write_text(str(store.port))
+        (own / "port.new").rename(own / "port")
         statuses = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in ranks]
         (own / "statuses.json").write_text(json.dumps(statuses))
         del store
