@@ -16,6 +16,7 @@ from entropy_fast.errors import escaped
 __all__ = ["Bars", "progress"]
 
 PATIENCE = 2.0  # seconds after which a bar appears
+BETWEEN_LINES = 15.0  # seconds from one line to the next where there is no terminal
 UNITS = {"sampling": "step", "multiples": "multiple"}  # of stages that are not counted in prompts
 
 
@@ -50,27 +51,56 @@ class _Counts(ProgressColumn):
         return Text(f"{shown}, {rate}, {_duration(task.time_remaining)} left")
 
 
+class _Lines:
+    """A line now and then, in the place of a bar: for logs, and for who waits without a terminal.
+
+    Args:
+        console: where they go.
+        clock: seconds.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float]) -> None:
+        self._console, self._clock = console, clock
+        self._last = clock()
+        self._began: dict[str, tuple[float, int]] = {}  # when a stage was first heard of, and what was done of it then
+
+    def report(self, what: str, done: int, total: int, unit: str) -> None:
+        """Say how far a stage is, if nothing was said for a while."""
+        now = self._clock()
+        since, before = self._began.setdefault(what, (now, done))
+        if done >= total:
+            del self._began[what]
+        if now - self._last < BETWEEN_LINES:
+            return
+        self._last = now
+        left = f", {_duration((now - since) * (total - done) / (done - before))} left" if done > before else ""
+        self._console.print(Text(f"{_shown(what)}: {done}/{total} {unit}s{left}"), soft_wrap=True)
+
+
 class Bars:
-    """What a command reports to. Without a terminal on standard error it shows nothing.
+    """What a command reports to.
 
     Args:
         bars: where to show it; None for nowhere.
         doing: what the command does as long as no stage of it is counted.
+        lines: what says it where there is no bar; None for nothing.
     """
 
-    def __init__(self, bars: Progress | None, doing: str) -> None:
-        self._bars, self._doing = bars, doing
+    def __init__(self, bars: Progress | None, doing: str, lines: _Lines | None = None) -> None:
+        self._bars, self._doing, self._lines = bars, doing, lines
         self._stages: dict[str, TaskID] = {}
         if bars is not None:
             self._uncounted = bars.add_task(_shown(doing), total=None, unit="")
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Show this stage and no other; one that is done is taken down, and may come again."""
+        what, unit = f"{self._doing}: {stage}", UNITS.get(stage, "prompt")
         if self._bars is None:
+            if self._lines is not None:
+                self._lines.report(what, done, total, unit)
             return
         if stage not in self._stages:
-            what = f"{self._doing}: {stage}"
-            self._stages[stage] = self._bars.add_task(_shown(what), total=total, unit=UNITS.get(stage, "prompt"))
+            self._stages[stage] = self._bars.add_task(_shown(what), total=total, unit=unit)
         self._bars.update(self._stages[stage], completed=done, total=total)
         if done >= total:
             self._bars.remove_task(self._stages.pop(stage))
@@ -97,6 +127,8 @@ def progress(
 ) -> Iterator[Bars]:
     """Bars for the duration of a piece of work; they appear when it takes more than two seconds, and go with it.
 
+    Without a terminal a line that stays, every fifteen seconds.
+
     Args:
         doing: what is done, in a word or two.
         shows: False for a process that another one speaks for.
@@ -105,7 +137,7 @@ def progress(
     """
     shown = errors() if console is None else console
     if not shows or not is_terminal(shown.file):
-        yield Bars(None, doing)
+        yield Bars(None, doing, _Lines(shown, clock) if shows else None)
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), _Counts())
     with _LateProgress(*columns, console=shown, clock=clock) as bars:

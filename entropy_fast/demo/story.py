@@ -188,6 +188,6 @@ def _describe(rollouts: Rollouts) -> str:
     assert rollouts.rewards is not None and rollouts.advantages is not None
     groups = [float(rollouts.advantages[rollouts.rows_of_prompt(n)].abs().max()) > 0 for n in range(rollouts.n_prompts)]
     return (
-        f"{float(rollouts.rewards.mean()):.0%} of {rollouts.n_sequences} responses right, "
-        f"{sum(groups)} of {rollouts.n_prompts} prompts with a training signal"
+        f"{rollouts.n_prompts} prompts, {float(rollouts.rewards.mean()):.0%} of their {rollouts.n_sequences} responses right, "
+        f"{sum(groups)} prompts with a training signal"
     )

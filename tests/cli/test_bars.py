@@ -1,4 +1,4 @@
-"""Progress: late, one bar at a time, with rate and time left, and nowhere but on a terminal."""
+"""Progress: late, one bar at a time, with rate and time left; a line now and then where there is no terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from entropy_fast.cli.bars import PATIENCE, progress
+from entropy_fast.cli.bars import BETWEEN_LINES, PATIENCE, progress
 
 
 class Terminal(io.StringIO):
@@ -94,16 +94,31 @@ def test_what_is_shown_is_taken_away_again_and_names_are_inert():
 
 
 @pytest.mark.parametrize("forced", ["", "1"])
-def test_without_a_terminal_nothing_is_written(forced, monkeypatch, capsys):
+def test_without_a_terminal_there_is_a_line_now_and_then(forced, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", forced)
     clock = Clock()
-    with progress("Forecast", clock=clock) as bars:
-        clock.now += 60
-        bars.report("entropy", 1, 8)
+    with progress("Forecast\x1b[2J", clock=clock) as bars:
+        for done in range(8):
+            bars.report("entropy", done, 8)
+            clock.now += BETWEEN_LINES / 2
+        bars.report("sampling", 1, 10)
         bars.say("a sentence\x1b[2J")
     shown = capsys.readouterr()
-    assert shown.err == ""
+    assert shown.err.splitlines() == [
+        "Forecast\\x1b[2J: entropy: 2/8 prompts, 0:00:45 left",
+        "Forecast\\x1b[2J: entropy: 4/8 prompts, 0:00:30 left",
+        "Forecast\\x1b[2J: entropy: 6/8 prompts, 0:00:15 left",
+        "Forecast\\x1b[2J: sampling: 1/10 steps",
+    ]
     assert "a sentence\\x1b[2J" in shown.out and "\x1b[2J" not in shown.out
+
+
+def test_who_another_speaks_for_says_nothing(capsys):
+    clock = Clock()
+    with progress("Forecast", shows=False, clock=clock) as bars:
+        clock.now += 60
+        bars.report("entropy", 1, 8)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_dumb_terminal_gets_no_bar(monkeypatch):
@@ -112,4 +127,4 @@ def test_a_dumb_terminal_gets_no_bar(monkeypatch):
     with progress("Forecast", console=on(stream), clock=clock) as bars:
         clock.now += 60
         bars.report("entropy", 1, 8)
-    assert stream.getvalue() == ""
+    assert stream.getvalue() == "Forecast: entropy: 1/8 prompts\n"
