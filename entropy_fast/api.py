@@ -120,7 +120,7 @@ def fast_delta_h1(
     estimate, run = estimate or EstimateOptions(), run or RunOptions()
     with (
         joined(run.ranks, run.rank_timeout, team) as found,
-        as_whole(model, optimizer, estimate, run, found, layers_on_demand=engine_kind(run).by_layer) as whole,
+        as_whole(model, optimizer, estimate, run, found, by_layer=engine_kind(run).by_layer) as whole,
     ):
         probe = OfflineEntropyProbe(
             whole.model,
@@ -130,6 +130,7 @@ def fast_delta_h1(
             on_progress=on_progress,
             team=found,
             keeps_checkpoint=keeps_checkpoint,
+            parted=whole.parted,
         )
         if entropy_rollouts is None:
             return probe.compute_delta_h1(rollouts, wanted=wanted)

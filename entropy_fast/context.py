@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -14,9 +15,11 @@ from entropy_fast.checks.model_state import probe_state, reentrant_checkpointing
 from entropy_fast.checks.parameter_registry import ParameterRegistry
 from entropy_fast.columns import Columns, TokenScores, columns_of
 from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.distributed.layout import Layout
 from entropy_fast.distributed.team import Team
 from entropy_fast.errors import ConfigError
 from entropy_fast.resuming import Keeper
+from entropy_fast.sharded import PartedSums
 from entropy_fast.step import AdamPreconditioner, AdamState, NextStep, OptimizerAtHand, next_step_of, preconditioner_of
 
 __all__ = ["ProbeContext", "ProgressCallback"]
@@ -41,6 +44,8 @@ class ProbeContext:
         prompts_of_batch: prompts of the batch that a live gradient is of, where a sample of them is gone through; None
             elsewhere.
         team: the ranks that work on it; this process alone unless ``ranks="all"``.
+        parted: whose sums are kept where, and how gradients come there, where ranks have parameters of their own; None where
+            each keeps all.
         keeper: who keeps what sweeps add up, for a process after this one; nobody unless ``checkpoint`` is set.
         on_progress: called with stage, prompts done and prompts in all.
     """
@@ -58,6 +63,7 @@ class ProbeContext:
     prompts_of_batch: int | None = None
     team: Team = dataclasses.field(default_factory=Team.alone)
     keeper: Keeper = dataclasses.field(default_factory=Keeper)
+    parted: PartedSums | None = None
 
     @classmethod
     def of(
@@ -68,6 +74,7 @@ class ProbeContext:
         run: RunOptions | None = None,
         on_progress: ProgressCallback | None = None,
         no_next_step: str | None = None,
+        parted: PartedSums | None = None,
     ) -> ProbeContext:
         """Read off a model and its optimizer's state.
 
@@ -78,6 +85,7 @@ class ProbeContext:
             run: how it is run; None takes the defaults.
             on_progress: called with stage, prompts done and prompts in all.
             no_next_step: why the engine cannot take the optimizer's whole step; None where it can.
+            parted: whose sums are kept where; None where this process keeps all.
 
         Raises:
             ConfigError: the whole step is asked for by name, and the engine cannot take it.
@@ -88,10 +96,23 @@ class ProbeContext:
         at_hand = OptimizerAtHand(optimizer) if isinstance(optimizer, AdamState) else optimizer
         registry = ParameterRegistry.build(model, at_hand.state.group_of)
         wanted, notes = wants_next_step(estimate, at_hand, no_next_step)
-        step = preconditioner_of(at_hand, registry, estimate, next_step=wanted)
-        next_step = next_step_of(at_hand, registry, step, estimate) if wanted else None
+        kept = registry if parted is None else registry.part(parted.places)
+        step = preconditioner_of(at_hand, kept, estimate, next_step=wanted)
+        next_step = next_step_of(at_hand, kept, step, estimate) if wanted else None
         columns = columns_of(estimate)
-        return cls(model, registry, step, estimate, run, columns, on_progress, next_step=next_step, notes=notes)
+        return cls(
+            model, registry, step, estimate, run, columns, on_progress, next_step=next_step, notes=notes, parted=parted
+        )
+
+    @cached_property
+    def kept(self) -> ParameterRegistry:
+        """The parameters whose sums this process keeps, which `step` and `next_step` are of."""
+        return self.registry if self.parted is None else self.registry.part(self.parted.places)
+
+    @property
+    def layout(self) -> Layout:
+        """What this process has of gradients once a sweep is done."""
+        return Layout(self.team, None if self.parted is None else self.parted.dealt)
 
     @property
     def device(self) -> torch.device:

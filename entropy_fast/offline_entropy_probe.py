@@ -37,6 +37,7 @@ from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.estimates.sampled_prompts import PromptChunks, in_all_rows, of_rows, refuse_other_updates
 from entropy_fast.resuming import FolderKeeper, discard_checkpoint
 from entropy_fast.rollouts import EmptyResponseReport, Rollouts
+from entropy_fast.sharded import PartedSums
 from entropy_fast.step import GivenOptimizer, read_optimizer
 
 __all__ = ["OfflineEntropyProbe"]
@@ -55,6 +56,7 @@ class OfflineEntropyProbe:
             ``run.ranks``.
         keeps_checkpoint: whether what was kept in ``run.checkpoint`` stays there when an estimate is made, for a caller who
             writes the result down before `entropy_fast.resuming.discard_checkpoint`.
+        parted: whose sums are kept where, for a model that `entropy_fast.sharded.as_whole` has made; None for all of them here.
 
     Attributes:
         context: all of that, frozen.
@@ -74,13 +76,14 @@ class OfflineEntropyProbe:
         on_progress: ProgressCallback | None = None,
         team: Team | None = None,
         keeps_checkpoint: bool = False,
+        parted: PartedSums | None = None,
     ) -> None:
         estimate, run = estimate or EstimateOptions(), run or RunOptions()
         self._kind: EngineKind = engine_kind(run)
         no_next_step = self._kind.no_next_step(estimate, run)
         any_kind = estimate.step != "adam_static" and no_next_step is None
         at_hand = read_optimizer(optimizer, model, any_kind=any_kind)
-        self.context = ProbeContext.of(model, at_hand, estimate, run, on_progress, no_next_step)
+        self.context = ProbeContext.of(model, at_hand, estimate, run, on_progress, no_next_step, parted)
         self._team, self._state, self._keeps_checkpoint = team, at_hand, keeps_checkpoint
         self._measure = entropy_measure(self.context.estimate, Wanted(), None)
 

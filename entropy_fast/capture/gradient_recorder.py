@@ -42,6 +42,7 @@ class GradientRecorder(RowRecorder):
         storage: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         super().__init__()
+        self._given: dict[str, set[int]] = {}  # columns that signals have come for since `take`
         self._parameters = parameters
         self._n_units = n_units
         self._storage = storage or {}
@@ -97,6 +98,15 @@ class GradientRecorder(RowRecorder):
                 wide = rows[begin:end].to(total.dtype).flatten(1)
                 total[unit] += (scale[begin:end] @ wide).view(total.shape[1:])
 
+    def take(self, name: str) -> list[Tensor | None]:
+        """By column the gradients of a parameter, which begin anew; None where no signal has come since they did.
+
+        Not with ``storage``.
+        """
+        given = self._given.pop(name, set())
+        found = [store.pop(name, None) for store in self.columns]
+        return [own if column in given else None for column, own in enumerate(found)]
+
     def terms(self, unit: Sequence[int], columns: int) -> Iterator[Term]:
         """See `RowRecorder.terms`: every column of every unit, ``which`` its number."""
         for number in sorted(set(unit)):
@@ -107,6 +117,7 @@ class GradientRecorder(RowRecorder):
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
         """See `RowRecorder.put`."""
         total = self._sums(name)[term.which][term.unit]
+        self._given.setdefault(name, set()).add(term.which)
         total += gradient.to(total.dtype)
 
     def _sums(self, name: str) -> list[Tensor]:
@@ -123,7 +134,10 @@ class GradientRecorder(RowRecorder):
 
     def _wanted_sums(self, name: str) -> list[Tensor]:
         assert self._batch is not None
-        return [total for total, wanted in zip(self._sums(name), self._batch.wanted, strict=True) if wanted]
+        wanted = [column for column, own in enumerate(self._batch.wanted) if own]
+        self._given.setdefault(name, set()).update(wanted)
+        sums = self._sums(name)
+        return [sums[column] for column in wanted]
 
     def _scales(self, name: str, device: torch.device) -> Tensor:
         batch, dtype = self._batch, self._dtype(name)

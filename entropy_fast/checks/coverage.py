@@ -7,11 +7,12 @@ import math
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from entropy_fast.errors import EntropyFastWarning, GradientCoverageError
 
-__all__ = ["PassCoverage", "coverage_difference", "require_gradients", "warn_if_coverage_differs"]
+__all__ = ["PassCoverage", "coverage_difference", "reached_by", "require_gradients", "warn_if_coverage_differs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,26 +40,30 @@ class PassCoverage:
     one_prompt: bool = False
 
     @classmethod
-    def of(
-        cls,
-        side: str,
-        tensors: Sequence[Tensor],
-        touched: Sequence[bool],
-        names: Sequence[str],
-        mean_response_length: float,
-    ) -> PassCoverage:
-        """Counted from accumulated gradients, one a trainable parameter, and whether anything ever arrived at each."""
-        hit = [tensor for tensor, found in zip(tensors, touched, strict=True) if found]
-        squares = sum(float(t.reshape(-1).double() @ t.reshape(-1).double()) for t in hit)
+    def of(cls, side: str, reached: Tensor, names: Sequence[str], mean_response_length: float) -> PassCoverage:
+        """Counted from what every trainable parameter received: `reached_by`."""
+        elements, touched, squares = reached.unbind(1)
+        hit = touched > 0
         return cls(
             side=side,
-            n_trainable=len(touched),
-            n_with_gradient=len(hit),
-            numel_share=sum(t.numel() for t in hit) / sum(t.numel() for t in tensors),
-            norm=math.sqrt(squares),
-            untouched=tuple(name for name, found in zip(names, touched, strict=True) if not found),
+            n_trainable=len(reached),
+            n_with_gradient=int(hit.sum()),
+            numel_share=float(elements[hit].sum() / elements.sum()),
+            norm=math.sqrt(float(squares[hit].sum())),
+            untouched=tuple(name for name, found in zip(names, hit.tolist(), strict=True) if not found),
             mean_response_length=mean_response_length,
         )
+
+
+def reached_by(tensors: Sequence[Tensor], touched: Sequence[bool]) -> Tensor:
+    """``[parameters, 3]`` elements, whether anything ever arrived, and the square of the norm, of accumulated gradients."""
+    return torch.tensor(
+        [
+            (t.numel(), float(hit), float(t.reshape(-1).double() @ t.reshape(-1).double()) if hit else 0.0)
+            for t, hit in zip(tensors, touched, strict=True)
+        ],
+        dtype=torch.float64,
+    ).view(-1, 3)
 
 
 def require_gradients(coverage: PassCoverage, *, strict: bool, cause: str) -> None:

@@ -106,6 +106,10 @@ class ParameterRegistry:
         """Number of trainable elements."""
         return sum(p.tensor.numel() for p in self.parameters)
 
+    def part(self, places: Sequence[int]) -> ParameterRegistry:
+        """Some of the parameters, by their places; of the same module."""
+        return ParameterRegistry(self.module, tuple(self.parameters[place] for place in places))
+
     def check(self, where: str) -> None:
         """Raise unless the module's trainable parameters are still the registered objects.
 

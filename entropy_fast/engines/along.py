@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from entropy_fast.distributed.collectives import add_up
+from entropy_fast.distributed.layout import Layout
 from entropy_fast.distributed.team import Team
 from entropy_fast.engines.gradient_sum import GradientSum, inner_product, row_products
 from entropy_fast.engines.unit_dots import Stack
@@ -101,7 +102,7 @@ def seen_gradient(
     units: Sequence[Tensor] | None = None,
     *,
     exactly: bool = False,
-    team: Team | None = None,
+    layout: Layout | None = None,
 ) -> SeenGradient:
     """From Σ g over a batch, or from what stands in ``.grad``.
 
@@ -110,28 +111,29 @@ def seen_gradient(
         total: Σ_u g_u, raw.
         prompts: B; with a live gradient those of the whole batch, of which ``total`` may be a sample.
         units: with a live gradient g of every unit per parameter, ``[units, *shape]``; None where they are of another batch.
-        team: the ranks that the units are dealt to; None for this process alone.
+        layout: what of the gradients other ranks have; None for nothing.
         exactly: with a live gradient, whether g is what is in it (coefficients were given), so that σ need not be estimated.
 
     Raises:
         OptimizerStateError: the gradient's norm is not finite and is to be clipped.
     """
+    layout = layout or Layout(Team.alone())
     sign = 1.0 if step.ascends else -1.0
     if step.live is None:
         loss = [
             t * (sign / prompts) if touched else None for t, touched in zip(total.tensors, total.touched, strict=True)
         ]
-        clip = clip_factor(loss, step.max_grad_norm)
+        clip = clip_factor(loss, step.max_grad_norm, layout.add_parameters)
         clipped = [None if own is None else own * clip for own in loss]
         return SeenGradient(step, clipped, total.tensors, sign * clip, prompts, clip)
-    clip = clip_factor(step.live, step.max_grad_norm)
+    clip = clip_factor(step.live, step.max_grad_norm, layout.add_parameters)
     live = [
         None if own is None else clip * own.to(device=t.device, dtype=t.dtype)
         for own, t in zip(step.live, total.tensors, strict=True)
     ]
     if units is None:
         return SeenGradient(step, live, total.tensors, math.nan, prompts, clip)
-    agreement, scale = _agreement(live, total, units, prompts, sign, team or Team.alone())
+    agreement, scale = _agreement(live, total, units, prompts, sign, layout)
     if exactly:
         scale = clip
     return SeenGradient(step, live, total.tensors, sign * scale, prompts, clip, agreement)
@@ -165,7 +167,7 @@ def along_step(
     rows = [{part: torch.zeros(n_parameters, n_units, dtype=torch.float64) for part in seen.apart} for _ in x_stacks]
     whole = [dict.fromkeys(seen.apart, 0.0) for _ in x_stacks]
     for place, loss in enumerate(seen.loss):
-        if loss is None or not seen.step.held[place] or not n_units:
+        if loss is None or not seen.step.held[place] or not n_units or all(stack[place] is None for stack in x_stacks):
             continue
         full = seen.step.of_parameter(place, loss)
         for part in seen.apart:
@@ -235,7 +237,7 @@ def _agreement(
     units: Sequence[Tensor],
     prompts: int,
     sign: float,
-    team: Team,
+    layout: Layout,
 ) -> tuple[GradientAgreement, float]:
     """How a live gradient compares with what the rollouts say.
 
@@ -246,17 +248,24 @@ def _agreement(
     """
     pairs = [(own, t, u) for own, t, u in zip(live, total.tensors, units, strict=True) if own is not None]
     lives, totals = [own for own, _, _ in pairs], [t for _, t, _ in pairs]
-    cross, squares = inner_product(lives, totals), inner_product(totals, totals)
     of_ranks = torch.tensor(
         [len(units[0]), sum(float(u.double().square().sum()) for _, _, u in pairs)], dtype=torch.float64
     )
-    add_up(team, [of_ranks])
-    n, own_squares = int(of_ranks[0]), float(of_ranks[1])
+    layout.add_units([of_ranks])
+    n = int(of_ranks[0])
+    cross, squares, of_live, own_squares = layout.add_parameters(
+        [
+            inner_product(lives, totals),
+            inner_product(totals, totals),
+            inner_product(lives, lives),
+            float(of_ranks[1]),
+        ]
+    )
     shared = (squares - own_squares) / (n * (n - 1)) if n > 1 else 0.0
     if n < prompts:
         shared = max(0.0, shared)
     expected = own_squares / n / prompts + (prompts - 1) / prompts * shared
-    norms = math.sqrt(squares * inner_product(lives, lives))
+    norms = math.sqrt(squares * of_live)
     cosine = sign * cross / norms if norms else math.nan
     # Without an update of their own, prompts have nothing to be taken out.
     scale = sign * cross / n / expected if expected else 0.0
@@ -308,12 +317,14 @@ class AlongSums:
                 own.copy_(found[f"{column}/{part}"])
             self._whole[column] = dict(zip(rows, values, strict=True))
 
-    def add_ranks(self, team: Team) -> None:
-        """Rows of the units of one rank become those of all."""
-        if team.size == 1:
+    def add_ranks(self, layout: Layout) -> None:
+        """Rows of what one rank has become those of everything."""
+        if layout.team.size == 1:
             return
         whole = torch.tensor([list(own.values()) for own in self._whole], dtype=torch.float64)
-        add_up(team, [*(rows for own in self._rows for rows in own.values()), whole])
+        layout.add_units([rows for own in self._rows for rows in own.values()])
+        add_up(layout.team, [whole])
+        self._rows = [{part: layout.of_all_parameters(rows) for part, rows in own.items()} for own in self._rows]
         self._whole = [
             dict(zip(own, found, strict=True)) for own, found in zip(self._whole, whole.tolist(), strict=True)
         ]

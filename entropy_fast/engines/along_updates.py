@@ -37,7 +37,7 @@ from entropy_fast.columns import Side
 from entropy_fast.columns.given import GivenUpdate
 from entropy_fast.context import ProbeContext
 from entropy_fast.distributed.collectives import add_up
-from entropy_fast.distributed.team import Team
+from entropy_fast.distributed.layout import Layout
 from entropy_fast.engines.along import ELEMENTS_AT_ONCE, AlongSums, SeenGradient, parts_changed, seen_gradient
 from entropy_fast.engines.gradient_sum import GradientSum, row_products
 from entropy_fast.engines.unit_dots import Stack
@@ -88,29 +88,33 @@ def along_sums(
     if step.live is None:
         return [
             AlongSums(
-                seen_gradient(step, total, prompts, stack, exactly=exactly, team=context.team), n_functionals, n_units
+                seen_gradient(step, total, prompts, stack, exactly=exactly, layout=context.layout),
+                n_functionals,
+                n_units,
             )
             for total, stack in zip(g_totals, stacks, strict=True)
         ]
-    planned = seen_gradient(step, g_totals[0], prompts, stacks[0], exactly=exactly, team=context.team)
+    planned = seen_gradient(step, g_totals[0], prompts, stacks[0], exactly=exactly, layout=context.layout)
     found = [AlongSums(planned, n_functionals, n_units)]
     for total, stack in zip(g_totals[1:], stacks[1:], strict=True):
         other = _other_gradient(planned, g_totals[0], total, update.n_prompts)
         sampled = None
         if stack is not None:
             assert stacks[0] is not None
-            _put_stand_ins(context.team, stacks[0], stack, n_units, prompts)
+            _put_stand_ins(context.layout, stacks[0], stack, n_units, prompts)
             sampled = stacks[0] if update.n_prompts < prompts else None
-        found.append(OtherSums(other, n_functionals, n_units, sampled, context.team))
+        found.append(OtherSums(other, n_functionals, n_units, sampled, context.layout))
     return found
 
 
-def with_rows(found: Sequence[Sequence[KernelSums]], along: Sequence[AlongSums], team: Team) -> list[list[KernelSums]]:
-    """Sums by update and functional, with the rows of each update's whole step where there are any, of all ranks' units."""
+def with_rows(
+    found: Sequence[Sequence[KernelSums]], along: Sequence[AlongSums], layout: Layout
+) -> list[list[KernelSums]]:
+    """Sums by update and functional, with the rows of each update's whole step where there are any, of all ranks."""
     if not along:
         return [list(own) for own in found]
     for rows in along:
-        rows.add_ranks(team)
+        rows.add_ranks(layout)
     return [rows.put(own) for rows, own in zip(along, found, strict=True)]
 
 
@@ -131,12 +135,12 @@ def _sign(seen: SeenGradient) -> float:
     return 1.0 if seen.step.ascends else -1.0
 
 
-def _put_stand_ins(team: Team, planned: Sequence[Tensor], other: Sequence[Tensor], n: int, prompts: int) -> None:
+def _put_stand_ins(layout: Layout, planned: Sequence[Tensor], other: Sequence[Tensor], n: int, prompts: int) -> None:
     """Write h over the other update's g' of this rank's units, parameter by parameter; n units of all ranks."""
     for g, stack in zip(planned, other, strict=True):
         differences = stack - g
         total = differences.sum(0, keepdim=True)
-        add_up(team, [total])
+        layout.add_units([total])
         stack.copy_(g + total * (prompts / n) - (total - differences) * ((prompts - 1) / (n - 1)))
 
 
@@ -149,14 +153,14 @@ class OtherSums(AlongSums):
         n_units: how many.
         planned: raw g of the sampled prompts in the live update, of this rank's, where they are not all of the batch; None
             elsewhere, and L' is exact then.
-        team: the ranks.
+        layout: what of the gradients this rank has.
     """
 
     def __init__(
-        self, seen: SeenGradient, n_columns: int, n_units: int, planned: Sequence[Tensor] | None, team: Team
+        self, seen: SeenGradient, n_columns: int, n_units: int, planned: Sequence[Tensor] | None, layout: Layout
     ) -> None:
         super().__init__(seen, n_columns, n_units)
-        self._planned, self._team = planned, team
+        self._planned, self._layout = planned, layout
         self._projections = [torch.zeros(n_units, dtype=torch.float64) for _ in range(n_columns)]
 
     def add(self, numbers: Sequence[int], x_stacks: Sequence[Stack], g_stack: Stack | None, sizes: Tensor) -> None:
@@ -164,7 +168,7 @@ class OtherSums(AlongSums):
         super().add(numbers, x_stacks, g_stack, sizes)
         if self._planned is None:
             return
-        assert g_stack is not None and (self._team.size > 1 or len(numbers) == len(self._projections[0]))
+        assert g_stack is not None and (self._layout.team.size > 1 or len(numbers) == len(self._projections[0]))
         for place, (g, h) in enumerate(zip(self._planned, g_stack, strict=True)):
             if self.seen.loss[place] is None or not self.seen.step.held[place]:
                 continue
@@ -172,10 +176,10 @@ class OtherSums(AlongSums):
             assert h is not None and all(own is not None for own in x)  # they are kept for every parameter
             self._project(place, numbers, g, h, [own for own in x if own is not None])
 
-    def add_ranks(self, team: Team) -> None:
+    def add_ranks(self, layout: Layout) -> None:
         """See `AlongSums.add_ranks`."""
-        super().add_ranks(team)
-        add_up(team, self._projections)
+        super().add_ranks(layout)
+        add_up(layout.team, self._projections)
 
     def put(self, sums: Sequence[KernelSums]) -> list[KernelSums]:
         """See `AlongSums.put`. Of the fresh gradient's kernel nothing is known: a part of it is no prompt's."""
@@ -205,7 +209,7 @@ class OtherSums(AlongSums):
         assert loss is not None
         flat = [own.reshape(len(own), -1) for own in x]
         mean, totals = (h - g).sum(0, keepdim=True), [own.sum(0) for own in flat]
-        add_up(self._team, [mean, *totals])
+        self._layout.add_units([mean, *totals])
         mean /= len(self._projections[0])
         whole = parts_changed(seen, place, loss.unsqueeze(0))
         at_once = max(1, ELEMENTS_AT_ONCE // max(1, g.shape[1:].numel()))

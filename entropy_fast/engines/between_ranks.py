@@ -4,7 +4,8 @@ Legend: X_u gradient of unit u in a functional column, Y_u its preconditioned gr
 elements of the parameters, R ranks, n units of a rank.
 
 Every rank gets a slice of the elements, of all units: P/R of each X_u and Y_u. K is the sum of the slices' kernels. A rank
-sends (R - 1)/R · n · P elements a column, and holds a slice of at most `_SLICE` elements of all units at a time.
+sends (R - 1)/R · n · P elements a column, and holds a slice of at most `_SLICE` elements of all units at a time. Where ranks
+have all units' gradients of parameters of their own, nothing has to be sent but their kernels.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from entropy_fast.distributed.collectives import add_up, by_slices
 from entropy_fast.distributed.dealing import Share
+from entropy_fast.distributed.layout import Layout
 from entropy_fast.engines.gradient_sum import row_products
 from entropy_fast.engines.kernel import kernel_of
 
@@ -27,7 +29,10 @@ Kernel = tuple[Tensor, Tensor]  # [units, units] K and [parameters] every parame
 
 
 def kernels_of(
-    share: Share, x_stacks: Sequence[Sequence[Tensor]], y_stacks: Sequence[Sequence[Tensor]]
+    share: Share,
+    x_stacks: Sequence[Sequence[Tensor]],
+    y_stacks: Sequence[Sequence[Tensor]],
+    layout: Layout | None = None,
 ) -> list[list[Kernel]]:
     """By update and functional, K of all units and its diagonal by parameter.
 
@@ -35,11 +40,14 @@ def kernels_of(
         share: the units of this rank.
         x_stacks: of every functional column ``[n, *shape]`` X per parameter, of this rank's units.
         y_stacks: of every update column likewise Y.
+        layout: which of the gradients this rank has; None for all parameters of its own units.
 
     Raises:
         DistributedError: a rank was lost.
     """
     team = share.team
+    if layout is not None and layout.dealt is not None:
+        return _of_parameters(layout, x_stacks, y_stacks)
     if team.size == 1:
         return [[kernel_of(x_stack, y_stack) for x_stack in x_stacks] for y_stack in y_stacks]
     team.enter("influence kernel")
@@ -61,6 +69,16 @@ def kernels_of(
     back = torch.tensor([number for numbers in share.dealt for number in numbers]).argsort()
     kernels = kernels[:, :, back][:, :, :, back]
     return [list(zip(*of_update, strict=True)) for of_update in zip(kernels, diagonals, strict=True)]
+
+
+def _of_parameters(
+    layout: Layout, x_stacks: Sequence[Sequence[Tensor]], y_stacks: Sequence[Sequence[Tensor]]
+) -> list[list[Kernel]]:
+    """From gradients of all units in the parameters of this rank."""
+    layout.team.enter("influence kernel")
+    own = [[kernel_of(x_stack, y_stack) for x_stack in x_stacks] for y_stack in y_stacks]
+    add_up(layout.team, [kernel for of_update in own for kernel, _ in of_update])
+    return [[(kernel, layout.of_all_parameters(diagonal)) for kernel, diagonal in of_update] for of_update in own]
 
 
 def _slices(stack: Sequence[Tensor], ranks: int) -> Iterator[Tensor]:

@@ -58,6 +58,8 @@ def replica_tensors(context: ProbeContext, optimizer: OptimizerAtHand) -> Iterat
     names = {id(p.tensor): p.name for p in context.registry.parameters}
     for name, parameter in context.registry.module.named_parameters():
         yield PARAMETERS, name, parameter
+    if context.parted is not None:
+        return  # every rank has states and gradients of parameters of its own
     for name, moments in sorted(optimizer.state.moments.items()):
         yield STATE, f"second moment of {name}", moments.second_moment
     if optimizer.live is not None:

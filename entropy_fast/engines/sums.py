@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from entropy_fast.checks.coverage import PassCoverage, require_gradients, warn_if_coverage_differs
+from entropy_fast.checks.coverage import PassCoverage, reached_by, require_gradients, warn_if_coverage_differs
 from entropy_fast.columns import Columns, Side
 from entropy_fast.context import ProbeContext
 from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
@@ -66,7 +66,7 @@ def finish_update(
         GradientCoverageError: no parameter received a gradient, or too much of it has no second moment.
     """
     coverage = coverage_of(context, Side.UPDATE, total, rollouts)
-    excluded = context.step.excluded(total.tensors)
+    excluded = context.step.excluded(total.tensors, context.layout.add_parameters)
     if context.next_step is None:
         # In the optimizer's own next step these elements move too.
         check_excluded(excluded, context.run.max_excluded_share)
@@ -84,7 +84,7 @@ def finished(
     x, x_coverage = finish_functional(context, x_total, entropy)
     y, y_coverage, excluded = finish_update(context, g_total, update)
     warn_if_coverage_differs(x_coverage, y_coverage)
-    products = parameter_products(x, y)
+    products = context.layout.of_all_parameters(parameter_products(x, y))
     leading = dict(zip(context.registry.names[:LEADING_PARAMETERS], products.tolist(), strict=False))
     coverage = {Side.FUNCTIONAL.value: x_coverage, Side.UPDATE.value: y_coverage}
     return FinishedSums(x, y, coverage, excluded, products, leading)
@@ -106,6 +106,7 @@ def coverage_of(context: ProbeContext, side: Side, total: GradientSum, rollouts:
         GradientCoverageError: nothing (or, strict, not everything).
     """
     lengths = rollouts.response_lengths.double()
-    found = PassCoverage.of(side.value, total.tensors, total.touched, context.registry.names, float(lengths.mean()))
+    reached = context.layout.of_all_parameters(reached_by(total.tensors, total.touched))
+    found = PassCoverage.of(side.value, reached, context.registry.names, float(lengths.mean()))
     require_gradients(found, strict=context.run.strict, cause=context.likely_cause)
     return found

@@ -5,12 +5,11 @@ Legend: X_u gradient of unit u in a functional column, g_u raw in an update colu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from entropy_fast.capture import GradientRecorder
 from entropy_fast.context import ProbeContext
 from entropy_fast.engines.gradient_sum import GradientSum
 from entropy_fast.ops import precondition_accumulate
@@ -20,9 +19,9 @@ __all__ = ["Stack", "stacks_of", "unit_dots", "unit_of"]
 Stack = Sequence[Tensor | None]  # [units, *shape] per parameter; None where nothing arrived
 
 
-def stacks_of(gradients: GradientRecorder, names: Sequence[str]) -> list[list[Tensor | None]]:
-    """What a recorder has of a few units: by column and parameter."""
-    return [[units.get(name) for name in names] for units in gradients.columns]
+def stacks_of(gradients: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> list[list[Tensor | None]]:
+    """Gradients of a few units, by column and name: by column and parameter."""
+    return [[units.get(name) for name in names] for units in gradients]
 
 
 def unit_of(stack: Stack, position: int) -> list[Tensor | None]:

@@ -89,10 +89,13 @@ class ShardedModel:
         unreduced = next((name or "the whole" for name, found in settings.items() if found.unreduced), None)
         return cls(modules, tuple(parameters), unreduced)
 
-    def frozen_layers(self) -> dict[nn.Module, list[ShardedParameter]]:
-        """Frozen matrices by layer: by the modules of a class of which there are several, and in which there is no other.
+    def layers(self, *, trained: bool) -> dict[nn.Module, list[ShardedParameter]]:
+        """Matrices by layer: by the modules of a class of which there are several, and in which there is no other.
 
         What is in other modules (embeddings, the output layer) is read outside of their forwards too, and so are norms.
+
+        Args:
+            trained: whether those that are trained are wanted too.
         """
         kinds = collections.Counter(type(module) for module in self.modules.values())
         inner = [
@@ -100,8 +103,10 @@ class ShardedModel:
             for name, module in self.modules.items()
             if kinds[type(module)] > 1 and not any(other.startswith(f"{name}.") for other in self.modules)
         ]
-        frozen = [own for own in self.parameters if not own.tensor.requires_grad and own.tensor.dim() > 1]
-        found = {self.modules[name]: [own for own in frozen if own.owner == name] for name in inner}
+        matrices = [
+            own for own in self.parameters if own.tensor.dim() > 1 and (trained or not own.tensor.requires_grad)
+        ]
+        found = {self.modules[name]: [own for own in matrices if own.owner == name] for name in inner}
         return {module: own for module, own in found.items() if own}
 
 

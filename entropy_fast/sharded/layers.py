@@ -1,10 +1,7 @@
-"""Frozen matrices of layers, whole only while a forward or a backward is at their layer.
+"""Matrices of layers, whole only while a forward or a backward is at their layer.
 
-Ranks go through their own prompts and come to a layer at different times, if at all. Who needs one says so; all ranks hear that
-at their own next layer, or where they wait for the others after a sweep, and gather it together, until nobody needs any. So no
-two ranks have to do the same number of forwards, and none waits for one that has failed.
-
-What stands in a layer's place meanwhile has its shape and is NaN: whoever reads it out of turn does not get a number.
+Who comes to a layer asks for it (`sharded.rounds`), and all ranks gather it together. What stands in a layer's place meanwhile
+has its shape and is NaN: whoever reads it out of turn does not get a number.
 """
 
 from __future__ import annotations
@@ -18,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from entropy_fast.distributed.team import Team
 from entropy_fast.sharded.fsdp2 import ShardedParameter
+from entropy_fast.sharded.rounds import Rounds
 
 __all__ = ["LayersOnDemand", "of_outputs"]
 
 _AT_ONCE = 2  # layers that are whole on a rank: the one that is run, and the one before
-_NOBODY = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +40,8 @@ class _Lent:
     @classmethod
     def of(cls, sharded: ShardedParameter) -> _Lent:
         whole = torch.empty(sharded.tensor.shape, dtype=sharded.computed_in, device=sharded.tensor.device)
-        found = cls(sharded, nn.Parameter(_nothing(whole), requires_grad=False), whole)
+        stand_in = nn.Parameter(_nothing(whole), requires_grad=sharded.tensor.requires_grad)
+        found = cls(sharded, stand_in, whole)
         found.free()
         return found
 
@@ -64,62 +61,62 @@ class _Lent:
 
 
 class LayersOnDemand:
-    """The frozen matrices of some modules.
+    """Matrices of some modules, frozen and trained ones.
 
     Args:
-        team: the ranks.
+        rounds: of the ranks.
         layers: parameters by module; the same modules in the same order on all ranks.
     """
 
-    def __init__(self, team: Team, layers: Mapping[nn.Module, Sequence[ShardedParameter]]) -> None:
-        self._team = team
+    def __init__(self, rounds: Rounds, layers: Mapping[nn.Module, Sequence[ShardedParameter]]) -> None:
+        self._rounds = rounds
         self._number = {id(module): number for number, module in enumerate(layers)}
         self._layers = [[_Lent.of(own) for own in parameters] for parameters in layers.values()]
         self._there: list[int] = []  # numbers of layers that are whole, the last one last
+        self._entering: Callable[[int], None] = lambda number: None
+        self._first = rounds.offer(len(self._layers), self._gather)
 
     @property
     def stand_ins(self) -> dict[int, nn.Parameter]:
         """What forwards see, by the identity of the sharded parameter."""
         return {id(own.sharded.tensor): own.stand_in for layer in self._layers for own in layer}
 
+    @property
+    def numbers(self) -> dict[int, int]:
+        """Of the layer that a parameter is in, by the identity of the sharded one."""
+        return {id(own.sharded.tensor): number for number, layer in enumerate(self._layers) for own in layer}
+
+    @property
+    def count(self) -> int:
+        """How many layers there are."""
+        return len(self._layers)
+
+    def tell(self, entering: Callable[[int], None]) -> None:
+        """Have it told, by its number, which layer is next whenever a forward or a backward comes to one."""
+        self._entering = entering
+
     def before(self, module: nn.Module) -> Callable[[], None] | None:
         """What is to be called before a module's forward or backward; None where nothing is."""
         number = self._number.get(id(module))
         return None if number is None else lambda: self._have(number)
 
-    def serve(self) -> None:
-        """Gather with others what they need, until nobody needs any."""
-        while self._together(_NOBODY) != _NOBODY:
-            pass
-
     def _have(self, number: int) -> None:
+        self._entering(number)
         if number in self._there:
             self._there.remove(number)
         else:
             while len(self._there) >= _AT_ONCE:
                 for own in self._layers[self._there.pop(0)]:
                     own.free()
-            while self._together(number) != number:
-                pass
+            self._rounds.ask(self._first + number)
         self._there.append(number)
 
-    def _together(self, number: int) -> int:
-        """Say which layer this rank needs, and gather with all of them one that somebody does; which that was."""
-        taken = [_NOBODY]
-
-        def gather(group: dist.ProcessGroup | None) -> None:
-            needed = [torch.empty(1, dtype=torch.int64) for _ in range(self._team.size)]
-            dist.all_gather(needed, torch.tensor([number]), group=group)
-            # The same on all ranks. Who is behind is waited for at the layers that are still to come.
-            taken[0] = min((int(other) for other in needed if int(other) != _NOBODY), default=_NOBODY)
-            for own in self._layers[taken[0]] if taken[0] != _NOBODY else ():
-                values = own.gathered()
-                if taken[0] == number:
-                    own.fill(values)
-
-        with torch.no_grad():
-            self._team.run_between(gather)
-        return taken[0]
+    def _gather(self, group: dist.ProcessGroup | None, number: int, mine: bool, asked: Tensor) -> None:
+        """All ranks: a layer that somebody needs."""
+        for own in self._layers[number]:
+            values = own.gathered()
+            if mine:
+                own.fill(values)
 
 
 def of_outputs(found: object) -> Iterator[Tensor]:

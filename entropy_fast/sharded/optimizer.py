@@ -32,8 +32,8 @@ class StandIns:
     """Whole parameters, by the identity of the sharded ones.
 
     Attributes:
-        stepped: as the optimizer knows those that are trained.
-        computed: as forwards see them; the same objects where nothing is cast.
+        stepped: as the optimizer knows those that are trained, and that this rank keeps.
+        computed: as forwards see them; the same objects where nothing is cast, nor comes and goes.
     """
 
     stepped: Mapping[int, nn.Parameter]
@@ -46,9 +46,14 @@ class StandIns:
         return {name: self.stepped[key] for name, key in named if key is not None and key in self.stepped}
 
     @property
+    def apart(self) -> bool:
+        """Whether some that are stepped are not those that forwards see."""
+        return any(own is not self.computed[key] for key, own in self.stepped.items())
+
+    @property
     def cast(self) -> bool:
         """Whether some are stepped in another dtype than they are computed in."""
-        return any(own is not self.computed[key] for key, own in self.stepped.items())
+        return any(own.dtype != self.computed[key].dtype for key, own in self.stepped.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,32 +86,34 @@ class ShardedOptimizer:
         )
 
     def of_stand_ins(
-        self, stand_ins: StandIns, team: Team, *, momentum: bool
+        self, stand_ins: StandIns, team: Team, kept: Mapping[int, str] | None, *, momentum: bool
     ) -> Callable[[nn.Module], OptimizerAtHand]:
         """Gather its state, a tensor at a time.
 
         Args:
             stand_ins: whole parameters.
             team: the ranks, all of which have to come here.
+            kept: names of the parameters whose state this rank keeps, by their identity; None for all.
             momentum: whether Adam's first moments are wanted.
 
         Returns:
             From the model, whose parameters the stand-ins are by then, the optimizer as a probe takes it.
         """
         if not isinstance(self.given, torch.optim.Optimizer):
-            return functools.partial(_of_file, self.given, stand_ins)
+            return functools.partial(_of_file, self.given, stand_ins, kept)
         optimizer = self.given
         left_out = () if momentum or isinstance(optimizer, torch.optim.SGD) else _FIRST_MOMENTS
-        states = {
-            id(p): {key: gathered(team, value) for key, value in own.items() if key not in left_out}
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if (own := optimizer.state.get(p))
-        }
+        states = {}
+        for p in (p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)):
+            whole_state = {
+                key: gathered(team, value) for key, value in optimizer.state[p].items() if key not in left_out
+            }
+            if kept is None or id(p) in kept or id(p) not in self.names:
+                states[id(p)] = whole_state
 
         def whole(model: nn.Module) -> OptimizerAtHand:
             found = read_optimizer(_exchanged(optimizer, stand_ins.computed, states), model, any_kind=True)
-            if not stand_ins.cast:
+            if not stand_ins.apart:
                 return found
             live = _exchanged(optimizer, {**stand_ins.computed, **stand_ins.stepped}, states)
             return dataclasses.replace(found, live=live, values=stand_ins.by_name(model))
@@ -148,13 +155,22 @@ def _exchanged(
     return found
 
 
-def _of_file(given: str | os.PathLike[str] | AdamState, stand_ins: StandIns, model: nn.Module) -> OptimizerAtHand:
+def _of_file(
+    given: str | os.PathLike[str] | AdamState, stand_ins: StandIns, kept: Mapping[int, str] | None, model: nn.Module
+) -> OptimizerAtHand:
     found = read_optimizer(given, model, any_kind=True)
-    if not stand_ins.cast:
+    if kept is not None:
+        moments = {name: own for name, own in found.state.moments.items() if name in kept.values()}
+        found = dataclasses.replace(found, state=dataclasses.replace(found.state, moments=moments))
+    if not stand_ins.apart:
         return found
-    if found.live is not None:
-        _refuse(f"a file of a {kind_name(found.live)}, whose step would be found on copies of parameters that are cast")
-    return dataclasses.replace(found, values=stand_ins.by_name(model))
+    live = found.live
+    if live is not None:
+        if stand_ins.cast:
+            _refuse(f"a file of a {kind_name(live)}, whose step would be found on copies of parameters that are cast")
+        stepped = {id(stand_ins.computed[key]): own for key, own in stand_ins.stepped.items()}
+        live = _exchanged(live, stepped, {id(p): dict(own) for p, own in live.state.items()})
+    return dataclasses.replace(found, live=live, values=stand_ins.by_name(model))
 
 
 def _refuse(found: str) -> NoReturn:

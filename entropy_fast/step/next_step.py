@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -120,8 +120,17 @@ class NextStep:
         return found
 
 
-def clip_factor(gradients: Sequence[Tensor | None], most: float | None) -> float:
+def clip_factor(
+    gradients: Sequence[Tensor | None],
+    most: float | None,
+    add: Callable[[Sequence[float]], Sequence[float]] = list,
+) -> float:
     """What clipping by the global norm multiplies gradients by, as `torch.nn.utils.clip_grad_norm_` does.
+
+    Args:
+        gradients: one per parameter; None where none arrived.
+        most: limit of the norm; None for none.
+        add: makes sums over these parameters those over all, where others have more.
 
     Raises:
         OptimizerStateError: the norm is not finite.
@@ -129,7 +138,7 @@ def clip_factor(gradients: Sequence[Tensor | None], most: float | None) -> float
     if most is None:
         return 1.0
     squares = [float(g.double().square().sum()) for g in gradients if g is not None]
-    norm = math.sqrt(sum(squares))
+    norm = math.sqrt(add([sum(squares)])[0])
     if not math.isfinite(norm):
         raise OptimizerStateError(
             f"the gradient's norm is {norm}, so it cannot be clipped.", fix="look for overflow in the model's backward."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
@@ -167,8 +167,14 @@ class AdamPreconditioner:
             self._moments[devices] = found
         return self._moments[devices]
 
-    def excluded(self, gradients: Sequence[Tensor]) -> ExcludedElements:
+    def excluded(
+        self, gradients: Sequence[Tensor], add: Callable[[Sequence[float]], Sequence[float]] = list
+    ) -> ExcludedElements:
         """Count what `apply_preconditioner` leaves out of these gradients.
+
+        Args:
+            gradients: one per registered parameter.
+            add: makes counts and squares over these parameters those over all, where others have more.
 
         Raises:
             GradientCoverageError: a gradient is not finite, so that shares of it mean nothing.
@@ -205,6 +211,8 @@ class AdamPreconditioner:
                 kept += float(gradient[~undefined].to(torch.float64).square().sum())
             else:
                 kept += norm
+        lost, kept, *counts = add([lost, kept, zero_moment, without_state, not_in_optimizer, below_eps])
+        zero_moment, without_state, not_in_optimizer, below_eps = map(int, counts)
         share = lost / (lost + kept) if lost > 0 else 0.0
         return ExcludedElements(zero_moment, without_state, not_in_optimizer, share, below_eps)
 

@@ -33,12 +33,14 @@ class SweepReport:
         largest: tokens of the largest.
         halved: how often memory ran out and a microbatch was halved.
         prompt_forwards: see `Way.prompt_forwards`.
+        void: 1 where it was broken off, and all ranks have to begin anew; else 0.
     """
 
     microbatches: int = 0
     largest: int = 0
     halved: int = 0
     prompt_forwards: int = 1
+    void: int = 0
 
 
 @dataclasses.dataclass

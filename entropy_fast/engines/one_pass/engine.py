@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from entropy_fast.capture import GradientRecorder
 from entropy_fast.checks.grad_context import assert_grad_context
 from entropy_fast.columns import Columns, ResolvedColumn, SequenceTable, Side, TokenScores
 from entropy_fast.columns.scores import ScoresNeededError
@@ -38,7 +37,6 @@ from entropy_fast.engines.one_pass.by_sequence import (
     two_batch_shares,
 )
 from entropy_fast.engines.one_pass.kernels import products_of, sums_of_dots, sums_of_kernel
-from entropy_fast.engines.one_pass.sweep import SweepRequest
 from entropy_fast.engines.one_pass.sweeper import Sweeper
 from entropy_fast.engines.resolving import resolved_context
 from entropy_fast.engines.sums import FinishedSums, by_column, finish_update, finished
@@ -90,24 +88,25 @@ class OnePassEngine:
         x_totals, g_totals = ([totals[place] for place in places] for places in (x_places, y_places))
         sums = finished(context, x_totals[0], g_totals[0], rollouts, rollouts)
         y_sums = self._y_sums(sums, g_totals, rollouts)
-        products = products_of(sums, x_totals, y_sums)
+        products = products_of(context.layout, sums, x_totals, y_sums)
         if stack is None:
             along = along_sums(context, g_totals, rollouts, len(x_places), None)
             found = self._second_sweep(share, columns, x_totals, y_sums, products, along)
         else:
             x_stacks, y_stacks = ([stack.columns[place] for place in places] for places in (x_places, y_places))
             along = along_sums(context, g_totals, rollouts, len(x_places), y_stacks)
+            numbers = context.layout.units(share)
             for own, y_stack in zip(along, y_stacks, strict=False):
-                own.add(share.numbers, x_stacks, y_stack, share.sizes[share.numbers])
+                own.add(numbers, x_stacks, y_stack, share.sizes[numbers])
             met = met_by_unit(context, along, y_stacks[0], share)
             for y_stack in y_stacks:
                 context.step.precondition_in_place(y_stack)
-            kernels = kernels_of(share, x_stacks, y_stacks)
+            kernels = kernels_of(share, x_stacks, y_stacks, context.layout)
             found = [
                 [sums_of_kernel(*kernel, share.sizes, own) for kernel, own in zip(of_update, of_sums, strict=True)]
                 for of_update, of_sums in zip(kernels, products, strict=True)
             ]
-            found = with_rows(found, along, context.team)
+            found = with_rows(found, along, context.layout)
             met = met or less_own(sums.y, y_stacks[0])
             found[0] = one_batch_shares(context, self._sweeper.project, share, found[0], x_totals, x_stacks, met)
         return self._measured(found, sums, {side.value: table for side in Side}, along)
@@ -126,7 +125,7 @@ class OnePassEngine:
         return self._two_batch(entropy_share, update_share)
 
     def _two_batch(self, entropy_share: Share, update_share: Share) -> Measured:
-        context, sweeper, team = self._context, self._sweeper, self._context.team
+        context, sweeper, layout = self._context, self._sweeper, self._context.layout
         entropy, update = entropy_share.rollouts, update_share.rollouts
         functional, updates = (context.columns.of_side(side) for side in Side)
         tables = {
@@ -138,29 +137,27 @@ class OnePassEngine:
         x_totals = [sweeper.empty_sum() for _ in functional]
         rows = torch.zeros(len(updates), len(functional), entropy.n_prompts, dtype=torch.float64)
         along = along_sums(context, g_totals, update, len(functional), None, entropy.n_prompts)
-        names = context.registry.names
+        names = context.kept.names
 
-        def project_entropy(places: list[int], gradients: GradientRecorder) -> None:
-            stacks, numbers = stacks_of(gradients, names), [entropy_share.numbers[place] for place in places]
+        def project_entropy(numbers: list[int], gradients: Sequence[Mapping[str, Tensor]]) -> None:
+            stacks = stacks_of(gradients, names)
             for own in along:
                 own.add(numbers, stacks, None, torch.ones(len(numbers)))
             for place, (of_units, x_total) in enumerate(zip(stacks, x_totals, strict=True)):
                 for position, number in enumerate(numbers):
                     unit = unit_of(of_units, position)
                     for which, y_sum in enumerate(y_sums):
-                        found = unit_dots(context, unit, unit, x_total, y_sum)
-                        rows[which, place, number] = found[:, 1].sum()
-                sweeper.add(x_total, gradients.columns[place])
+                        rows[which, place, number] += unit_dots(context, unit, unit, x_total, y_sum)[:, 1].sum()
+            sweeper.add(x_totals, gradients)
 
-        request = SweepRequest(entropy, entropy_share.units, functional, "entropy", tables["entropy"])
         held = Held(
             {
                 **{f"sum {place}": x_total for place, x_total in enumerate(x_totals)},
                 **{f"along {which}": own for which, own in enumerate(along)},
-                "rows": Tables({"rows": rows}, overwritten=True),
+                "rows": Tables({"rows": rows}),
             }
         )
-        sweeper.sweep(request, project_entropy, held)
+        sweeper.sweep(entropy_share, functional, "entropy", project_entropy, held, tables["entropy"])
         sweeper.add_ranks(x_totals)
         entropy_share.fill(tables["entropy"].known)
         sums = finished(context, x_totals[0], g_totals[0], entropy, update)
@@ -170,27 +167,28 @@ class OnePassEngine:
                 context.step.precondition_in_place(y_stack)
                 for place, x_total in enumerate(x_totals):
                     own = kernel_of([x.unsqueeze(0) for x in x_total.tensors], y_stack)[0][0]
-                    columns[which, place, update_share.numbers] = own
+                    columns[which, place, layout.units(update_share)] = own
         else:
 
-            def project_update(places: list[int], gradients: GradientRecorder) -> None:
+            def project_update(numbers: list[int], gradients: Sequence[Mapping[str, Tensor]]) -> None:
                 for which, (of_units, y_sum) in enumerate(zip(stacks_of(gradients, names), y_sums, strict=True)):
                     for place, x_total in enumerate(x_totals):
-                        for position, number in enumerate(update_share.numbers[own] for own in places):
+                        for position, number in enumerate(numbers):
                             unit = unit_of(of_units, position)
-                            columns[which, place, number] = unit_dots(context, unit, unit, x_total, y_sum)[:, 2].sum()
+                            found = unit_dots(context, unit, unit, x_total, y_sum)
+                            columns[which, place, number] += found[:, 2].sum()
 
-            request = SweepRequest(update, update_share.units, updates, "projections")
-            sweeper.sweep(request, project_update, Held({"columns": Tables({"columns": columns}, overwritten=True)}))
-        add_up(team, [rows, columns])
+            held = Held({"columns": Tables({"columns": columns})})
+            sweeper.sweep(update_share, updates, "projections", project_update, held)
+        add_up(context.team, [rows, columns])
         found = [
             [
                 KernelSums(float(own.sum()), by_row, by_column, by_parameter=own)
                 for own, by_row, by_column in zip(*of_update, strict=True)
             ]
-            for of_update in zip(products_of(sums, x_totals, y_sums), rows, columns, strict=True)
+            for of_update in zip(products_of(layout, sums, x_totals, y_sums), rows, columns, strict=True)
         ]
-        found = with_rows(found, along, team)
+        found = with_rows(found, along, layout)
         met = list(sums.y.tensors) if not along else steps_of_others(along[0].seen)
         shares = entropy_share, update_share
         found[0] = two_batch_shares(context, sweeper.project, *shares, found[0], x_totals, met)
@@ -206,14 +204,14 @@ class OnePassEngine:
         along: Sequence[AlongSums],
     ) -> list[list[KernelSums]]:
         """Diagonal, row and column sums of every pair of columns, from every unit's products with the sums."""
-        context, names = self._context, self._context.registry.names
+        context, names = self._context, self._context.kept.names
         sizes = share.sizes
         x_places, y_places = (columns.places_of(side) for side in Side)
         dots = torch.zeros(len(y_places), len(x_places), len(sizes), 3, dtype=torch.float64)
-        diagonals = torch.zeros(len(y_places), len(x_places), len(products[0][0]), dtype=torch.float64)
+        diagonals = torch.zeros(len(names), len(y_places), len(x_places), dtype=torch.float64)
 
-        def project(places: list[int], gradients: GradientRecorder) -> None:
-            stacks, numbers = stacks_of(gradients, names), [share.numbers[place] for place in places]
+        def project(numbers: list[int], gradients: Sequence[Mapping[str, Tensor]]) -> None:
+            stacks = stacks_of(gradients, names)
             for place, own in zip(y_places, along, strict=False):
                 own.add(numbers, [stacks[x_place] for x_place in x_places], stacks[place], sizes[numbers])
             for position, number in enumerate(numbers):
@@ -222,19 +220,20 @@ class OnePassEngine:
                     for index, (x_place, x_total) in enumerate(zip(x_places, x_totals, strict=True)):
                         dot = unit_dots(context, unit[x_place], unit[y_place], x_total, y_sum)
                         dots[which, index, number] = dot.sum(0)
-                        diagonals[which, index].add_(dot[:, 0])
+                        diagonals[:, which, index].add_(dot[:, 0])
 
-        request = SweepRequest(share.rollouts, share.units, columns, "projections")
         held = Held({"products": Tables({"dots": dots, "diagonals": diagonals})})
         for which, own in enumerate(along):
             held = held.and_also(f"along {which}", own)
-        self._sweeper.sweep(request, project, held)
-        add_up(context.team, [dots, diagonals])
+        # Products of two gradients of a unit are of no use before both are complete.
+        self._sweeper.sweep(share, columns, "projections", project, held, together=True)
+        add_up(context.team, [dots])
+        diagonals = context.layout.complete(diagonals).permute(1, 2, 0)
         found = [
             [sums_of_dots(*own, sizes) for own in zip(*of_update, strict=True)]
             for of_update in zip(diagonals, dots, products, strict=True)
         ]
-        return with_rows(found, along, context.team)
+        return with_rows(found, along, context.layout)
 
     def _y_sums(self, sums: FinishedSums, totals: Sequence[GradientSum], rollouts: Rollouts) -> list[GradientSum]:
         """Y_sum of every update column; the first is there."""

@@ -74,6 +74,14 @@ class GradientStack:
                 for stack, found in zip(self.columns, gradients.columns, strict=True):
                     stack[index][numbers[0] : numbers[-1] + 1] = found[name].to(stack[index].device)
 
+    def add(self, numbers: list[int], gradients: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add gradients ``[n, *shape]`` of some units, by column and name, of any of the parameters."""
+        for stack, found in zip(self.columns, gradients, strict=True):
+            for index, name in enumerate(self._names):
+                if name in found:
+                    self.touched[index] = True
+                    stack[index][numbers] += found[name].to(stack[index].device)
+
     def clear(self) -> None:
         """Back to empty."""
         for stack in self.columns:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from entropy_fast.distributed.layout import Layout
 from entropy_fast.engines.gradient_sum import GradientSum, parameter_products
 from entropy_fast.engines.sums import FinishedSums
 from entropy_fast.estimates.kernel_sums import KernelSums
@@ -17,10 +18,13 @@ __all__ = ["products_of", "sums_of_dots", "sums_of_kernel"]
 
 
 def products_of(
-    sums: FinishedSums, x_totals: Sequence[GradientSum], y_sums: Sequence[GradientSum]
+    layout: Layout, sums: FinishedSums, x_totals: Sequence[GradientSum], y_sums: Sequence[GradientSum]
 ) -> list[list[Tensor]]:
     """By update and functional, [parameters] X_sum · Y_sum; the first are there."""
-    found = [[parameter_products(x, y) for x in x_totals[not which :]] for which, y in enumerate(y_sums)]
+    found = [
+        [layout.of_all_parameters(parameter_products(x, y)) for x in x_totals[not which :]]
+        for which, y in enumerate(y_sums)
+    ]
     found[0].insert(0, sums.products)
     return found
 

@@ -83,6 +83,9 @@ def sweep(
         held: whatever ``visit`` adds up, empty: it is emptied again when everything visited so far is void, and filled where
             a process before this one had gone through a part.
 
+    Returns:
+        What was done. Where gradients have gone to other ranks that are void by now, it is broken off, and says so.
+
     Raises:
         ProbeMemoryError: there is not enough memory for a single prompt.
         ModelStateError: log-probs are random, or sequences interact.
@@ -109,9 +112,15 @@ def sweep(
                 release_memory()
                 course.report.halved += 1
                 course.waiting = cutter.halved(numbers, prompts, parts, message)
+                if context.parted is not None and context.parted.handed_over:
+                    course.report.void = 1
+                    return course.report
             elif refused:
                 # From the start: what was visited lacks these parameters.
                 runner.leave_out(refused)
+                if context.parted is not None:
+                    course.report.void = 1
+                    return course.report
                 runner.choose(rollouts)
                 held.clear()
                 kept.void()

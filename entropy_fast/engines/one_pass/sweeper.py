@@ -8,6 +8,8 @@ out are left out by all, and a forward is nowhere larger than the smallest that 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -38,10 +40,9 @@ from entropy_fast.engines.one_pass.sweep import (
 from entropy_fast.resuming import Held, Tables
 from entropy_fast.rollouts import Rollouts
 from entropy_fast.rollouts.units import prompt_units
+from entropy_fast.sharded.parted import Arrive
 
 __all__ = ["Sweeper"]
-
-Storage = Callable[[list[int]], Mapping[str, Sequence[Tensor]]]  # for the given units, zeroed
 
 
 class Sweeper:
@@ -77,20 +78,31 @@ class Sweeper:
         return self._context.keeper.holds(lambda: scoring_of(self._context, rollouts, prompts).named)
 
     def stack_bytes(self, share: Share, columns: Columns) -> int:
-        """What gradients of the units of a rank take, on the rank that has most."""
-        return GradientStack.bytes_of(self._context.registry.tensors, share.most, len(columns))
+        """What gradients of the units that a rank keeps take, on the rank that has most."""
+        parted, every = self._context.parted, self._context.registry.tensors
+        if parted is None:
+            return GradientStack.bytes_of(every, share.most, len(columns))
+        own = ([every[place] for place in places] for places in parted.dealt)
+        return max(GradientStack.bytes_of(tensors, len(share.every), len(columns)) for tensors in own)
 
     def empty_sum(self) -> GradientSum:
-        """Zeros for every parameter."""
-        return GradientSum.zeros(self._context.registry.tensors, self._context.sums_device)
+        """Zeros for every parameter that this rank keeps."""
+        return GradientSum.zeros(self._context.kept.tensors, self._context.sums_device)
 
-    def add(self, total: GradientSum, gradients: Mapping[str, Tensor]) -> None:
-        """Add gradients of a few units to their sum."""
-        total.add([gradients[n].sum(0) if n in gradients else None for n in self._context.registry.names])
+    def add(self, totals: Sequence[GradientSum], gradients: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add gradients of a few units to their sums, by column."""
+        for index, name in enumerate(self._context.kept.names):
+            there = [found.get(name) for found in gradients]
+            for total, own in zip(totals, there, strict=True):
+                if own is not None:
+                    total.tensors[index].add_(own.sum(0).to(total.tensors[index].device))
+                total.touched[index] |= any(found is not None for found in there)
 
     def add_ranks(self, totals: Sequence[GradientSum]) -> None:
         """Sums over the units of this rank become those over all."""
         self._team.enter("gradient sums")
+        if self._context.parted is not None:
+            return
         for total in totals:
             add_up(self._team, total.tensors)
             total.touched[:] = any_of(self._team, total.touched)
@@ -109,24 +121,24 @@ class Sweeper:
         self, share: Share, columns: Columns, table: SequenceTable
     ) -> tuple[list[GradientSum], GradientStack | None]:
         """Raw sums of every column over all units, and, where they fit the budget, its gradients of this rank's units."""
-        registry = self._context.registry
+        kept, layout = self._context.kept, self._context.layout
         totals = [self.empty_sum() for _ in columns]
-        request = SweepRequest(share.rollouts, share.units, columns, " and ".join(c.name for c in columns), table)
+        stage = " and ".join(c.name for c in columns)
         stack = None
         if self.stack_bytes(share, columns) > self._context.run.memory_bytes:
-
-            def collect(_: list[int], gradients: GradientRecorder) -> None:
-                for total, found in zip(totals, gradients.columns, strict=True):
-                    self.add(total, found)
-
             held = Held({f"sum {place}": total for place, total in enumerate(totals)})
-            self.sweep(request, collect, held)
+            self.sweep(share, columns, stage, lambda _, found: self.add(totals, found), held, table, sums=True)
         else:
             on_cpu = self._context.run.accumulate_on == "cpu"
-            n_units = len(share.units)
-            stack = GradientStack(registry.names, registry.tensors, n_units, len(columns), on_cpu=on_cpu)
+            n_units = len(layout.units(share))
+            stack = GradientStack(kept.names, kept.tensors, n_units, len(columns), on_cpu=on_cpu)
             self._log.stored = max(self._log.stored, self.stack_bytes(share, columns))
-            self.sweep(request, stack.collect, Held({"stack": stack}, units=stack), storage=stack.storage)
+            if self._context.parted is not None:
+                self.sweep(share, columns, stage, stack.add, Held({"stack": stack}), table)
+            else:
+                request = SweepRequest(share.rollouts, share.units, columns, stage, table)
+                held = Held({"stack": stack}, units=stack)
+                self._record(request, lambda n: self._recorder(n, columns, stack.storage(n)), stack.collect, held)
             for total, stored in zip(totals, stack.columns, strict=True):
                 for index, tensor in enumerate(stored):
                     if stack.touched[index]:
@@ -164,21 +176,53 @@ class Sweeper:
 
     def sweep(
         self,
-        request: SweepRequest,
-        visit: Callable[[list[int], GradientRecorder], None],
+        share: Share,
+        columns: Columns,
+        stage: str,
+        visit: Arrive,
         held: Held,
+        table: SequenceTable | None = None,
         *,
-        storage: Storage | None = None,
+        sums: bool = False,
+        together: bool = False,
     ) -> None:
-        """Go through units; ``visit`` sees their gradients, by their places among the request's, and adds up what is held."""
+        """Go through the units of a batch.
+
+        Args:
+            share: of the batch.
+            columns: whose gradients are wanted.
+            stage: name for the progress report.
+            visit: given gradients of some units of this rank, by their numbers in the batch. Where ranks have parameters of
+                their own it is given those, of any rank's units, and units may come in parts.
+            held: whatever ``visit`` adds up.
+            table: see `SweepRequest`.
+            sums: whether ``visit`` only adds units up and does not ask for their numbers.
+            together: whether units must not come in parts.
+        """
+        request = SweepRequest(share.rollouts, share.units, columns, stage, table)
+        parted = self._context.parted
+        if parted is None:
+
+            def see(places: list[int], gradients: GradientRecorder) -> None:
+                visit([share.numbers[place] for place in places], gradients.columns)
+
+            self._record(request, lambda numbers: self._recorder(numbers, columns), see, held)
+            return
+
+        def begin(places: list[int]) -> GradientRecorder:
+            gradients = self._recorder(places, columns)
+            parted.begin(gradients, [] if sums else [share.numbers[place] for place in places])
+            return gradients
+
+        arriving = functools.partial(parted.arriving, visit, together=together)
+        self._record(request, begin, lambda _, __: parted.end(), held, arriving)
+
+    def _recorder(
+        self, numbers: list[int], columns: Columns, storage: Mapping[str, Sequence[Tensor]] | None = None
+    ) -> GradientRecorder:
         registry = self._context.registry
         parameters = dict(zip(registry.names, registry.tensors, strict=True))
-
-        def recorder(numbers: list[int]) -> GradientRecorder:
-            kept = None if storage is None else storage(numbers)
-            return GradientRecorder(parameters, len(numbers), len(request.columns), kept)
-
-        self._record(request, recorder, visit, held)
+        return GradientRecorder(parameters, len(numbers), len(columns), storage)
 
     def plan(self) -> OnePassPlan:
         """How the batches were gone through, by all ranks; after all sweeps."""
@@ -190,6 +234,7 @@ class Sweeper:
         recorder: Callable[[list[int]], Found],
         visit: Callable[[list[int], Found], None],
         held: Held,
+        arriving: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> None:
         """One `sweep`, counted in the plan."""
         team = self._team
@@ -197,16 +242,22 @@ class Sweeper:
         self._settle(request.rollouts)
 
         def go() -> SweepReport:
-            return sweep(self._context, self._runner, self._limit, request, recorder, visit, held)
+            with arriving():
+                return sweep(self._context, self._runner, self._limit, request, recorder, visit, held)
 
         report = go()
         if team.size > 1:
-            # What one of them had to leave out, the others leave out too, and go through their units once more.
-            while any_of(
-                team, [bool(missing := set(united(team, self._runner.left_out)) - set(self._runner.left_out))]
-            )[0]:
+            # What one of them had to leave out, the others leave out too, and go through their units once more. Where its
+            # gradients have gone to others, so do all.
+            again = True
+            while again:
+                missing = set(united(team, self._runner.left_out)) - set(self._runner.left_out)
+                again, void = any_of(team, [bool(missing), bool(report.void)])
+                void |= again and self._context.parted is not None
+                again |= void
                 if missing:
                     self._runner.leave_out(missing)
+                if missing or void:
                     held.clear()
                     report = go()
             self._settle(request.rollouts)

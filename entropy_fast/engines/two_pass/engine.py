@@ -164,7 +164,7 @@ class ProbeComponents:
             [self._between(entropy_share, update_share, x, (place, y), along[place : place + 1]) for x in x_totals]
             for place, y in enumerate(y_sums)
         ]
-        found = with_rows(found, along, context.team)
+        found = with_rows(found, along, context.layout)
         how = "the double backward" if context.run.conditional_variance == "alpha" else "a backward a prompt"
         return measured_of(context, found, sums, (x_pass, y_pass), f"projections of the entropy batch by {how}")
 
@@ -279,7 +279,7 @@ class ProbeComponents:
         ]
         if context.run.full_kernel:
             found[0][0] = dataclasses.replace(found[0][0], kernel=kernel_between(share, kept, context.registry.tensors))
-        found = with_rows(found, along, context.team)
+        found = with_rows(found, along, context.layout)
         return measured_of(context, found, sums, (x_pass, y_pass), "then both again for every unit")
 
     def totals_after_first(self, side: Side, share: Share) -> Iterator[tuple[int, GradientSum]]:

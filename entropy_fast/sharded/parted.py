@@ -1,0 +1,247 @@
+"""Gradients on their way from the ranks that find them to the ranks that keep them, a layer at a time.
+
+Legend: R ranks, P trained elements, U units of a group, C columns, e bytes of an element.
+
+Every trained parameter is one rank's, which keeps its sums, the gradients of all units in it, and its optimizer state: P/R
+elements of each. A rank that goes through a group of units has, once a backward has left a layer, C U gradients of that layer.
+It hands them over before the next layer's are formed, (R - 1)/R of them to others. What belongs to no layer (embeddings, an
+output layer, a last norm) is handed over at the end of the group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from entropy_fast.distributed.dealing import deal
+from entropy_fast.distributed.team import Team
+from entropy_fast.sharded.rounds import Rounds
+
+__all__ = ["Arrive", "Form", "Gradients", "PartedSums"]
+
+# Numbers of units, and by column their gradients ``[units, *shape]`` by name of a parameter; no numbers where they are a sum.
+Arrive = Callable[[list[int], Sequence[Mapping[str, Tensor]]], None]
+
+
+class Gradients(Protocol):
+    """Gradients of the units of a group, as its backwards go on."""
+
+    @property
+    def columns(self) -> Sequence[Mapping[str, Tensor]]:
+        """By column and name ``[units, *shape]``, of the parameters that signals have come for."""
+
+    def take(self, name: str) -> list[Tensor | None]:
+        """By column those of a parameter, which begin anew; None where no signal has come since."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What gradients of a trained parameter look like.
+
+    Attributes:
+        name: of the parameter.
+        shape: of the parameter.
+        dtype: that gradients are added up in.
+        layer: number of the layer that it is in; that of layers where it is in none.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    layer: int
+
+
+class PartedSums:
+    """Who keeps what of a model's gradients, and how it gets there.
+
+    Args:
+        team: the ranks.
+        rounds: of these ranks.
+        forms: of all trained parameters, in their order.
+        n_layers: how many layers there are.
+
+    Attributes:
+        dealt: places of the parameters of every rank.
+        handed_over: whether some of the group's gradients have gone already.
+    """
+
+    def __init__(self, team: Team, rounds: Rounds, forms: Sequence[Form], n_layers: int) -> None:
+        self._team, self._rounds, self._forms, self._rest = team, rounds, list(forms), n_layers
+        self.dealt = tuple(map(tuple, deal([max(1, form.shape.numel()) for form in forms], team.size)))
+        self._owner = {place: rank for rank, places in enumerate(self.dealt) for place in places}
+        self._layer = {form.name: form.layer for form in forms}
+        self._of_layer = [
+            [place for place, form in enumerate(forms) if form.layer == layer] for layer in range(n_layers + 1)
+        ]
+        self._first = rounds.offer(n_layers + 1, self._pass_on)
+        self._source: Gradients | None = None
+        self._numbers: list[int] = []
+        self._arrive: Arrive | None = None
+        self._together = False
+        self._waiting: dict[int, list[dict[str, Tensor]]] = {}  # by rank, of a group that is not complete
+        self._outgoing: dict[int, list[Tensor | None]] = {}  # by place and column
+        self.handed_over = False
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Of this rank's parameters."""
+        return self.dealt[self._team.rank]
+
+    @contextlib.contextmanager
+    def arriving(self, arrive: Arrive, *, together: bool) -> Iterator[None]:
+        """For a sweep of all ranks: ``arrive`` is given what comes for this rank's parameters, from itself too.
+
+        Args:
+            arrive: called with gradients of some parameters; more of the same units may come later, to be added.
+            together: whether units are to come once, complete, with all parameters. They wait here until then.
+        """
+        self._arrive, self._together = arrive, together
+        try:
+            yield
+            self._team.meet()  # whose sweep is over has to be there until all are
+        finally:
+            self._arrive, self._source = None, None
+            self._waiting.clear()
+
+    def begin(self, source: Gradients, numbers: Sequence[int]) -> None:
+        """From here on gradients of a group of units come from a source; no numbers where only their sum is wanted."""
+        self._source, self._numbers, self.handed_over = source, list(numbers), False
+
+    def entering(self, layer: int) -> None:
+        """A layer is next: hand over what was left behind in others. What is in no layer may go on."""
+        if self._source is None:
+            return
+        there = {self._layer[name] for name in self._source.columns[0]} - {layer, self._rest}
+        for other in sorted(there, reverse=True):
+            self._send(other)
+
+    def end(self) -> None:
+        """The group is complete: hand over the rest."""
+        assert self._source is not None
+        for layer in sorted({self._layer[name] for name in self._source.columns[0]} - {self._rest}, reverse=True):
+            self._send(layer)
+        self._send(self._rest)
+        self._source = None
+
+    def _send(self, layer: int) -> None:
+        assert self._source is not None
+        found = {place: self._source.take(self._forms[place].name) for place in self._of_layer[layer]}
+        self._outgoing = {place: own for place, own in found.items() if any(g is not None for g in own)}
+        if not self._numbers:
+            self._outgoing = {
+                place: [None if g is None else g.sum(0, keepdim=True) for g in own]
+                for place, own in self._outgoing.items()
+            }
+        self.handed_over = True
+        n_columns = len(self._source.columns)
+        there = sum(1 << c for c in range(n_columns) if any(own[c] is not None for own in self._outgoing.values()))
+        self._rounds.ask(self._first + layer, len(self._numbers), there, n_columns)
+        self._outgoing = {}
+
+    def _pass_on(self, group: dist.ProcessGroup | None, layer: int, mine: bool, asked: Tensor) -> None:
+        """All ranks: gradients of one layer from those that have asked, each parameter's to the rank whose it is."""
+        places, me, ranks = self._of_layer[layer], self._team.rank, range(self._team.size)
+        of_rank = [[place for place in places if self._owner[place] == rank] for rank in ranks]
+        elements = [sum(self._forms[place].shape.numel() for place in own) for own in of_rank]
+        parcels = [_Parcel.of(*row) for row in asked.tolist()]
+        heads = self._heads(group, places, mine, max(parcel.units for parcel in parcels))
+        dtype = max((self._forms[place].dtype for place in places), key=lambda d: d.itemsize, default=torch.float32)
+        flat = [self._flat(place, parcels[me], dtype) for own in of_rank for place in own] if mine else []
+        received_from = [parcel.rows_and_columns * elements[me] for parcel in parcels]
+        received = torch.empty(sum(received_from), dtype=dtype)
+        dist.all_to_all_single(
+            received,
+            torch.cat(flat) if flat else torch.empty(0, dtype=dtype),
+            received_from,
+            [parcels[me].rows_and_columns * count for count in elements],
+            group=group,
+        )
+        for rank, (part, parcel) in enumerate(zip(torch.split(received, received_from), parcels, strict=True)):
+            if parcel.rows:
+                numbers, known = heads[rank, : parcel.units].tolist(), heads[rank, -len(places) :].tolist()
+                there = {place for place, flag in zip(places, known, strict=False) if flag > 0}
+                found = self._read(part, of_rank[me], there, parcel)
+                self._take_in(rank, numbers, found, complete=layer == self._rest)
+
+    def _heads(self, group: dist.ProcessGroup | None, places: Sequence[int], mine: bool, most: int) -> Tensor:
+        """``[ranks, most + parameters]`` numbers of the units of each rank, and which parameters signals have come for."""
+        own = torch.full((most + len(places),), -1, dtype=torch.int64)
+        if mine:
+            own[: len(self._numbers)] = torch.tensor(self._numbers, dtype=torch.int64)
+            own[most:] = torch.tensor([int(place in self._outgoing) for place in places], dtype=torch.int64)
+        found = [torch.empty_like(own) for _ in range(self._team.size)]
+        dist.all_gather(found, own, group=group)
+        return torch.stack(found)
+
+    def _flat(self, place: int, parcel: _Parcel, dtype: torch.dtype) -> Tensor:
+        """``[columns * rows * elements]`` of a parameter; 0 where no signal has come."""
+        none = torch.zeros(parcel.rows * self._forms[place].shape.numel(), dtype=dtype)
+        found = self._outgoing.get(place)
+        own = [None if found is None else found[column] for column in parcel.columns]
+        flat = [none if g is None else g.to(device="cpu", dtype=dtype).reshape(-1) for g in own]
+        return torch.cat(flat) if flat else none[:0]
+
+    def _read(self, part: Tensor, places: Sequence[int], there: set[int], parcel: _Parcel) -> list[dict[str, Tensor]]:
+        """By column and name, of this rank's parameters that signals have come for."""
+        found: list[dict[str, Tensor]] = [{} for _ in range(parcel.n_columns)]
+        sizes = [parcel.rows * self._forms[place].shape.numel() for place in places for _ in parcel.columns]
+        pieces = iter(torch.split(part, sizes))
+        for place in places:
+            form = self._forms[place]
+            for column in parcel.columns:
+                own = next(pieces)
+                if place in there:
+                    found[column][form.name] = own.view(parcel.rows, *form.shape).to(form.dtype)
+        return found
+
+    def _take_in(self, rank: int, numbers: list[int], found: list[dict[str, Tensor]], *, complete: bool) -> None:
+        assert self._arrive is not None
+        if not self._together:
+            self._arrive(numbers, found)
+            return
+        waiting = self._waiting.setdefault(rank, [{} for _ in found])
+        for before, own in zip(waiting, found, strict=True):
+            for name, rows in own.items():
+                before[name] = before[name] + rows if name in before else rows
+        if complete:
+            self._arrive(numbers, _in_all_columns(self._waiting.pop(rank)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parcel:
+    """What a rank sends of a layer.
+
+    Attributes:
+        units: whose gradients it is; none for a sum over them.
+        rows: as many, or 1 for their sum; 0 where the rank sends nothing.
+        columns: that signals have come for.
+        n_columns: that there are.
+    """
+
+    units: int
+    rows: int
+    columns: tuple[int, ...]
+    n_columns: int
+
+    @classmethod
+    def of(cls, units: int, there: int, n_columns: int) -> _Parcel:
+        """From the details of a request; negative where there was none."""
+        if units < 0:
+            return cls(0, 0, (), 0)
+        return cls(units, max(1, units), tuple(c for c in range(n_columns) if there >> c & 1), n_columns)
+
+    @property
+    def rows_and_columns(self) -> int:
+        return self.rows * len(self.columns)
+
+
+def _in_all_columns(found: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """A parameter that one column has is in all of them, as where nothing was sent."""
+    like = {name: rows for own in found for name, rows in own.items()}
+    return [{name: own.get(name, torch.zeros_like(rows)) for name, rows in like.items()} for own in found]
