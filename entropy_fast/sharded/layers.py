@@ -66,11 +66,15 @@ class LayersOnDemand:
     Args:
         rounds: of the ranks.
         layers: parameters by module; the same modules in the same order on all ranks.
+
+    Attributes:
+        numbers: of the layer that a parameter is in, by identity; of those too that are always there.
     """
 
     def __init__(self, rounds: Rounds, layers: Mapping[nn.Module, Sequence[ShardedParameter]]) -> None:
         self._rounds = rounds
         self._number = {id(module): number for number, module in enumerate(layers)}
+        self.numbers = {id(p): number for number, module in enumerate(layers) for p in module.parameters()}
         self._layers = [[_Lent.of(own) for own in parameters] for parameters in layers.values()]
         self._there: list[int] = []  # numbers of layers that are whole, the last one last
         self._entering: Callable[[int], None] = lambda number: None
@@ -80,11 +84,6 @@ class LayersOnDemand:
     def stand_ins(self) -> dict[int, nn.Parameter]:
         """What forwards see, by the identity of the sharded parameter."""
         return {id(own.sharded.tensor): own.stand_in for layer in self._layers for own in layer}
-
-    @property
-    def numbers(self) -> dict[int, int]:
-        """Of the layer that a parameter is in, by the identity of the sharded one."""
-        return {id(own.sharded.tensor): number for number, layer in enumerate(self._layers) for own in layer}
 
     @property
     def count(self) -> int:

@@ -17,7 +17,7 @@ from entropy_fast.distributed.team import Team
 from entropy_fast.errors import OptimizerStateError
 from entropy_fast.sharded.fsdp2 import ShardedModel, is_sharded
 from entropy_fast.sharded.gathering import gathered
-from entropy_fast.step import AdamState, GivenOptimizer, OptimizerAtHand, read_optimizer
+from entropy_fast.step import AdamState, GivenOptimizer, OptimizerAtHand, optimizer_from_file, read_optimizer
 from entropy_fast.step.adam_state import innermost
 from entropy_fast.step.joined import bare_copy, kind_name
 
@@ -158,9 +158,12 @@ def _exchanged(
 def _of_file(
     given: str | os.PathLike[str] | AdamState, stand_ins: StandIns, kept: Mapping[int, str] | None, model: nn.Module
 ) -> OptimizerAtHand:
-    found = read_optimizer(given, model, any_kind=True)
-    if kept is not None:
-        moments = {name: own for name, own in found.state.moments.items() if name in kept.values()}
+    only = None if kept is None else set(kept.values())
+    known = given if isinstance(given, AdamState) else optimizer_from_file(given, model, only)
+    found = read_optimizer(known, model, any_kind=True)
+    if only is not None:
+        # A single file is read whole.
+        moments = {name: own for name, own in found.state.moments.items() if name in only}
         found = dataclasses.replace(found, state=dataclasses.replace(found.state, moments=moments))
     if not stand_ins.apart:
         return found

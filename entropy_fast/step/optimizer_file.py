@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,12 +78,15 @@ def adam_state_from_file(path: str | os.PathLike[str], model: nn.Module) -> Adam
     return _understood(path, lambda: _Matched.of(path, model).adam_state())
 
 
-def read_optimizer_file(path: str | os.PathLike[str], model: nn.Module) -> AdamState | RestoredOptimizer:
+def read_optimizer_file(
+    path: str | os.PathLike[str], model: nn.Module, only: Collection[str] | None = None
+) -> AdamState | RestoredOptimizer:
     """Likewise of any optimizer that can be read from a file.
 
     Args:
         path: the file, or a folder of ``torch.distributed.checkpoint``; loaded on the CPU.
         model: the model it belongs to, possibly wrapped.
+        only: names of the parameters whose state is asked for, beside which a folder's is not read; None for all.
 
     Returns:
         The state where all groups are Adam's, and else the optimizer itself.
@@ -93,7 +96,7 @@ def read_optimizer_file(path: str | os.PathLike[str], model: nn.Module) -> AdamS
     """
 
     def read() -> AdamState | RestoredOptimizer:
-        matched = _Matched.of(path, model)
+        matched = _Matched.of(path, model, only)
         return matched.adam_state() if all(kind is None for kind in matched.kinds) else matched.restored()
 
     return _understood(path, read)
@@ -139,9 +142,9 @@ class _Matched:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, path: str | os.PathLike[str], model: nn.Module) -> _Matched:
+    def of(cls, path: str | os.PathLike[str], model: nn.Module, only: Collection[str] | None = None) -> _Matched:
         module = unwrap_model(model)
-        saved = _content(os.fspath(path), module)
+        saved = _content(os.fspath(path), of_trained_parameter(module, only))
         kinds = kinds_of(saved)
         names, notes = match_parameters(saved, kinds, module)
         return cls(saved, names, kinds, module, (*saved.notes, *notes, *_strange_settings(saved, kinds)))
@@ -195,8 +198,8 @@ class _Matched:
         return ()
 
 
-def _content(where: str, module: nn.Module) -> SavedOptimizer:
-    """What is in a file, or of a folder's content what belongs to the trainable parameters."""
+def _content(where: str, wanted: Callable[[str], bool]) -> SavedOptimizer:
+    """What is in a file, or of a folder's content what belongs to the parameters that are wanted."""
     if not os.path.exists(where):
         raise OptimizerStateError(f"optimizer file {where} does not exist.", fix="check the path.")
     if os.path.isfile(where):
@@ -217,7 +220,7 @@ def _content(where: str, module: nn.Module) -> SavedOptimizer:
     # Imported where it is used: torch without torch.distributed has no such folders.
     from entropy_fast.step.checkpoint_folder import read_checkpoint_folder
 
-    return saved_optimizer(where, read_checkpoint_folder(Path(where), of_trained_parameter(module)))
+    return saved_optimizer(where, read_checkpoint_folder(Path(where), wanted))
 
 
 def _strange_settings(saved: SavedOptimizer, kinds: Sequence[OptimizerKind | None]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ note says that the order was guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -41,13 +41,15 @@ def match_parameters(
     return _by_order(saved, kinds, module)
 
 
-def of_trained_parameter(module: nn.Module) -> Callable[[str], bool]:
+def of_trained_parameter(module: nn.Module, only: Collection[str] | None = None) -> Callable[[str], bool]:
     """Whether a name in a file may be that of a trainable parameter, whatever wrappers have added to it.
 
     Args:
         module: the unwrapped model.
+        only: names of the parameters that are asked for; None for all.
     """
-    trained = {_plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    asked = {id(p) for name, p in module.named_parameters() if p.requires_grad and (only is None or name in only)}
+    trained = {_plain_name(name) for name, p in module.named_parameters(remove_duplicate=False) if id(p) in asked}
     return lambda name: _plain_name(name) in trained
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -98,12 +98,15 @@ def read_optimizer(optimizer: GivenOptimizer, model: nn.Module, *, any_kind: boo
     return OptimizerAtHand(_without_geometry(inner, model), inner)
 
 
-def optimizer_from_file(path: str | os.PathLike[str], model: nn.Module) -> OptimizerAtHand:
+def optimizer_from_file(
+    path: str | os.PathLike[str], model: nn.Module, only: Collection[str] | None = None
+) -> OptimizerAtHand:
     """Read an optimizer from a file or a checkpoint folder.
 
     Args:
         path: of ``optimizer.pt``, ``optimizer.bin`` or a folder of ``torch.distributed.checkpoint``.
         model: the model it belongs to, possibly wrapped.
+        only: names of the parameters whose state is asked for, beside which a folder's is not read; None for all.
 
     Returns:
         Of Adam its state. Another optimizer is made again on the model's parameters, and its next step found as a live one's.
@@ -112,7 +115,7 @@ def optimizer_from_file(path: str | os.PathLike[str], model: nn.Module) -> Optim
         OptimizerStateError: it is missing, damaged, of an optimizer that is not read, or not this model's.
         LearningRateError: a learning rate that no step can be taken with.
     """
-    found = read_optimizer_file(path, model)
+    found = read_optimizer_file(path, model, only)
     if not isinstance(found, RestoredOptimizer):
         return OptimizerAtHand(found)
     state = _without_geometry(found.optimizer, model)

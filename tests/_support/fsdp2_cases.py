@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from probe_models.architectures import add_lora, build_model, enable_checkpointing
 from probe_models.batches import make_rollouts
 from probe_options import options_of
@@ -26,7 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from entropy_fast import Rollouts, fast_delta_h1
+from entropy_fast import Rollouts, candidates, fast_delta_h1
+from entropy_fast.capture import GradientRecorder
 from entropy_fast.estimates.result import DeltaH1Result
 from entropy_fast.step import AdamState
 from entropy_fast.ways.packed import way as packed_way
@@ -52,14 +54,16 @@ class Case:
     head: bool = False  # not tied, and sharded by itself
     mixed: bool = False
     ignored: bool = False  # what is trained is not sharded
-    file: bool = False  # the optimizer's, instead of itself
+    file: str = ""  # the optimizer's, instead of itself: "whole", or a "folder" of shards
     checkpointing: str = ""
     depth: int = 0  # layers; 0 for two
     apart: bool = False  # prompts in a forward of their own
     out_of_memory: bool = False  # once, on the second rank
+    refused: bool = False  # a parameter, likewise: it cannot be captured after all
     optimizer: str = "adamw"
     live: bool = False
     two: bool = False  # batches
+    others: bool = False  # updates and functionals beside
     sizes: tuple[int, ...] = SIZES
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -105,6 +109,16 @@ class Case:
                     return found
 
                 patch.setattr(PackedWay, "run", run)
+            if self.refused and rank == 1:
+                known, product = [], GradientRecorder.product
+
+                def refuse(recorder: GradientRecorder, name: str, *signals: torch.Tensor) -> None:
+                    if not known and ".1." in name:
+                        known.append(name)
+                        recorder.refused.add(name)
+                    product(recorder, name, *signals)
+
+                patch.setattr(GradientRecorder, "product", refuse)
             yield
 
     def asked(self, ranks: str) -> dict[str, Any]:
@@ -112,6 +126,15 @@ class Case:
         chosen["run"] = dataclasses.replace(chosen["run"], ranks=ranks, rank_timeout=TIMEOUT)
         if self.two:
             chosen["entropy_rollouts"] = make_rollouts((2, 2, 2), seed=7)
+        if self.others:
+            batch = make_rollouts(self.sizes)
+            chosen["functionals"] = {"length": batch.response_lengths.double()}
+            chosen["updates"] = {"bonus": candidates.entropy_bonus(0.01)}
+        if self.others and self.live:
+            scale = 8 * batch.n_sequences  # of the loss
+            another = torch.randn(batch.n_sequences, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+            chosen["coefficients"] = batch.advantages.double() / scale
+            chosen["updates"] = {"another": another / scale}
         return chosen
 
 
@@ -127,7 +150,7 @@ class Sharded:
 
     @property
     def path(self) -> str:
-        return f"{tempfile.gettempdir()}/entropy_fast_fsdp2_{os.getppid()}.pt"
+        return f"{tempfile.gettempdir()}/entropy_fast_fsdp2_{os.getppid()}.{self.case.file}"
 
     def __call__(self, ranks: str = "all", **given: Any) -> DeltaH1Result:
         optimizer = self.path if self.case.file else self.optimizer
@@ -137,7 +160,10 @@ class Sharded:
         """The same model with the same optimizer, of this process alone; every rank has to call this."""
         weights = get_model_state_dict(self.model, options=WHOLE)
         state = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
-        if self.case.file:
+        if self.case.file == "folder":
+            sharded = {"optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+            dcp.save(sharded, checkpoint_id=self.path)
+        elif self.case.file:
             if dist.get_rank() == 0:
                 torch.save(state, self.path)
             dist.barrier()
@@ -209,7 +235,43 @@ CASES: dict[str, Case] = {
     "many layers, mixed": Case("gpt2", dtype=torch.float32, mixed=True, depth=5, options=ALONE),
     "sgd": Case(optimizer="sgd", options=PARTS),
     "amsgrad": Case(optimizer="amsgrad", options=PARTS),
-    "a file of the optimizer": Case(file=True, options=PARTS),
+    "a file of the optimizer": Case(file="whole", options=PARTS),
+    "a folder of shards": Case(file="folder", depth=3, options=PARTS),
+    "many layers, all of them": Case(
+        "gpt2", lora=False, depth=4, options={**PARTS, "max_grad_norm": 0.01, "full_kernel": True}
+    ),
+    "all, blocks": Case("gpt2", lora=False, depth=3, options={**PARTS, "blocks": 2, "prompts_per_microbatch": 1}),
+    "all, second sweep": Case("gpt2", lora=False, depth=3, options={**PARTS, "memory_budget": 0}),
+    "all, a prompt at a time": Case(
+        "gpt2", lora=False, depth=3, options={**PARTS, "memory_budget": 0, "prompts_per_microbatch": 1}
+    ),
+    "all, two batches": Case("gpt2", lora=False, depth=3, two=True, options={**PARTS, "prompts_per_microbatch": 1}),
+    "all, two batches, second sweep": Case(
+        "gpt2", lora=False, depth=3, two=True, options={**PARTS, "memory_budget": 0}
+    ),
+    "all, out of memory": Case("gpt2", lora=False, depth=4, out_of_memory=True, options=PARTS),
+    "all, one not captured": Case("gpt2", lora=False, depth=3, refused=True, options=PARTS),
+    "all, checkpointing": Case("gpt2", lora=False, depth=4, checkpointing="not reentrant", options=PARTS),
+    "all, live gradient": Case(
+        "gpt2",
+        lora=False,
+        depth=3,
+        live=True,
+        options={**PARTS, "gradient": "live", "parts": ("direct",), "max_grad_norm": 0.01},
+    ),
+    "all, updates compared": Case("gpt2", lora=False, depth=3, others=True, options={**PARTS, "max_grad_norm": 0.01}),
+    "all, updates beside a live gradient": Case(
+        "gpt2",
+        lora=False,
+        depth=3,
+        live=True,
+        others=True,
+        sizes=(2, 3, 2, 2, 2, 2),
+        options={**PARTS, "gradient": "live", "parts": ("direct",), "sample": 4},
+    ),
+    "all, sgd": Case("gpt2", lora=False, depth=3, optimizer="sgd", options=PARTS),
+    "all, mixed": Case("gpt2", lora=False, dtype=torch.float32, mixed=True, depth=3, options=ALONE),
+    "all, no prompt for one": Case("gpt2", lora=False, depth=3, sizes=(2, 2), options=PARTS),
     "adapters by themselves": Case(ignored=True, depth=4, options=PARTS),
     "two batches": Case(two=True, options=PARTS),
     "fewer prompts than ranks": Case(sizes=(2, 2)),

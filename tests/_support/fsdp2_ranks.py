@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from fsdp2_cases import CASES, Sharded, layers_of, loss_of
@@ -15,6 +17,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
+
+from entropy_fast.capture import GradientRecorder
+from entropy_fast.context import ProbeContext
+from entropy_fast.engines.gradient_sum import GradientSum
+from entropy_fast.engines.one_pass.gradient_stack import GradientStack
+from entropy_fast.sharded import PartedSums
 
 
 def sharded(rank: int, names: list[str]) -> dict[str, Any]:
@@ -29,7 +37,7 @@ def sharded(rank: int, names: list[str]) -> dict[str, Any]:
         with run.case.circumstances(rank):
             result = run()
         if run.case.file and rank == 0:
-            os.unlink(run.path)
+            (shutil.rmtree if run.case.file == "folder" else os.unlink)(run.path)
         ours = dict(numbers(result))
         found[name] = {
             "digest": digest(ours),
@@ -105,20 +113,23 @@ def training(rank: int, name: str) -> dict[str, Any]:
     return {"as it was": same, "same training": with_probe == without, "tensors": len(without)}
 
 
-def frozen_of(module: nn.Module) -> list[nn.Parameter]:
-    return [p for name, p in module.named_parameters() if "lora_" not in name and p.dim() > 1]
+def matrices_of(module: nn.Module, *, adapters: bool) -> list[nn.Parameter]:
+    return [p for name, p in module.named_parameters() if p.dim() > 1 and (adapters or "lora_" not in name)]
 
 
 def held(rank: int, name: str) -> dict[str, Any]:
-    """Bytes of layers' frozen matrices there at the most, in linear maps' forwards and backwards, and of each layer."""
+    """Bytes of layers' matrices there at the most, in linear maps' forwards and backwards, and of each layer."""
     run = CASES[name].sharded()
     run.train(1)
-    base: Any = run.model.get_base_model()  # type: ignore[operator]
+    base: Any = run.model.get_base_model() if run.case.lora else run.model  # type: ignore[operator]
     layers, most = layers_of(base), [0]
-    sharded = [sum(p.numel() * p.element_size() for p in frozen_of(layer)) for layer in layers]
+    adapters = "by_token" not in run.case.options  # whose shares need them where the tokens are
+    sharded = [sum(p.numel() * p.element_size() for p in matrices_of(layer, adapters=adapters)) for layer in layers]
 
     def look(*_: object) -> None:
-        storages = {s.data_ptr(): s.nbytes() for p in frozen_of(layers) for s in [p.untyped_storage()]}
+        storages = {
+            s.data_ptr(): s.nbytes() for p in matrices_of(layers, adapters=adapters) for s in [p.untyped_storage()]
+        }
         most[0] = max(most[0], sum(size for size in storages.values()))
 
     def look_twice(module: nn.Module, args: Any, output: Any) -> None:
@@ -133,6 +144,54 @@ def held(rank: int, name: str) -> dict[str, Any]:
     for handle in handles:
         handle.remove()
     return {"most": most[0], "layers": sharded}
+
+
+def shares(rank: int, name: str) -> dict[str, Any]:
+    """Bytes of gradients, of sums and of states of the optimizer that a rank has in a probe, beside those of all."""
+    run = CASES[name].sharded()
+    run.train(1)
+    base: Any = run.model.get_base_model() if run.case.lora else run.model  # type: ignore[operator]
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    in_layers = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in layers_of(base)]
+    found: dict[str, Any] = {"found": 0, "arrived": 0, "sums": [], "units": [], "moments": [], "columns": 0}
+    take, zeros, reading = GradientRecorder.take, GradientSum.zeros, ProbeContext.of
+    stack, take_in = GradientStack.__init__, PartedSums._take_in
+
+    def taking(recorder: GradientRecorder, parameter: str) -> Any:
+        found["found"] = max(found["found"], sum(g.numel() for own in recorder.columns for g in own.values()))
+        found["columns"] = len(recorder.columns)
+        return take(recorder, parameter)
+
+    def summing(parameters: Any, device: Any) -> Any:
+        found["sums"].append(sum(p.numel() for p in parameters))
+        return zeros(parameters, device)
+
+    def keeping(own: GradientStack, names: Any, parameters: Any, n_units: int, n_columns: int, **how: Any) -> None:
+        found["units"].append([sum(p.numel() for p in parameters), n_units])
+        stack(own, names, parameters, n_units, n_columns, **how)
+
+    def read(model: nn.Module, optimizer: Any, *others: Any) -> Any:
+        found["moments"].append(sum(own.second_moment.numel() for own in optimizer.state.moments.values()))
+        return reading(model, optimizer, *others)
+
+    def arriving(parted: PartedSums, sender: int, numbers: Any, rows: Any, **how: Any) -> None:
+        found["arrived"] = max(found["arrived"], sum(g.numel() for own in rows for g in own.values()))
+        take_in(parted, sender, numbers, rows, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientRecorder, "take", taking)
+        patch.setattr(GradientSum, "zeros", summing)
+        patch.setattr(GradientStack, "__init__", keeping)
+        patch.setattr(PartedSums, "_take_in", arriving)
+        patch.setattr(ProbeContext, "of", read)
+        run()
+    whole = sum(p.numel() for p in trained)
+    return found | {
+        "whole": whole,
+        "layer": max(in_layers),
+        "rest": whole - sum(in_layers),
+        "largest": max(p.numel() for p in trained),
+    }
 
 
 def failing(rank: int, name: str, who: int) -> dict[str, Any]:

@@ -58,12 +58,33 @@ def test_so_does_that_of_several_ranks(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.exhaustive
 def test_two_layers_are_whole_at_the_most(tmp_path: Path) -> None:
-    names = ["many layers", "many layers, checkpointing", "many layers, prompts apart"]
+    names = ["many layers", "many layers, checkpointing", "many layers, prompts apart", "many layers, all of them"]
     for done in run_jobs(tmp_path, [job(2, "fsdp2_ranks:held", name=name) for name in names]):
         for found in done.ranks:
-            assert found is not None and len(found["layers"]) == 6
+            assert found is not None and len(found["layers"]) in (4, 6)
             markers = 1000  # bytes: what stands in the other layers' places
             assert max(found["layers"]) < found["most"] < 2 * max(found["layers"]) + markers
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.exhaustive)])
+def test_a_rank_keeps_its_share_of_what_is_trained_and_finds_a_layer_at_a_time(tmp_path: Path, world: int) -> None:
+    """Gradients of a single prompt, found and arrived; sums, units' gradients and second moments, over all ranks."""
+    names = ["all, a prompt at a time", "all, blocks"]
+    jobs = [job(world, "fsdp2_ranks:shares", name=name) for name in names]
+    jobs += [job(world, "fsdp2_ranks:sharded", names=names[:1])]
+    *measured, done = run_jobs(tmp_path, jobs)
+    for name, own in zip(names, measured, strict=True):
+        kept = [rank["moments"][0] for rank in own.ranks if rank is not None]
+        for rank, elements in zip(own.ranks, kept, strict=True):
+            assert rank is not None
+            assert rank["sums"] and set(rank["sums"]) == set(rank["moments"]) == {elements}
+            assert rank["units"] == ([[elements, 2]] if name == "all, blocks" else [])
+            assert elements <= rank["whole"] / world + rank["largest"]
+            at_once = rank["columns"] * (rank["layer"] + rank["rest"])
+            assert rank["found"] <= at_once < rank["columns"] * rank["whole"] / 2 or not rank["columns"]
+            assert 0 < rank["arrived"] <= rank["layer"] + rank["rest"]
+        assert own.ranks[0] is not None and own.ranks[0]["found"] > 0 and sum(kept) == own.ranks[0]["whole"]
+    assert_one_process(done, names[0])
 
 
 @pytest.mark.exhaustive
