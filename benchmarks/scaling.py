@@ -4,7 +4,8 @@
     python -m benchmarks.scaling --json scaling.json
 
 Legend: R ranks, f = (R - 1)/R, B prompts, n those of a rank, N rows of T columns, P trainable elements in t tensors, F
-functional and U update columns, C = F + U, p parts of the step that are measured along it.
+functional and U update columns, C = F + U, p parts of the step that are measured along it. Where FSDP2 shards the model: W its
+elements, M those of the matrices of its L layers, m microbatches of a rank and b backwards of each.
 
 What a rank sends is counted twice: by the sizes of the tensors that it gives to torch.distributed, times what the operation's
 algorithm makes of them (a ring sums in 2 f times the size), and by what the kernel says that the process has written (``wchar``
@@ -32,13 +33,16 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import OPTConfig, OPTForCausalLM
 
 from entropy_fast import EstimateOptions, Rollouts, RunOptions, fast_delta_h1
 from entropy_fast.estimates.result import DeltaH1Result
+from entropy_fast.sharded.parted import Form, dealt_forms
 
 ALLOWED = 0.05  # relative difference of bytes from the formulas
 VOCABULARY, TOKENS, RESPONSES = 512, 48, 4
+TRIALS = 2  # forwards of a few sequences before the first sweep
 NUMBER = 8  # bytes of a number that is not a gradient's element
 
 
@@ -51,12 +55,14 @@ class Workload:
         lora: rank of the adapters; None for full fine-tuning.
         prompts: B; None for 4 a rank (weak scaling).
         keeps: whether every unit's gradients are kept, and the kernel K with them.
+        sharded: whether FSDP2 shards the model, layer by layer.
     """
 
     name: str
     lora: int | None
     prompts: int | None
     keeps: bool
+    sharded: bool = False
 
     def model(self) -> nn.Module:
         """In fp32, the same on all ranks."""
@@ -75,6 +81,17 @@ class Workload:
         if self.lora is None:
             return base
         return get_peft_model(base, LoraConfig(r=self.lora, target_modules="all-linear", init_lora_weights=False))
+
+    def layers(self, model: Any) -> Any:
+        """Of such a model."""
+        return (model if self.lora is None else model.get_base_model()).model.decoder.layers
+
+    def shard(self, model: nn.Module) -> None:
+        """As a training script would, where it is to be."""
+        if self.sharded:
+            for layer in self.layers(model):
+                fully_shard(layer)
+            fully_shard(model)
 
     def rollouts(self, ranks: int) -> Rollouts:
         """B prompts of as many tokens each, the same on all ranks."""
@@ -96,6 +113,9 @@ WORKLOADS = (
     Workload("LoRA, second sweep, 16 prompts", 16, 16, False),
     Workload("full, kernel kept, 16 prompts", None, 16, True),
     Workload("LoRA, kernel kept, 4 prompts a rank", 16, None, True),
+    Workload("full, sharded, kernel kept, 16 prompts", None, 16, True, sharded=True),
+    Workload("full, sharded, second sweep, 16 prompts", None, 16, False, sharded=True),
+    Workload("LoRA, sharded, kernel kept, 16 prompts", 16, 16, True, sharded=True),
 )
 
 
@@ -115,6 +135,14 @@ class Sizes:
     parts: int
     width: int
     keeps: bool
+    kept: int
+    microbatches: int
+    backwards: int
+    layers: int
+    in_layers: int
+    elsewhere: int
+    vectors: int
+    sharded: bool
 
 
 def predicted(sizes: Sizes) -> dict[str, float]:
@@ -122,18 +150,35 @@ def predicted(sizes: Sizes) -> dict[str, float]:
     f, pairs = (sizes.ranks - 1) / sizes.ranks, sizes.functionals * sizes.updates
     columns = sizes.functionals + sizes.updates
     found = {
-        "gradient sums": 2 * f * columns * sizes.width * sizes.elements,
         "scores": 2 * f * 2 * NUMBER * sizes.rows * sizes.columns,
         "tables of sequences": 2 * f * (2 + columns) * NUMBER * sizes.rows,
         "rows along the step": 2 * f * pairs * sizes.parts * NUMBER * sizes.tensors * sizes.prompts,
         "flags and checks": 2 * f * columns * NUMBER * sizes.tensors,
     }
+    if sizes.sharded:
+        of_model = _of_shards(sizes)
+        gradients = sizes.own if sizes.keeps else sizes.microbatches + sizes.own
+        found |= of_model | {"gradients of units": gradients * f * columns * sizes.width * sizes.elements}
+    else:
+        found["gradient sums"] = 2 * f * columns * sizes.width * sizes.elements
     if sizes.keeps:
-        exchanged = f * columns * sizes.width * sizes.own * sizes.elements
+        exchanged = 0 if sizes.sharded else f * columns * sizes.width * sizes.own * sizes.elements
         found["influence kernel"] = exchanged + 2 * f * pairs * NUMBER * (sizes.prompts**2 + sizes.tensors)
     else:
         found["products of units"] = 2 * f * pairs * NUMBER * (3 * sizes.prompts + sizes.tensors)
     return found
+
+
+def _of_shards(sizes: Sizes) -> dict[str, float]:
+    """What is gathered of a model that is sharded: layers come anew but for the two that were run last."""
+    f, sweeps, layers = (sizes.ranks - 1) / sizes.ranks, 1 if sizes.keeps else 2, sizes.layers
+    without_graph = (TRIALS + sizes.microbatches) * layers
+    gathers = without_graph + sweeps * sizes.microbatches * ((sizes.backwards + 1) * layers - 4) + 2
+    return {
+        "layers": gathers * f * sizes.width * sizes.in_layers / layers,
+        # With values and both moments of vectors, of which FSDP2 has given every rank a part and one rank keeps all.
+        "once": f * sizes.width * (sizes.elsewhere + 3 * sizes.vectors),
+    }
 
 
 @contextlib.contextmanager
@@ -170,6 +215,11 @@ def written() -> int:
 
 def sizes_of(result: DeltaH1Result, model: nn.Module, batch: Rollouts, workload: Workload, ranks: int) -> Sizes:
     trained = [p for p in model.parameters() if p.requires_grad]
+    layers, plan = workload.layers(model), result.diagnostics.plan
+    in_layers = [p for p in layers.parameters() if p.dim() > 1]
+    forms = dealt_forms([Form("", p.shape, p.dtype, 0) for p in trained], ranks)
+    kept = [sum(form.elements(rank) for form in forms) for rank in range(ranks)]
+    lent = {id(p) for p in in_layers}
     assert result.split is not None
     return Sizes(
         ranks=ranks,
@@ -184,18 +234,27 @@ def sizes_of(result: DeltaH1Result, model: nn.Module, batch: Rollouts, workload:
         parts=3,  # momentum, decay and scale; the fresh part is the kernel's
         width=4,
         keeps=workload.keeps,
+        kept=max(kept) if workload.sharded and ranks > 1 else sum(kept),
+        microbatches=plan.microbatches,  # type: ignore[attr-defined]
+        backwards=plan.backwards,  # type: ignore[attr-defined]
+        layers=len(layers),
+        in_layers=sum(p.numel() for p in in_layers),
+        elsewhere=sum(p.numel() for p in model.parameters() if id(p) not in lent),
+        vectors=sum(p.numel() for p in trained if p.dim() == 1),
+        sharded=workload.sharded,
     )
 
 
 def probe(workload: Workload, rank: int, ranks: int) -> dict[str, Any]:
     """One probe by all ranks after one to warm up, as this rank sees it."""
     model, batch = workload.model(), workload.rollouts(ranks)
+    workload.shard(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     model(input_ids=batch.input_ids[:4], attention_mask=batch.attention_mask[:4]).logits.logsumexp(-1).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     budget = "4GiB" if workload.keeps else 0
-    run = RunOptions(ranks="all" if ranks > 1 else "own", rank_timeout=120, memory_budget=budget)
+    run = RunOptions(ranks="all" if ranks > 1 or workload.sharded else "own", rank_timeout=120, memory_budget=budget)
 
     def once() -> DeltaH1Result:
         return fast_delta_h1(model, optimizer, batch, estimate=EstimateOptions(step="next"), run=run)
@@ -221,13 +280,12 @@ def probe(workload: Workload, rank: int, ranks: int) -> dict[str, Any]:
 
 def by_ranks(workload: Workload, ranks: int, folder: Path) -> list[dict[str, Any]]:
     """What every rank of a group of processes reports; they are forked from this one."""
-    store = dist.TCPStore("127.0.0.1", 0, None, True, datetime.timedelta(seconds=120), wait_for_workers=False)
     processes = []
     for rank in range(ranks):
         process = os.fork()
         if not process:
             try:
-                _work(workload, rank, ranks, store.port, folder / f"{rank}.json")
+                _work(workload, rank, ranks, folder)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
@@ -239,15 +297,12 @@ def by_ranks(workload: Workload, ranks: int, folder: Path) -> list[dict[str, Any
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
-def _work(workload: Workload, rank: int, ranks: int, port: int, file: Path) -> None:
+def _work(workload: Workload, rank: int, ranks: int, folder: Path) -> None:
     warnings.simplefilter("ignore")
-    limit = datetime.timedelta(seconds=120)
-    if ranks > 1:
-        store = dist.TCPStore("127.0.0.1", port, None, False, limit)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
-    file.write_text(json.dumps(probe(workload, rank, ranks)))
-    if ranks > 1:
-        dist.destroy_process_group()
+    place, limit = f"file://{folder / 'rendezvous'}", datetime.timedelta(seconds=120)
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=ranks, timeout=limit)
+    (folder / f"{rank}.json").write_text(json.dumps(probe(workload, rank, ranks)))
+    dist.destroy_process_group()
 
 
 def compared(workload: Workload, ranks: int, found: list[dict[str, Any]]) -> dict[str, Any]:
@@ -257,8 +312,9 @@ def compared(workload: Workload, ranks: int, found: list[dict[str, Any]]) -> dic
     counts = sum(sum(own["sent"].values()) for own in found) / ranks
     wire = sum(own["written"] for own in found) / ranks
     formula = sum(expected.values())
-    # Beside a forecast's elements: P, of which sums and gradients of units are kept.
-    stored = (sizes.functionals + sizes.updates) * sizes.width * sizes.own * sizes.elements if sizes.keeps else 0
+    # Of all parameters the gradients of the units of a rank, or of its own parameters those of all units.
+    units = sizes.prompts if sizes.sharded else sizes.own
+    stored = (sizes.functionals + sizes.updates) * sizes.width * units * sizes.kept if sizes.keeps else 0
     return {
         "workload": workload.name,
         "ranks": ranks,
@@ -304,6 +360,7 @@ def main() -> None:
         for line in lines
         if line["ranks"] > 1
         for count in ("counted", "written")
+        if count == "written" or "sharded" not in line["workload"]  # tensors that DTensor gathers are not counted
         if abs(line[count] - line["formula"]) > ALLOWED * line["formula"]
     ]
     wrong += [

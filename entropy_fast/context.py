@@ -96,7 +96,7 @@ class ProbeContext:
         at_hand = OptimizerAtHand(optimizer) if isinstance(optimizer, AdamState) else optimizer
         registry = ParameterRegistry.build(model, at_hand.state.group_of)
         wanted, notes = wants_next_step(estimate, at_hand, no_next_step)
-        kept = registry if parted is None else registry.part(parted.places)
+        kept = registry if parted is None else registry.pieces(parted.places, parted.cut)
         step = preconditioner_of(at_hand, kept, estimate, next_step=wanted)
         next_step = next_step_of(at_hand, kept, step, estimate) if wanted else None
         columns = columns_of(estimate)
@@ -106,13 +106,13 @@ class ProbeContext:
 
     @cached_property
     def kept(self) -> ParameterRegistry:
-        """The parameters whose sums this process keeps, which `step` and `next_step` are of."""
-        return self.registry if self.parted is None else self.registry.part(self.parted.places)
+        """The parameters, or pieces of them, whose sums this process keeps, which `step` and `next_step` are of."""
+        return self.registry if self.parted is None else self.registry.pieces(self.parted.places, self.parted.cut)
 
     @property
     def layout(self) -> Layout:
         """What this process has of gradients once a sweep is done."""
-        return Layout(self.team, None if self.parted is None else self.parted.dealt)
+        return Layout(self.team, None if self.parted is None else self.parted.dealt, len(self.registry.parameters))
 
     @property
     def device(self) -> torch.device:

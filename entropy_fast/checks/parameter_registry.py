@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -106,9 +106,19 @@ class ParameterRegistry:
         """Number of trainable elements."""
         return sum(p.tensor.numel() for p in self.parameters)
 
-    def part(self, places: Sequence[int]) -> ParameterRegistry:
-        """Some of the parameters, by their places; of the same module."""
-        return ParameterRegistry(self.module, tuple(self.parameters[place] for place in places))
+    def pieces(self, places: Sequence[int], cut: Callable[[int, Tensor], Tensor]) -> ParameterRegistry:
+        """Pieces of some of the parameters, which stand for them where gradients are kept.
+
+        Args:
+            places: of the parameters.
+            cut: by place and tensor, the piece.
+        """
+        found = []
+        for place in places:
+            whole = self.parameters[place]
+            piece = nn.Parameter(cut(place, whole.tensor.detach()), requires_grad=False)
+            found.append(dataclasses.replace(whole, tensor=piece))
+        return ParameterRegistry(self.module, tuple(found))
 
     def check(self, where: str) -> None:
         """Raise unless the module's trainable parameters are still the registered objects.

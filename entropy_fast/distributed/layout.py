@@ -1,4 +1,4 @@
-"""What a rank has of gradients once a sweep is done: all parameters of its own units, or all units of its own parameters.
+"""What a rank has of gradients once a sweep is done: all parameters of its own units, or all units of its own elements.
 
 Either way the numbers of a result are sums over ranks, each taken once.
 """
@@ -24,17 +24,14 @@ class Layout:
 
     Attributes:
         team: the ranks.
-        dealt: places of the parameters of every rank, each with the gradients of all units; None where every rank has all
-            parameters, with the gradients of its own units.
+        dealt: places of the parameters that every rank has elements of, with the gradients of all units; None where every rank
+            has all parameters, with the gradients of its own units.
+        parameters: how many there are.
     """
 
     team: Team
     dealt: tuple[tuple[int, ...], ...] | None = None
-
-    @property
-    def places(self) -> tuple[int, ...] | None:
-        """Of this rank's parameters among all; None for all of them."""
-        return None if self.dealt is None else self.dealt[self.team.rank]
+    parameters: int = 0
 
     def units(self, share: Share) -> list[int]:
         """Numbers of the units that this rank has gradients of."""
@@ -50,7 +47,7 @@ class Layout:
             add_up(self.team, tensors)
 
     def add_parameters(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over the parameters that this rank has become those over all.
+        """Sums over the elements that this rank has become those over all.
 
         Raises:
             DistributedError: a rank was lost.
@@ -63,14 +60,14 @@ class Layout:
         return found
 
     def of_all_parameters(self, own: Tensor) -> Tensor:
-        """``[parameters, ...]`` of all ranks' parameters from ``[own, ...]`` of this one's, on the CPU.
+        """``[parameters, ...]`` sums over all elements of a parameter from ``[own, ...]`` over those of this rank, on the CPU.
 
         Raises:
             DistributedError: a rank was lost.
         """
         if self.dealt is None:
             return own
-        found = torch.zeros(sum(map(len, self.dealt)), *own.shape[1:], dtype=own.dtype)
+        found = torch.zeros(self.parameters, *own.shape[1:], dtype=own.dtype)
         found[list(self.dealt[self.team.rank])] = own
         add_up(self.team, [found])
         return found

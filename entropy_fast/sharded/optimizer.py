@@ -17,11 +17,12 @@ from entropy_fast.distributed.team import Team
 from entropy_fast.errors import OptimizerStateError
 from entropy_fast.sharded.fsdp2 import ShardedModel, is_sharded
 from entropy_fast.sharded.gathering import gathered
-from entropy_fast.step import AdamState, GivenOptimizer, OptimizerAtHand, optimizer_from_file, read_optimizer
+from entropy_fast.step import AdamState, GivenOptimizer, OptimizerAtHand, read_optimizer
 from entropy_fast.step.adam_state import innermost
 from entropy_fast.step.joined import bare_copy, kind_name
+from entropy_fast.step.optimizer_file import is_adams
 
-__all__ = ["ShardedOptimizer", "StandIns", "sharded_optimizer"]
+__all__ = ["ShardedOptimizer", "StandIns", "exchanged", "left_out", "sharded_optimizer"]
 
 _IN_CLOSED_FORM = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _FIRST_MOMENTS = ("exp_avg",)  # of Adam, which its static geometry does without
@@ -32,8 +33,8 @@ class StandIns:
     """Whole parameters, by the identity of the sharded ones.
 
     Attributes:
-        stepped: as the optimizer knows those that are trained, and that this rank keeps.
-        computed: as forwards see them; the same objects where nothing is cast, nor comes and goes.
+        stepped: as the optimizer knows those that are trained.
+        computed: as forwards see them; the same objects where nothing is cast.
     """
 
     stepped: Mapping[int, nn.Parameter]
@@ -46,14 +47,9 @@ class StandIns:
         return {name: self.stepped[key] for name, key in named if key is not None and key in self.stepped}
 
     @property
-    def apart(self) -> bool:
-        """Whether some that are stepped are not those that forwards see."""
-        return any(own is not self.computed[key] for key, own in self.stepped.items())
-
-    @property
     def cast(self) -> bool:
         """Whether some are stepped in another dtype than they are computed in."""
-        return any(own.dtype != self.computed[key].dtype for key, own in self.stepped.items())
+        return any(own is not self.computed[key] for key, own in self.stepped.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,37 +81,43 @@ class ShardedOptimizer:
             ]
         )
 
+    def in_pieces(self, model: nn.Module) -> bool:
+        """Whether the steps of rows of a parameter are those rows of its step.
+
+        Args:
+            model: that a file is matched with.
+        """
+        return not isinstance(self.given, (str, os.PathLike)) or is_adams(self.given, model)
+
     def of_stand_ins(
-        self, stand_ins: StandIns, team: Team, kept: Mapping[int, str] | None, *, momentum: bool
+        self, stand_ins: StandIns, team: Team, *, momentum: bool
     ) -> Callable[[nn.Module], OptimizerAtHand]:
         """Gather its state, a tensor at a time.
 
         Args:
             stand_ins: whole parameters.
             team: the ranks, all of which have to come here.
-            kept: names of the parameters whose state this rank keeps, by their identity; None for all.
             momentum: whether Adam's first moments are wanted.
 
         Returns:
             From the model, whose parameters the stand-ins are by then, the optimizer as a probe takes it.
         """
         if not isinstance(self.given, torch.optim.Optimizer):
-            return functools.partial(_of_file, self.given, stand_ins, kept)
+            return functools.partial(_of_file, self.given, stand_ins)
         optimizer = self.given
-        left_out = () if momentum or isinstance(optimizer, torch.optim.SGD) else _FIRST_MOMENTS
-        states = {}
-        for p in (p for group in optimizer.param_groups for p in group["params"] if optimizer.state.get(p)):
-            whole_state = {
-                key: gathered(team, value) for key, value in optimizer.state[p].items() if key not in left_out
-            }
-            if kept is None or id(p) in kept or id(p) not in self.names:
-                states[id(p)] = whole_state
+        unwanted = left_out(optimizer, momentum=momentum)
+        states = {
+            id(p): {key: gathered(team, value) for key, value in own.items() if key not in unwanted}
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if (own := optimizer.state.get(p))
+        }
 
         def whole(model: nn.Module) -> OptimizerAtHand:
-            found = read_optimizer(_exchanged(optimizer, stand_ins.computed, states), model, any_kind=True)
-            if not stand_ins.apart:
+            found = read_optimizer(exchanged(optimizer, stand_ins.computed, states), model, any_kind=True)
+            if not stand_ins.cast:
                 return found
-            live = _exchanged(optimizer, {**stand_ins.computed, **stand_ins.stepped}, states)
+            live = exchanged(optimizer, {**stand_ins.computed, **stand_ins.stepped}, states)
             return dataclasses.replace(found, live=live, values=stand_ins.by_name(model))
 
         return whole
@@ -140,7 +142,12 @@ def sharded_optimizer(optimizer: GivenOptimizer, sharded: ShardedModel) -> Shard
     return ShardedOptimizer(inner, names)
 
 
-def _exchanged(
+def left_out(optimizer: torch.optim.Optimizer, *, momentum: bool) -> tuple[str, ...]:
+    """What of a state is not needed."""
+    return () if momentum or isinstance(optimizer, torch.optim.SGD) else _FIRST_MOMENTS
+
+
+def exchanged(
     optimizer: torch.optim.Optimizer, parameters: Mapping[int, nn.Parameter], states: Mapping[int, dict[str, Any]]
 ) -> torch.optim.Optimizer:
     """An optimizer of the same class and settings over other parameters, with their states."""
@@ -155,25 +162,13 @@ def _exchanged(
     return found
 
 
-def _of_file(
-    given: str | os.PathLike[str] | AdamState, stand_ins: StandIns, kept: Mapping[int, str] | None, model: nn.Module
-) -> OptimizerAtHand:
-    only = None if kept is None else set(kept.values())
-    known = given if isinstance(given, AdamState) else optimizer_from_file(given, model, only)
-    found = read_optimizer(known, model, any_kind=True)
-    if only is not None:
-        # A single file is read whole.
-        moments = {name: own for name, own in found.state.moments.items() if name in only}
-        found = dataclasses.replace(found, state=dataclasses.replace(found.state, moments=moments))
-    if not stand_ins.apart:
+def _of_file(given: str | os.PathLike[str] | AdamState, stand_ins: StandIns, model: nn.Module) -> OptimizerAtHand:
+    found = read_optimizer(given, model, any_kind=True)
+    if not stand_ins.cast:
         return found
-    live = found.live
-    if live is not None:
-        if stand_ins.cast:
-            _refuse(f"a file of a {kind_name(live)}, whose step would be found on copies of parameters that are cast")
-        stepped = {id(stand_ins.computed[key]): own for key, own in stand_ins.stepped.items()}
-        live = _exchanged(live, stepped, {id(p): dict(own) for p, own in live.state.items()})
-    return dataclasses.replace(found, live=live, values=stand_ins.by_name(model))
+    if found.live is not None:
+        _refuse(f"a file of a {kind_name(found.live)}, whose step would be found on copies of parameters that are cast")
+    return dataclasses.replace(found, values=stand_ins.by_name(model))
 
 
 def _refuse(found: str) -> NoReturn:

@@ -2,16 +2,17 @@
 
 Legend: R ranks, P trained elements, U units of a group, C columns, e bytes of an element.
 
-Every trained parameter is one rank's, which keeps its sums, the gradients of all units in it, and its optimizer state: P/R
-elements of each. A rank that goes through a group of units has, once a backward has left a layer, C U gradients of that layer.
-It hands them over before the next layer's are formed, (R - 1)/R of them to others. What belongs to no layer (embeddings, an
-output layer, a last norm) is handed over at the end of the group.
+Of every trained matrix a rank keeps the rows that FSDP2 has given it: their sums, the gradients of all units in them, and the
+optimizer's state; a vector is one rank's. That is P/R elements of each. A rank that goes through a group of units has, once a
+backward has left a layer, C U gradients of that layer. It hands them over before the next layer's are formed, (R - 1)/R of them
+to others. What belongs to no layer (embeddings, an output layer, a last norm) is handed over at the end of the group.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from entropy_fast.distributed.dealing import deal
 from entropy_fast.distributed.team import Team
 from entropy_fast.sharded.rounds import Rounds
 
-__all__ = ["Arrive", "Form", "Gradients", "PartedSums"]
+__all__ = ["Arrive", "Form", "Gradients", "PartedSums", "dealt_forms"]
 
 # Numbers of units, and by column their gradients ``[units, *shape]`` by name of a parameter; no numbers where they are a sum.
 Arrive = Callable[[list[int], Sequence[Mapping[str, Tensor]]], None]
@@ -42,19 +43,70 @@ class Gradients(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What gradients of a trained parameter look like.
+    """What gradients of a trained parameter look like, and who keeps which of its elements.
 
     Attributes:
         name: of the parameter.
         shape: of the parameter.
         dtype: that gradients are added up in.
         layer: number of the layer that it is in; that of layers where it is in none.
+        rows: of every rank, of the first dimension; all of them or none where `divided` says so.
     """
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     layer: int
+    rows: tuple[range, ...] = ()
+
+    @property
+    def divided(self) -> bool:
+        """Whether ranks keep rows of it; a vector is kept whole."""
+        return len(self.shape) > 1
+
+    def piece(self, rank: int) -> torch.Size:
+        """Shape of what a rank keeps."""
+        if self.divided:
+            return torch.Size([len(self.rows[rank]), *self.shape[1:]])
+        return self.shape if self.rows[rank] else torch.Size([0])
+
+    def elements(self, rank: int) -> int:
+        """That a rank keeps."""
+        return self.piece(rank).numel()
+
+    def cut(self, tensor: Tensor, rank: int) -> Tensor:
+        """What a rank keeps of ``[*shape]``."""
+        rows = self.rows[rank]
+        if self.divided:
+            return tensor[rows.start : rows.stop]
+        return tensor if rows else tensor.reshape(-1)[:0]
+
+    def cut_units(self, tensor: Tensor, rank: int) -> Tensor:
+        """What a rank keeps of ``[n, *shape]``."""
+        rows = self.rows[rank]
+        if self.divided:
+            return tensor[:, rows.start : rows.stop]
+        return tensor if rows else tensor.reshape(len(tensor), -1)[:, :0]
+
+
+def dealt_forms(forms: Sequence[Form], ranks: int) -> list[Form]:
+    """With the rows of every rank: of a matrix as FSDP2 deals them, vectors by their sizes."""
+    vectors = [place for place, form in enumerate(forms) if not form.divided]
+    owner = {
+        vectors[number]: rank
+        for rank, numbers in enumerate(deal([max(1, forms[place].shape.numel()) for place in vectors], ranks))
+        for number in numbers
+    }
+    found = []
+    for place, form in enumerate(forms):
+        if form.divided:
+            most = -(-form.shape[0] // ranks)
+            bounds = [min(rank * most, form.shape[0]) for rank in range(ranks + 1)]
+            rows = tuple(range(start, stop) for start, stop in itertools.pairwise(bounds))
+        else:
+            rows = tuple(range(int(owner[place] == rank)) for rank in range(ranks))
+        found.append(dataclasses.replace(form, rows=rows))
+    return found
 
 
 class PartedSums:
@@ -63,18 +115,20 @@ class PartedSums:
     Args:
         team: the ranks.
         rounds: of these ranks.
-        forms: of all trained parameters, in their order.
+        forms: of all trained parameters, in their order (`dealt_forms`).
         n_layers: how many layers there are.
 
     Attributes:
-        dealt: places of the parameters of every rank.
+        forms: the same.
+        dealt: places of the parameters that every rank keeps something of.
         handed_over: whether some of the group's gradients have gone already.
     """
 
     def __init__(self, team: Team, rounds: Rounds, forms: Sequence[Form], n_layers: int) -> None:
-        self._team, self._rounds, self._forms, self._rest = team, rounds, list(forms), n_layers
-        self.dealt = tuple(map(tuple, deal([max(1, form.shape.numel()) for form in forms], team.size)))
-        self._owner = {place: rank for rank, places in enumerate(self.dealt) for place in places}
+        self._team, self._rounds, self.forms, self._rest = team, rounds, tuple(forms), n_layers
+        self.dealt = tuple(
+            tuple(place for place, form in enumerate(forms) if form.elements(rank)) for rank in range(team.size)
+        )
         self._layer = {form.name: form.layer for form in forms}
         self._of_layer = [
             [place for place, form in enumerate(forms) if form.layer == layer] for layer in range(n_layers + 1)
@@ -90,12 +144,23 @@ class PartedSums:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Of this rank's parameters."""
+        """Of the parameters that this rank keeps something of."""
         return self.dealt[self._team.rank]
+
+    @property
+    def most_bytes(self) -> int:
+        """Of a gradient, on the rank that keeps most of it."""
+        return max(
+            sum(form.elements(rank) * form.dtype.itemsize for form in self.forms) for rank in range(self._team.size)
+        )
+
+    def cut(self, place: int, tensor: Tensor) -> Tensor:
+        """What this rank keeps of ``[*shape]`` of a parameter."""
+        return self.forms[place].cut(tensor, self._team.rank)
 
     @contextlib.contextmanager
     def arriving(self, arrive: Arrive, *, together: bool) -> Iterator[None]:
-        """For a sweep of all ranks: ``arrive`` is given what comes for this rank's parameters, from itself too.
+        """For a sweep of all ranks: ``arrive`` is given what comes for what this rank keeps, from itself too.
 
         Args:
             arrive: called with gradients of some parameters; more of the same units may come later, to be added.
@@ -131,7 +196,7 @@ class PartedSums:
 
     def _send(self, layer: int) -> None:
         assert self._source is not None
-        found = {place: self._source.take(self._forms[place].name) for place in self._of_layer[layer]}
+        found = {place: self._source.take(self.forms[place].name) for place in self._of_layer[layer]}
         self._outgoing = {place: own for place, own in found.items() if any(g is not None for g in own)}
         if not self._numbers:
             self._outgoing = {
@@ -145,14 +210,13 @@ class PartedSums:
         self._outgoing = {}
 
     def _pass_on(self, group: dist.ProcessGroup | None, layer: int, mine: bool, asked: Tensor) -> None:
-        """All ranks: gradients of one layer from those that have asked, each parameter's to the rank whose it is."""
+        """All ranks: gradients of one layer from those that have asked, to those that keep them."""
         places, me, ranks = self._of_layer[layer], self._team.rank, range(self._team.size)
-        of_rank = [[place for place in places if self._owner[place] == rank] for rank in ranks]
-        elements = [sum(self._forms[place].shape.numel() for place in own) for own in of_rank]
+        elements = [sum(self.forms[place].elements(rank) for place in places) for rank in ranks]
         parcels = [_Parcel.of(*row) for row in asked.tolist()]
         heads = self._heads(group, places, mine, max(parcel.units for parcel in parcels))
-        dtype = max((self._forms[place].dtype for place in places), key=lambda d: d.itemsize, default=torch.float32)
-        flat = [self._flat(place, parcels[me], dtype) for own in of_rank for place in own] if mine else []
+        dtype = max((self.forms[place].dtype for place in places), key=lambda d: d.itemsize, default=torch.float32)
+        flat = [self._flat(place, rank, parcels[me], dtype) for rank in ranks for place in places] if mine else []
         received_from = [parcel.rows_and_columns * elements[me] for parcel in parcels]
         received = torch.empty(sum(received_from), dtype=dtype)
         dist.all_to_all_single(
@@ -166,7 +230,7 @@ class PartedSums:
             if parcel.rows:
                 numbers, known = heads[rank, : parcel.units].tolist(), heads[rank, -len(places) :].tolist()
                 there = {place for place, flag in zip(places, known, strict=False) if flag > 0}
-                found = self._read(part, of_rank[me], there, parcel)
+                found = self._read(part, places, there, parcel)
                 self._take_in(rank, numbers, found, complete=layer == self._rest)
 
     def _heads(self, group: dist.ProcessGroup | None, places: Sequence[int], mine: bool, most: int) -> Tensor:
@@ -179,25 +243,26 @@ class PartedSums:
         dist.all_gather(found, own, group=group)
         return torch.stack(found)
 
-    def _flat(self, place: int, parcel: _Parcel, dtype: torch.dtype) -> Tensor:
-        """``[columns * rows * elements]`` of a parameter; 0 where no signal has come."""
-        none = torch.zeros(parcel.rows * self._forms[place].shape.numel(), dtype=dtype)
-        found = self._outgoing.get(place)
+    def _flat(self, place: int, rank: int, parcel: _Parcel, dtype: torch.dtype) -> Tensor:
+        """``[columns * rows * elements]`` for a rank of a parameter; 0 where no signal has come."""
+        form, found = self.forms[place], self._outgoing.get(place)
+        none = torch.zeros(parcel.rows * form.elements(rank), dtype=dtype)
         own = [None if found is None else found[column] for column in parcel.columns]
-        flat = [none if g is None else g.to(device="cpu", dtype=dtype).reshape(-1) for g in own]
+        flat = [none if g is None else form.cut_units(g, rank).to(device="cpu", dtype=dtype).reshape(-1) for g in own]
         return torch.cat(flat) if flat else none[:0]
 
     def _read(self, part: Tensor, places: Sequence[int], there: set[int], parcel: _Parcel) -> list[dict[str, Tensor]]:
-        """By column and name, of this rank's parameters that signals have come for."""
+        """By column and name, what this rank keeps of the parameters that signals have come for."""
         found: list[dict[str, Tensor]] = [{} for _ in range(parcel.n_columns)]
-        sizes = [parcel.rows * self._forms[place].shape.numel() for place in places for _ in parcel.columns]
+        shapes = [self.forms[place].piece(self._team.rank) for place in places]
+        sizes = [parcel.rows * shape.numel() for shape in shapes for _ in parcel.columns]
         pieces = iter(torch.split(part, sizes))
-        for place in places:
-            form = self._forms[place]
+        for place, shape in zip(places, shapes, strict=True):
+            form = self.forms[place]
             for column in parcel.columns:
                 own = next(pieces)
-                if place in there:
-                    found[column][form.name] = own.view(parcel.rows, *form.shape).to(form.dtype)
+                if place in there and own.numel():
+                    found[column][form.name] = own.view(parcel.rows, *shape).to(form.dtype)
         return found
 
     def _take_in(self, rank: int, numbers: list[int], found: list[dict[str, Tensor]], *, complete: bool) -> None:

@@ -2,8 +2,8 @@
 
 Plain parameters stand in the modules in place of the sharded ones, and FSDP2's hooks and classes are set aside but for its
 casts: engines see a replica. For an engine that goes through layers one by one, the layers' matrices come and go, and every
-trained parameter, with its optimizer state and gradients, is one rank's (`sharded.parted`); what is in no layer every rank
-gathers. For others every rank gathers everything. Nothing that training uses is written to.
+rank keeps its own rows of what is trained, with their optimizer state and gradients (`sharded.parted`); what is in no layer
+every rank gathers. For others every rank gathers everything. Nothing that training uses is written to.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from entropy_fast.sharded.fsdp2 import ShardedModel, fsdp2_modules
 from entropy_fast.sharded.gathering import gathered
 from entropy_fast.sharded.layers import LayersOnDemand
 from entropy_fast.sharded.optimizer import ShardedOptimizer, StandIns, sharded_optimizer
-from entropy_fast.sharded.parted import Form, PartedSums
+from entropy_fast.sharded.parted import Form, PartedSums, dealt_forms
+from entropy_fast.sharded.pieces import optimizer_in_pieces
 from entropy_fast.sharded.rounds import Rounds
-from entropy_fast.step import GivenOptimizer
+from entropy_fast.step import GivenOptimizer, OptimizerAtHand
 
 __all__ = ["WholeModel", "as_whole"]
 
@@ -93,15 +94,22 @@ def as_whole(
     _refuse_others(team, sharded, given, estimate)
     trained = {name: p for name, p in unwrap_model(model).named_parameters() if p.requires_grad}
     # Shares of sequences and tokens need sums where the sequences are.
-    parts = by_layer and not (run.by_sequence or run.by_token) and len(trained) >= team.size
+    apart = by_layer and team.size > 1 and not (run.by_sequence or run.by_token) and given.in_pieces(model)
     rounds = Rounds(team)
-    layers = LayersOnDemand(rounds, sharded.layers(trained=parts) if by_layer and team.size > 1 else {})
-    parted = _parted(team, rounds, sharded, layers, trained) if parts and team.size > 1 else None
-    kept = None if parted is None else _kept(parted, trained)
-    stand_ins = _stand_ins(sharded, layers.stand_ins, team, kept, live=live)
-    whole = given.of_stand_ins(stand_ins, team, kept, momentum=estimate.step != "adam_static")
+    layers = LayersOnDemand(rounds, sharded.layers(trained=apart) if by_layer and team.size > 1 else {})
+    parted = _parted(team, rounds, sharded, layers, trained) if apart else None
+    stand_ins = _stand_ins(sharded, layers.stand_ins, team, live=live and parted is None)
+    momentum = estimate.step != "adam_static"
+    if parted is None:
+        known = given.of_stand_ins(stand_ins, team, momentum=momentum)
+    else:
+        found = optimizer_in_pieces(given, parted, model, trained, team, momentum=momentum, live=live)
+
+        def known(_: nn.Module) -> OptimizerAtHand:
+            return found
+
     with team.serving(rounds.serve), in_place(sharded, model, stand_ins.computed, layers):
-        yield WholeModel(model, whole(model), parted)
+        yield WholeModel(model, known(model), parted)
 
 
 def _parted(
@@ -110,28 +118,24 @@ def _parted(
     sharded: ShardedModel,
     layers: LayersOnDemand,
     trained: Mapping[str, nn.Parameter],
-) -> PartedSums:
-    """All trained parameters, sharded or not, dealt to the ranks."""
+) -> PartedSums | None:
+    """All trained parameters, sharded or not, dealt to the ranks; None where one would have nothing."""
     computed_in = {id(own.tensor): own.computed_in for own in sharded.parameters}
-    numbers, n_layers = layers.numbers, layers.count
     forms = [
         Form(
             name,
             p.shape,
             torch.promote_types(computed_in.get(id(p), p.dtype), torch.float32),
-            numbers.get(id(p), n_layers),
+            layers.numbers.get(id(p), layers.count),
         )
         for name, p in trained.items()
     ]
-    parted = PartedSums(team, rounds, forms, n_layers)
+    forms = dealt_forms(forms, team.size)
+    if not all(any(form.elements(rank) for form in forms) for rank in range(team.size)):
+        return None
+    parted = PartedSums(team, rounds, forms, layers.count)
     layers.tell(parted.entering)
     return parted
-
-
-def _kept(parted: PartedSums, trained: Mapping[str, nn.Parameter]) -> dict[int, str]:
-    """Names of the parameters that this rank keeps, by identity."""
-    names = list(trained)
-    return {id(trained[names[place]]): names[place] for place in parted.places}
 
 
 def _refuse_others(team: Team, sharded: ShardedModel, given: ShardedOptimizer, estimate: EstimateOptions) -> None:
@@ -151,26 +155,20 @@ def _refuse_others(team: Team, sharded: ShardedModel, given: ShardedOptimizer, e
     )
 
 
-def _stand_ins(
-    sharded: ShardedModel, lent: Mapping[int, nn.Parameter], team: Team, kept: Mapping[int, str] | None, *, live: bool
-) -> StandIns:
-    """Whole parameters: as forwards see them, beside those that come and go, and as the optimizer steps them.
-
-    With ``live`` these have their gradients. Of those that are trained this rank has the ones that it keeps; None for all.
-    """
+def _stand_ins(sharded: ShardedModel, lent: Mapping[int, nn.Parameter], team: Team, *, live: bool) -> StandIns:
+    """Whole parameters beside those that come and go, and with ``live`` the gradients of those that are trained."""
     stepped: dict[int, nn.Parameter] = {}
     computed = dict(lent)
     for own in sharded.parameters:
         trained, key = own.tensor.requires_grad, id(own.tensor)
-        if key in lent and not trained:
+        if key in computed:
             continue
-        mine = kept is None or key in kept
         values = gathered(team, own.tensor)
-        if key not in lent:
-            computed[key] = nn.Parameter(values.to(own.computed_in), requires_grad=trained)
-        gradient = gathered(team, own.tensor.grad) if live and trained and own.tensor.grad is not None else None
-        if trained and mine:
-            same = key not in lent and own.computed_in == own.tensor.dtype
-            stepped[key] = computed[key] if same else nn.Parameter(values)
-            stepped[key].grad = gradient
+        computed[key] = nn.Parameter(values.to(own.computed_in), requires_grad=trained)
+        if not trained:
+            continue
+        cast = own.computed_in != own.tensor.dtype
+        stepped[key] = nn.Parameter(values) if cast else computed[key]
+        if live and own.tensor.grad is not None:
+            stepped[key].grad = gathered(team, own.tensor.grad)
     return StandIns(stepped, computed)

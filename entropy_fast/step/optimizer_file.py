@@ -33,7 +33,7 @@ from entropy_fast.step.restored import restored_optimizer
 from entropy_fast.step.saved_optimizer import SavedOptimizer, plain_entry, saved_optimizer
 from entropy_fast.step.scalars import shown
 
-__all__ = ["RestoredOptimizer", "adam_state_from_file", "adam_state_of", "read_optimizer_file"]
+__all__ = ["RestoredOptimizer", "adam_state_from_file", "adam_state_of", "is_adams", "read_optimizer_file"]
 
 METADATA = ".metadata"  # what makes a folder one of torch.distributed.checkpoint
 WELL_KNOWN = (
@@ -100,6 +100,16 @@ def read_optimizer_file(
         return matched.adam_state() if all(kind is None for kind in matched.kinds) else matched.restored()
 
     return _understood(path, read)
+
+
+def is_adams(path: str | os.PathLike[str], model: nn.Module) -> bool:
+    """Whether all groups of an optimizer's file are Adam's; of a folder the state of one parameter is read.
+
+    Raises:
+        OptimizerStateError, LearningRateError: see `adam_state_from_file`.
+    """
+    first = [name for name, p in unwrap_model(model).named_parameters() if p.requires_grad][:1]
+    return _understood(path, lambda: all(kind is None for kind in _Matched.of(path, model, first).kinds))
 
 
 def adam_state_of(optimizer: torch.optim.Optimizer | AdamState | str | os.PathLike[str], model: nn.Module) -> AdamState:

@@ -190,7 +190,8 @@ def shares(rank: int, name: str) -> dict[str, Any]:
         "whole": whole,
         "layer": max(in_layers),
         "rest": whole - sum(in_layers),
-        "largest": max(p.numel() for p in trained),
+        # Rows are dealt in whole, and vectors to one rank.
+        "slack": sum(p.shape[1:].numel() if p.dim() > 1 else p.numel() for p in trained),
     }
 
 

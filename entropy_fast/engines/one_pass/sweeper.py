@@ -79,11 +79,10 @@ class Sweeper:
 
     def stack_bytes(self, share: Share, columns: Columns) -> int:
         """What gradients of the units that a rank keeps take, on the rank that has most."""
-        parted, every = self._context.parted, self._context.registry.tensors
+        parted = self._context.parted
         if parted is None:
-            return GradientStack.bytes_of(every, share.most, len(columns))
-        own = ([every[place] for place in places] for places in parted.dealt)
-        return max(GradientStack.bytes_of(tensors, len(share.every), len(columns)) for tensors in own)
+            return GradientStack.bytes_of(self._context.registry.tensors, share.most, len(columns))
+        return len(columns) * len(share.every) * parted.most_bytes
 
     def empty_sum(self) -> GradientSum:
         """Zeros for every parameter that this rank keeps."""
