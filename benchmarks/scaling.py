@@ -38,7 +38,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from entropy_fast import EstimateOptions, Rollouts, RunOptions, fast_delta_h1
 from entropy_fast.estimates.result import DeltaH1Result
-from entropy_fast.sharded.parted import Form, dealt_forms
+from entropy_fast.sharded.forms import Form, dealt_forms
 
 ALLOWED = 0.05  # relative difference of bytes from the formulas
 VOCABULARY, TOKENS, RESPONSES = 512, 48, 4

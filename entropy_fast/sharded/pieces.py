@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from entropy_fast.distributed.team import Team
+from entropy_fast.sharded.forms import Form
 from entropy_fast.sharded.fsdp2 import is_sharded
 from entropy_fast.sharded.gathering import gathered
 from entropy_fast.sharded.optimizer import ShardedOptimizer, exchanged, left_out
-from entropy_fast.sharded.parted import Form, PartedSums
+from entropy_fast.sharded.parted import PartedSums
 from entropy_fast.step import AdamState, OptimizerAtHand, optimizer_from_file, read_optimizer
 
 __all__ = ["optimizer_in_pieces"]

@@ -21,11 +21,12 @@ from entropy_fast.distributed.agreement import fingerprint, refuse_others
 from entropy_fast.distributed.team import Team
 from entropy_fast.errors import ConfigError
 from entropy_fast.sharded.exchange import in_place
+from entropy_fast.sharded.forms import Form, dealt_forms
 from entropy_fast.sharded.fsdp2 import ShardedModel, fsdp2_modules
 from entropy_fast.sharded.gathering import gathered
 from entropy_fast.sharded.layers import LayersOnDemand
 from entropy_fast.sharded.optimizer import ShardedOptimizer, StandIns, sharded_optimizer
-from entropy_fast.sharded.parted import Form, PartedSums, dealt_forms
+from entropy_fast.sharded.parted import PartedSums
 from entropy_fast.sharded.pieces import optimizer_in_pieces
 from entropy_fast.sharded.rounds import Rounds
 from entropy_fast.step import GivenOptimizer, OptimizerAtHand

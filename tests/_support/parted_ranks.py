@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from entropy_fast.distributed.team import joined
-from entropy_fast.sharded.parted import Form, PartedSums
+from entropy_fast.sharded.forms import Form, dealt_forms
+from entropy_fast.sharded.parted import PartedSums
 from entropy_fast.sharded.rounds import Rounds
 
 SHAPES = [(3, 4), (5,), (2, 2), (7,), (4, 3), (1,), (6, 2)]
@@ -77,7 +78,7 @@ def handing_over(rank: int, sums: bool, together: bool) -> dict[str, Any]:
         shapes = enumerate(zip(SHAPES, LAYERS, strict=True))
         forms = [Form(str(place), torch.Size(shape), torch.float64, layer) for place, (shape, layer) in shapes]
         rounds = Rounds(team)
-        parted = PartedSums(team, rounds, forms, 3)
+        parted = PartedSums(team, rounds, dealt_forms(forms, team.size), 3)
 
         def arrive(numbers: list[int], columns: Any) -> None:
             calls.append(numbers)
@@ -94,5 +95,8 @@ def handing_over(rank: int, sums: bool, together: bool) -> dict[str, Any]:
                 source.backward(parted, [0])
                 source.backward(parted, [1, 2])
                 parted.end()
-    kept = [str(place) for place in parted.places]
+    kept = {
+        str(place): [parted.forms[place].rows[rank].start, parted.forms[place].rows[rank].stop]
+        for place in parted.places
+    }
     return {"kept": kept, "total": {key: own.tolist() for key, own in total.items()}, "calls": calls}
