@@ -30,6 +30,7 @@ def test_demo_runs_and_its_probe_repeats_exactly(tmp_path, monkeypatch, capsys, 
     shown = capsys.readouterr().out
     first = read_result_document(folder)
     assert set(first["files"]) == {"per_prompt.parquet", "responses.parquet", "contributions.png"}
+    assert first["provenance"]["optimizer"] == "AdamW" and set(first["compared"]) == set(first["updates"])
     if by_token:
         assert json.loads(shown) == first
     else:

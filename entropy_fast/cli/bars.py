@@ -12,11 +12,14 @@ from rich.text import Text
 
 from entropy_fast.cli.console import errors, is_terminal, output
 from entropy_fast.errors import escaped
+from entropy_fast.report.text import fitted
 
 __all__ = ["Bars", "progress"]
 
 PATIENCE = 2.0  # seconds after which a bar appears
 BETWEEN_LINES = 15.0  # seconds from one line to the next where there is no terminal
+LONGEST = 60  # characters of what is done
+NAMED = 2  # columns of a sweep that are named where it has more than one more
 UNITS = {"sampling": "step", "multiples": "multiple"}  # of stages that are not counted in prompts
 
 
@@ -94,7 +97,7 @@ class Bars:
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Show this stage and no other; one that is done is taken down, and may come again."""
-        what, unit = f"{self._doing}: {stage}", UNITS.get(stage, "prompt")
+        what, unit = f"{self._doing}: {_named(stage)}", UNITS.get(stage, "prompt")
         if self._bars is None:
             if self._lines is not None:
                 self._lines.report(what, done, total, unit)
@@ -144,8 +147,14 @@ def progress(
         yield Bars(bars, doing)
 
 
+def _named(stage: str) -> str:
+    """A sweep by its first columns: it is called by all of them, which may be a dozen."""
+    columns = stage.split(" and ")
+    return stage if len(columns) <= NAMED + 1 else f"{', '.join(columns[:NAMED])} and more"
+
+
 def _shown(text: str) -> str:
-    return escaped(text)[:60]
+    return fitted(escaped(text), LONGEST, "...")
 
 
 def _duration(seconds: float) -> str:

@@ -46,7 +46,7 @@ def demo(
         raise ConfigError(
             f"the demo needs a package that is not installed: {error.name}.", fix="pip install 'entropy-fast[demo]'."
         ) from error
-    from entropy_fast.cli.origin import command_line
+    from entropy_fast.cli.origin import command_line, program
     from entropy_fast.cli.saving import Beside, save_and_show
     from entropy_fast.report.html import write_report
     from entropy_fast.report.realised import print_realised
@@ -72,13 +72,14 @@ def demo(
     with progress("Demo") as bars:
         outcome = run_demo(settings, out, bars.say, bars.report)
     files = {"adapter": out / "adapter", "optimizer": out / "optimizer.pt", "rollouts": out / "rollouts.jsonl"}
-    repeat = ["entropy-fast", "probe", str(out), "--out", "DIR"]
-    provenance = provenance_of([command_line(context), repeat], outcome.source, files)
+    repeat = ["probe", str(out), "--out", "DIR"]
+    commands = [command_line(context), ["entropy-fast", *repeat]]
+    provenance = provenance_of(commands, outcome.source, files, outcome.optimizer)
     responses = response_table(outcome.result, {"both": outcome.rollouts}, outcome.tokenizer)
     save_and_show(outcome.result, out, Beside(provenance, responses), showing)
     print_realised(outcome.result, outcome.realised, showing.aside, verbose=verbose)
     write_validation({str(out): validation_of(outcome.result, outcome.realised)}, out)
     page = write_report([read_run(out)], out / "report.html")
     showing.aside.print(Text(f"to look at in a browser, or to pass on: {escaped(str(page))}"), soft_wrap=True)
-    again = f"repeat the probe from these files: {escaped(' '.join(repeat))}"
+    again = f"repeat the probe from these files: {escaped(' '.join([*program(), *repeat]))}"
     showing.aside.print(Text(again), soft_wrap=True)

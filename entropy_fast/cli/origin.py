@@ -1,7 +1,9 @@
-"""Where a result came from, for whoever reads its files: the command line, the model, the texts of its tokens."""
+"""Where a result came from, for whoever reads its files: the command line, the optimizer, the texts of its tokens."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,9 @@ from entropy_fast.run_folder.model_source import ModelSource, load_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["command_line", "found_tokenizer"]
+    from entropy_fast.step.reading import OptimizerAtHand
+
+__all__ = ["command_line", "found_tokenizer", "optimizer_kind", "program"]
 
 PROGRAM = "entropy-fast"
 TYPED = (
@@ -37,6 +41,26 @@ def command_line(context: typer.Context) -> list[str]:
         else:
             arguments += _texts(value)
     return [PROGRAM, str(context.info_name), *arguments, *options]
+
+
+def program() -> list[str]:
+    """The words that start this very installation from a shell as it is now: short where they may be.
+
+    An environment that is not activated has its script beside the interpreter and not on the PATH, where another
+    installation's may be.
+    """
+    own, found = Path(sys.executable).with_name(PROGRAM), shutil.which(PROGRAM)
+    if not own.is_file():
+        return [sys.executable, "-m", "entropy_fast"]
+    if found is not None and own.samefile(found):
+        return [PROGRAM]
+    here = Path.cwd()
+    return [str(own.relative_to(here) if own.is_relative_to(here) else own)]
+
+
+def optimizer_kind(at_hand: OptimizerAtHand) -> str:
+    """What is known of an optimizer's kind: of a file with Adam's moments not which of the two wrote it."""
+    return "Adam or AdamW" if at_hand.live is None else type(at_hand.live).__name__
 
 
 def found_tokenizer(source: ModelSource, folders: Sequence[Path | None]) -> tuple[PreTrainedTokenizerBase | None, str]:

@@ -98,7 +98,7 @@ def probe(
     context.with_resource(quiet_libraries())
     from entropy_fast.api import fast_delta_h1
     from entropy_fast.cli.inputs import resolve
-    from entropy_fast.cli.origin import command_line, found_tokenizer
+    from entropy_fast.cli.origin import command_line, found_tokenizer, optimizer_kind
     from entropy_fast.cli.saving import Beside, save_and_show, show_online
     from entropy_fast.columns.functional import usual_functionals
     from entropy_fast.report.picture import require_matplotlib
@@ -159,7 +159,7 @@ def probe(
                 {"both": update} if entropy is None else {"entropy": entropy, "update": update}
             )
             beside = Beside(
-                provenance_of([command_line(context)], inputs.model, inputs.files),
+                provenance_of([command_line(context)], inputs.model, inputs.files, optimizer_kind(optimizer_at_hand)),
                 response_table(result, batches, tokenizer),
                 without_texts,
                 picture,

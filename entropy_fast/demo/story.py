@@ -34,7 +34,7 @@ ESTIMATE = EstimateOptions(step="next")
 STEPS = (1.0, 0.1)
 CANDIDATES = {
     "with an entropy bonus of 0.01": entropy_bonus(0.01),
-    "right answers at a tenth": reweighted(positive=0.1),
+    "advantages of right answers / 10": reweighted(positive=0.1),
 }
 
 Progress = Callable[[str, int, int], None]
@@ -85,6 +85,7 @@ class DemoOutcome:
         rollouts: that the forecast is from.
         tokenizer: of the policy.
         source: of its base.
+        optimizer: its kind.
     """
 
     result: DeltaH1Result
@@ -92,6 +93,7 @@ class DemoOutcome:
     rollouts: Rollouts
     tokenizer: PreTrainedTokenizerBase
     source: ModelSource
+    optimizer: str
 
 
 def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progress: Progress) -> DemoOutcome:
@@ -150,7 +152,7 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     rollouts = sample(settings.optimizer_steps)
     announce(f"Rollouts for the next update: {_describe(rollouts)}")
     _save(folder, source, model, optimizer, rollouts, settings.run)
-    announce(f"Written to {folder}: `entropy-fast probe {folder} --out DIR` can go on from here")
+    announce(f"Written to {folder}, from which the probe can be repeated")
     announce("Forecasting what the step from these rollouts would do")
     numbers = usual_functionals(rollouts)
     # By itself, as a probe of the folder repeats it: more columns in a call round otherwise.
@@ -161,10 +163,10 @@ def run_demo(settings: DemoSettings, folder: Path, announce: Announce, on_progre
     compared = fast_delta_h1(
         model, optimizer, rollouts, functionals=numbers, updates=CANDIDATES, estimate=ESTIMATE, on_progress=on_progress
     )
-    result = dataclasses.replace(result, updates=compared.updates)
+    result = dataclasses.replace(result, updates=compared.updates, compared=compared.compared)
     announce("Taking the step, scoring the same responses again, and putting it back")
     realised = measure_delta_h(model, optimizer, rollouts, etas=STEPS, estimate=ESTIMATE, on_progress=on_progress)
-    return DemoOutcome(result, realised, rollouts, tokenizer, source)
+    return DemoOutcome(result, realised, rollouts, tokenizer, source, type(optimizer).__name__)
 
 
 def _save(

@@ -19,7 +19,7 @@ class Glyphs:
         left: lower end of an interval.
         right: upper end.
         zero: where nothing changes.
-        plus_minus: before half the width of an interval.
+        plus_minus: before a standard error.
         cut: at the end of a text that was cut.
     """
 

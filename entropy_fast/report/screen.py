@@ -31,7 +31,7 @@ STEPS = {"next_step": "the optimizer's whole next step", "adam_static": "Adam's 
 def print_screen(result: DeltaH1Result, console: Console) -> None:
     """About 24 lines at 80 columns. At 80 and more none is wider than the console.
 
-    Every ± is half the width of a 95 % interval for this very update.
+    Every ± is one standard error for this very update.
     """
     glyphs = glyphs_of(console)
     console.print(wrapped(result.verdict.sentence, console, lines=SENTENCE_LINES, cut=glyphs.cut), style="bold")
@@ -79,12 +79,11 @@ def _interval(found: Forecast) -> str:
     return "unknown" if math.isnan(low) else f"[{low:+.3g}, {high:+.3g}]"
 
 
-def _with_half(found: Forecast, glyphs: Glyphs, digits: int = 3) -> str:
-    """An estimate and half the width of its interval."""
+def _with_error(found: Forecast, glyphs: Glyphs, digits: int = 3) -> str:
+    """An estimate and its standard error."""
     if math.isnan(found.value):
         return "unknown"
-    low, high = found.interval(LEVEL)
-    error = "unknown" if math.isnan(low) else f"{(high - low) / 2:.2g}"
+    error = "unknown" if math.isnan(found.std_error) else f"{found.std_error:.2g}"
     return f"{found.value:+.{digits}g} {glyphs.plus_minus} {error}"
 
 
@@ -92,10 +91,10 @@ def _step_parts(result: DeltaH1Result, width: int, glyphs: Glyphs) -> list[str]:
     """What momentum, decay, the fresh gradient and its effect on the optimizer's scale do, by part of the change."""
     if not result.step_parts:
         return []
-    rows = [[f"step by, {glyphs.plus_minus} at 95 %", *result.step_parts]]
+    rows = [[f"step by, {glyphs.plus_minus} standard error", *result.step_parts]]
     for part in _shown(parts_of(result)):
         found = [parts_of(result, own)[part] for own in result.step_parts.values()]
-        rows.append([part, *(_with_half(own, glyphs, 2) for own in found)])
+        rows.append([part, *(_with_error(own, glyphs, 2) for own in found)])
     return grid_that_fits(rows, width)
 
 
@@ -106,10 +105,10 @@ def _shown(parts: Iterable[str]) -> list[str]:
 
 def _functionals(functionals: Mapping[str, Forecast], glyphs: Glyphs) -> str:
     some = list(functionals.items())[:FUNCTIONALS]
-    shown = [f"{fitted(name, 24, glyphs.cut)} {_with_half(found, glyphs)}" for name, found in some]
+    shown = [f"{fitted(name, 24, glyphs.cut)} {_with_error(found, glyphs)}" for name, found in some]
     more = len(functionals) - len(some)
     rest = f", and {more} more" if more else ""
-    return f"Per response also, {glyphs.plus_minus} at 95 %: {', '.join(shown)}{rest}."
+    return f"Per response, {glyphs.plus_minus} standard error: {', '.join(shown)}{rest}."
 
 
 def _updates(result: DeltaH1Result, glyphs: Glyphs) -> list[str]:
@@ -117,10 +116,10 @@ def _updates(result: DeltaH1Result, glyphs: Glyphs) -> list[str]:
     if not result.updates:
         return []
     parts, some = _shown(parts_of(result)), list(result.updates.items())[:UPDATES]
-    rows = [[f"instead, {glyphs.plus_minus} at 95 %", *parts]]
+    rows = [[f"instead, {glyphs.plus_minus} standard error", *parts]]
     for name, own in some:
         found = parts_of(result, own)
-        rows.append([fitted(name, 32, glyphs.cut), *(_with_half(found[part], glyphs) for part in parts)])
+        rows.append([fitted(name, 32, glyphs.cut), *(_with_error(found[part], glyphs) for part in parts)])
     more = len(result.updates) - len(some)
     return [*grid(rows), *([f"and {more} more: --verbose"] if more else [])]
 
@@ -130,7 +129,9 @@ def _prompts(result: DeltaH1Result, width: int, glyphs: Glyphs) -> Iterator[Text
     ranked = sorted(result.per_prompt, key=lambda p: -abs(p.delta_h1))
     some = ranked[: len(PROMPTS)]
     of = "the direct part" if math.isnan(result.delta_h1) else "the total"
-    yield Text(f"Prompts that matter most ({len(some)} of {len(ranked)}), by their share of {of}:")
+    # Along the whole step a share says where the entropy changes, and not whose update changes it.
+    most = "Prompts whose entropy changes most" if result.step_parts else "Prompts that matter most"
+    yield Text(f"{most} ({len(some)} of {len(ranked)}), share of {of}:")
     rows = []
     for place, prompt in zip(PROMPTS, some, strict=False):
         reward = "" if prompt.mean_reward is None else f"reward {prompt.mean_reward:.3g}"

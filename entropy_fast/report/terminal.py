@@ -90,7 +90,7 @@ STEP_PARTS = {
     "momentum": "older gradients",
     "decay": "weight decay",
     "fresh": "this batch's gradient",
-    "scale": "what it does to the optimizer's scale",
+    "scale": "what it changes of Adam's √v̂, by which the step is divided",
 }
 
 
@@ -164,7 +164,9 @@ def _errors(result: DeltaH1Result) -> Table:
 def _prompts(result: DeltaH1Result) -> Table:
     ranked = sorted(result.per_prompt, key=lambda p: -abs(p.delta_h1))
     table = Table(
-        title=f"Prompts that matter most ({min(PROMPTS_SHOWN, len(ranked))} of {len(ranked)})", title_justify="left"
+        title=f"Prompts that matter most ({min(PROMPTS_SHOWN, len(ranked))} of {len(ranked)}): own entropy, where it changes; "
+        "own update, who changes it",
+        title_justify="left",
     )
     table.add_column("prompt", overflow="fold")
     for column in ("share of δH₁", "own entropy", "own update", "reward", "length"):

@@ -17,7 +17,10 @@ from entropy_fast.report.picture import require_matplotlib
 from entropy_fast.report.text import fitted, printable
 from entropy_fast.truth import RealisedChange, Validation
 
-__all__ = ["print_validation", "summary", "validation_verdict", "write_validation_picture"]
+__all__ = ["BOTH_WAYS", "print_validation", "summary", "validation_verdict", "write_validation_picture"]
+
+BOTH_WAYS = "half of forward less backward, which is free of curvature"
+FEWEST = 3  # multiples that a slope and R² are said of
 
 
 def print_validation(name: str, found: Validation, console: Console, *, verbose: bool = False) -> None:
@@ -37,6 +40,9 @@ def print_validation(name: str, found: Validation, console: Console, *, verbose:
         return
     for line in grid(_rows(found, glyphs)):
         console.print(Text(line))
+    console.print(Text(f"Both ways: {BOTH_WAYS}."))
+    if math.isnan(found.points[0].total):
+        console.print(Text("This tests the direct part alone; the total takes other responses: --held-out."))
 
 
 def validation_verdict(found: Validation) -> str:
@@ -47,17 +53,19 @@ def validation_verdict(found: Validation) -> str:
     if not math.isnan(found.total_slope):
         total = f", and of the total forecast {found.total_slope:.3g}, standard error {found.total_slope_error:.2g}"
     return (
-        f"Found is {found.slope:.4g} of the direct forecast on average up to the run's own step{total}; {_reach(found)}, the "
-        f"run's own being {found.learning_rate:.3g}."
+        f"Both ways the change is {found.slope:.4g} of the direct forecast on average up to the run's own step{total}; "
+        f"{_reach(found)}, the run's own being {found.learning_rate:.3g}."
     )
 
 
 def _reach(found: Validation) -> str:
     limit = found.ten_percent_off
     if math.isinf(limit):
-        return "the first order is nowhere 10 % off"
+        largest = max(point.eta for point in found.points) * found.learning_rate
+        return f"the first order is nowhere 10 % off up to learning rate {largest:.3g}"
     if math.isnan(limit):
-        return "the first order is more than 10 % off from the smallest multiple on"
+        least = min(point.eta for point in found.points) * found.learning_rate
+        return f"the first order is more than 10 % off from learning rate {least:.3g}, the smallest tried, on"
     return f"the first order is 10 % off at learning rate {limit:.3g}"
 
 
@@ -65,9 +73,9 @@ def _rows(found: Validation, glyphs: Glyphs) -> list[list[str]]:
     """Per multiple the direct change, and the total one where it was measured; ratios are found / forecast."""
     direct, total, _ = found.forecast
     with_total = not math.isnan(found.points[0].total)
-    rows = [["step", "direct forecast", "found", "ratio"]]
+    rows = [["step", "direct forecast", "both ways", "ratio"]]
     if with_total:
-        rows[0] += ["total forecast", f"found {glyphs.plus_minus} s.e."]
+        rows[0] += ["total forecast", f"taken {glyphs.plus_minus} s.e."]
     for point in found.points:
         forecast = direct * point.eta
         ratio = "below floor" if point.below_floor or not forecast else f"{point.symmetric.direct / forecast:.4f}"
@@ -81,12 +89,12 @@ def _rows(found: Validation, glyphs: Glyphs) -> list[list[str]]:
 
 def _print_tables(found: Validation, console: Console) -> None:
     direct, total, error = found.forecast
-    columns: tuple[str, ...] = ("step", "forecast", "found, halved", "ratio", "found, one way", "with 2nd order")
+    columns: tuple[str, ...] = ("step", "forecast", "step taken", "with 2nd order", "both ways", "ratio")
     rows = [_direct(point, direct) for point in found.points]
     console.print(_table(f"direct: at the prefixes of the batch, {found.unit}", columns, rows))
     if not math.isnan(found.points[0].total):
         rows = [_total(point, total, error) for point in found.points]
-        columns = ("step", "forecast", "found, one way", "ESS", "Pareto k")
+        columns = ("step", "forecast", "step taken", "ESS", "Pareto k")
         console.print(_table(f"total: on held-out responses, {found.unit}", columns, rows))
     console.print(Text(summary(found)))
 
@@ -108,10 +116,10 @@ def _direct(point: RealisedChange, direct: float) -> list[str]:
     return [
         f"{point.eta:g}",
         f"{forecast:+.5g}",
-        f"{point.symmetric.direct:+.5g}",
-        ratios[0],
         f"{point.direct:+.5g}",
         ratios[1],
+        f"{point.symmetric.direct:+.5g}",
+        ratios[0],
     ]
 
 
@@ -129,9 +137,16 @@ def summary(found: Validation) -> str:
     """In sentences."""
     if math.isnan(found.slope):
         return f"Every change is below what rounding leaves ({found.floor:.2g}): nothing can be said; use larger multiples."
+    own = min(found.points, key=lambda point: abs(math.log(point.eta)))
+    line = ""
+    if sum(not point.below_floor and point.eta <= 1 for point in found.points) >= FEWEST:
+        line = f" Slope {found.slope:.5f} of both ways on forecast, R² {found.r_squared:.4f} of the step taken;"
+    reach = _reach(found) if line else _reach(found).capitalize()
+    one_way = own.direct / (own.eta * found.forecast[0])
     said = (
-        f"Direct: slope {found.slope:.5f} of found on forecast, R² {found.r_squared:.4f} one way; {_reach(found)} (the run's "
-        f"own is {found.learning_rate:.3g}); at the run's own step found / (forecast + second order) is {found.own_ratio:.4f}."
+        f"Direct: the step taken changed the entropy by {own.direct:+.4g}, which is {one_way:.4f} of the forecast, and "
+        f"{found.own_ratio:.4f} of it with the second order (the curvature) added.{line} {reach} (the run's own is "
+        f"{found.learning_rate:.3g})."
     )
     if math.isnan(found.total_slope):
         return said
@@ -170,7 +185,7 @@ def write_validation_picture(found: Mapping[str, Validation], path: Path) -> Pat
     left.axhline(1, color="black", linewidth=0.8)
     left.axhspan(0.9, 1.1, color="0.9", zorder=0)
     left.set_xlabel("learning rate")
-    left.set_ylabel("direct change found / forecast (dotted: both ways, halved)")
+    left.set_ylabel("direct change found / forecast (dotted: both ways)")
     left.legend(fontsize=8)
     ends = [*right.get_xlim(), *right.get_ylim()]
     right.plot([min(ends), max(ends)], [min(ends), max(ends)], color="black", linewidth=0.8)

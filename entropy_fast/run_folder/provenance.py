@@ -33,6 +33,7 @@ class Provenance:
         versions: of Python, this package and the libraries that do the arithmetic.
         machine: operating system and processor.
         finished: when the result was written, ISO 8601 in UTC.
+        optimizer: its kind; empty where it was not said.
     """
 
     commands: tuple[str, ...]
@@ -44,10 +45,11 @@ class Provenance:
     versions: Mapping[str, str]
     machine: str
     finished: str
+    optimizer: str = ""
 
 
 def provenance_of(
-    commands: Sequence[Sequence[str]], model: ModelSource, files: Mapping[str, Path | None]
+    commands: Sequence[Sequence[str]], model: ModelSource, files: Mapping[str, Path | None], optimizer: str = ""
 ) -> Provenance:
     """Of a result that is about to be written.
 
@@ -55,6 +57,7 @@ def provenance_of(
         commands: each as its words, unquoted.
         model: the policy's base, or the policy.
         files: what was read; None for what was not there.
+        optimizer: its kind; empty where it is not known.
     """
     return Provenance(
         commands=tuple(map(shlex.join, commands)),
@@ -66,6 +69,7 @@ def provenance_of(
         versions={"python": platform.python_version(), "entropy-fast": __version__, **_installed()},
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         finished=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        optimizer=optimizer,
     )
 
 

@@ -88,7 +88,8 @@ def test_what_is_shown_is_taken_away_again_and_names_are_inert():
         clock.now += 60
         bars._bars.refresh()
     written = stream.getvalue()
-    assert "Loading \\x1b]0;evil\\x07[red]xxx" in written and "x" * 61 not in written
+    [shown] = {part for part in written.split() if part.startswith("\\x1b]0;evil")}
+    assert shown.startswith("\\x1b]0;evil\\x07[red]xxx") and shown.endswith("x...") and len(f"Loading {shown}") == 60
     assert "\x1b]0" not in written and "\x07" not in written
     assert written.endswith("\x1b[2K")  # the line is erased at the end
 
@@ -111,6 +112,21 @@ def test_without_a_terminal_there_is_a_line_now_and_then(forced, monkeypatch, ca
         "Forecast\\x1b[2J: sampling: 1/10 steps",
     ]
     assert "a sentence\\x1b[2J" in shown.out and "\x1b[2J" not in shown.out
+
+
+@pytest.mark.parametrize(
+    ("stage", "named"),
+    [
+        ("entropy and direct and update", "entropy and direct and update"),
+        ("entropy and direct and reward and length and update and another", "entropy, direct and more"),
+    ],
+)
+def test_a_sweep_of_many_columns_is_named_by_the_first_two(stage, named):
+    stream, clock = io.StringIO(), Clock()
+    with progress("Demo", console=Console(file=stream, width=80), clock=clock) as bars:
+        clock.now += BETWEEN_LINES
+        bars.report(stage, 8, 8)
+    assert stream.getvalue() == f"Demo: {named}: 8/8 prompts\n"
 
 
 def test_who_another_speaks_for_says_nothing(capsys):

@@ -64,7 +64,9 @@ def test_validate_prints_its_validation_as_json_and_nothing_else(folder, capsys)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(cell_len, lines[1:-2])) <= 80  # but for names of folders
     found = document["runs"][str(folder)]
-    assert " ".join(lines[1:]).startswith(f"Found is {found['slope']:.4g} of the direct forecast on average")
+    assert " ".join(lines[1:]).startswith(
+        f"Both ways the change is {found['slope']:.4g} of the direct forecast on average"
+    )
     row = next(line for line in lines if line.startswith("1 ")).split()
     point, (direct, *_) = found["points"][0], found["forecast"]
     ratio = point["symmetric"]["direct"] / direct

@@ -34,7 +34,7 @@ def test_a_run_folder_is_held_against_its_step(folder, capsys):
     assert found["slope"] == pytest.approx(1, abs=0.05)
     assert found["total_slope"] is None  # no held-out responses
     shown = capsys.readouterr().out
-    assert "found, halved" in shown and "Direct: slope" in shown and "Pareto" not in shown
+    assert "both ways" in shown and "Direct: the step taken" in shown and "Pareto" not in shown
     assert (out / "validation.png").read_bytes().startswith(b"\x89PNG")
 
 

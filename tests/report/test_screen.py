@@ -74,11 +74,6 @@ def row(lines: list[str], first: str) -> str:
     return found.removeprefix(first)
 
 
-def half(found: Forecast) -> float:
-    low, high = found.interval()
-    return (high - low) / 2
-
-
 def near(shown: list[float], exact: list[float], digits: int = 3) -> None:
     assert shown == pytest.approx(exact, rel=0.6 * 10 ** (1 - digits), abs=1e-300)
 
@@ -109,11 +104,18 @@ def test_every_number_is_the_results(result, width):
     near([numbers(row(lines, "1st"))[0]], [max((p.delta_h1 for p in result.per_prompt), key=abs)])
     for name, found in result.updates.items():
         assert found.split is not None
-        cells = [number for own in (found.split.direct, found.forecast) for number in (own.value, half(own))]
+        cells = [number for own in (found.split.direct, found.forecast) for number in (own.value, own.std_error)]
         near(numbers(row(lines, name)), cells, digits=2)
-    said = " ".join(lines).partition("Per response also")[2]
+    said = " ".join(lines).partition("Per response, ")[2]
     for name, found in result.functionals.items():
-        near(numbers(said.partition(f"{name} ")[2])[:2], [found.value, half(found)], digits=2)
+        near(numbers(said.partition(f"{name} ")[2])[:2], [found.value, found.std_error], digits=2)
+
+
+def test_a_share_is_called_what_it_is(result):
+    """Along the whole step it says where the entropy changes; otherwise it is half of that and half of who changes it."""
+    assert any(line.startswith("Prompts whose entropy changes most (3 of ") for line in shown(result, 80))
+    static = dataclasses.replace(result, step_parts={})
+    assert any(line.startswith("Prompts that matter most (3 of ") for line in shown(static, 80))
 
 
 def test_parts_of_the_step_whichever_way_they_are_laid_out(result):
@@ -122,7 +124,7 @@ def test_parts_of_the_step_whichever_way_they_are_laid_out(result):
     assert list(result.step_parts) == ["momentum", "decay", "fresh", "scale"]
     for place, (name, own) in enumerate(result.step_parts.items()):
         assert own.split is not None
-        cells = [own.split.direct.value, half(own.split.direct), own.forecast.value, half(own.forecast)]
+        cells = [own.split.direct.value, own.split.direct.std_error, own.forecast.value, own.forecast.std_error]
         near(numbers(row(narrow, name)), cells, digits=2)
         head = next(n for n, line in enumerate(wide) if line.startswith("step by"))
         assert wide[head].split()[-4:] == list(result.step_parts)
@@ -149,7 +151,7 @@ def test_what_is_not_known_is_no_number(result):
     )
     lines = shown(alone, 80)
     assert not any(line.startswith(("total", "visitation")) for line in lines)
-    assert "by their share of the direct part" in " ".join(lines)
+    assert "share of the direct part:" in " ".join(lines)
     few = dataclasses.replace(direct, std_error=math.nan)
     said = shown(dataclasses.replace(alone, forecast=few, split=dataclasses.replace(alone.split, direct=few)), 80)
     assert "unknown" in row(said, "direct") and "too few prompts" in " ".join(said)
@@ -225,7 +227,7 @@ def test_whatever_the_texts_and_numbers_it_fits_and_nothing_of_a_model_acts(resu
     assert " ".join(lines).startswith(changed.verdict.sentence)
     # One line a prompt, with its own number before whatever its text says.
     ranked = sorted(prompts, key=lambda p: -abs(p.delta_h1))
-    start = next(n for n, line in enumerate(lines) if line.startswith("Prompts that matter most")) + 1
+    start = next(n for n, line in enumerate(lines) if line.startswith("Prompts whose entropy changes most")) + 1
     for place, line, prompt in zip(("1st", "2nd", "3rd"), lines[start:], ranked, strict=False):
         assert line.startswith(f"{place}  ")
         near(numbers(line.removeprefix(place))[:2], [prompt.delta_h1, prompt.mean_reward])

@@ -19,6 +19,7 @@ def test_what_is_recorded():
         [["entropy-fast", "probe", "a run", "--out", "x"]],
         ModelSource("small", load_in_4bit=True),
         {"rollouts": Path("r.jsonl"), "adapter": None},
+        "AdamW",
     )
     assert found.commands == ("entropy-fast probe 'a run' --out x",)
     assert found.directory == os.getcwd()
@@ -27,4 +28,5 @@ def test_what_is_recorded():
     assert found.versions["torch"] == torch.__version__
     assert found.versions["python"] == platform.python_version()
     assert found.versions["entropy-fast"] == __version__
+    assert found.optimizer == "AdamW"
     assert datetime.datetime.fromisoformat(found.finished).tzinfo is not None

@@ -55,7 +55,7 @@ class Legend:
 
     Attributes:
         steps: names of all steps from the one that lowers most to the one that raises most, with nothing between.
-        marks: numbers under its beginning, its middle and its end.
+        marks: numbers under its beginning, its quarters and its end.
         unit: of the numbers.
     """
 
@@ -128,8 +128,8 @@ def step_name(step: int) -> str:
 
 
 def legend_of(largest: float, unit: str) -> Legend:
-    """Of a scale whose strongest colour is of ``largest``."""
-    marks = tuple(signed(value, 2) for value in (-largest, 0.0, largest))
+    """Of a scale whose strongest colour is of ``largest``; half of that colour is of a quarter (`level_of`)."""
+    marks = tuple(signed(value, 2) for value in (-largest, -largest / 4, 0.0, largest / 4, largest))
     return Legend(tuple(step_name(n) for n in range(-LEVELS, LEVELS + 1)), marks, unit)
 
 

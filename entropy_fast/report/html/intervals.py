@@ -10,7 +10,7 @@ from entropy_fast.estimates.forecast import Forecast
 from entropy_fast.report.html.numbers import interval_text, percent, with_error
 from entropy_fast.report.html.scales import Axis, axis_over
 
-__all__ = ["IntervalFigure", "IntervalRow", "Named", "interval_figure"]
+__all__ = ["IntervalFigure", "IntervalRow", "Named", "interval_figure", "side_of", "sure_side_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class IntervalRow:
     Attributes:
         label: its name; about: what it is of.
         value: with its standard error; interval: its ends; share: in percent of the level, empty where there is none.
-        side: ``lowers`` or ``raises``; empty for exactly 0.
+        side: ``lowers`` or ``raises``; ``unsure`` where the sign is not established.
         sure: whether its sign is established; None where that cannot be said.
         place: of the value, in percent of the axis; None where it is not known.
         low: of the interval's ends likewise; high: the other.
@@ -83,7 +83,7 @@ def _row(named: Named, axis: Axis, level: float) -> IntervalRow:
         with_error(forecast.value, forecast.std_error),
         interval_text(low, high) if low < high else "",
         percent(forecast.value, level),
-        side_of(forecast.value),
+        sure_side_of(forecast),
         forecast.established,
         *(None if math.isnan(x) else axis.place(x) for x in (forecast.value, low, high)),
     )
@@ -92,3 +92,8 @@ def _row(named: Named, axis: Axis, level: float) -> IntervalRow:
 def side_of(value: float) -> str:
     """What a change does to the entropy, in the word that stands for its colour."""
     return "" if math.isnan(value) or value == 0 else "lowers" if value < 0 else "raises"
+
+
+def sure_side_of(forecast: Forecast) -> str:
+    """The same of a forecast whose sign is established, and ``unsure`` of any other."""
+    return side_of(forecast.value) if forecast.established else "unsure"

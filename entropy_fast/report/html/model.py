@@ -53,7 +53,7 @@ class ResultView:
     kernel: KernelSection | None
     why_no_kernel: str
     layers: LayersSection | None
-    logprobs: LogprobsSection
+    logprobs: LogprobsSection | None
     method: MethodSection
 
 
@@ -120,7 +120,7 @@ def _run(number: int, run: SavedRun, room: int) -> RunView:
 def _result(saved: SavedResult, room: int) -> ResultView:
     result = saved.result
     return ResultView(
-        verdict_section(result),
+        verdict_section(result, saved.provenance),
         parts_section(result),
         step_section(result),
         candidate_section(result),
@@ -159,5 +159,6 @@ def _contents(result: ResultView | None, ledgers: bool, steps: bool, validations
     if result is not None:
         found += [("prompts", "Prompts"), ("responses", "Responses"), ("kernel", "Prompt against prompt")]
         found += [("layers", "Layers and modules")] if result.layers else []
-        found += [("logprobs", "Log-probs that are off"), ("method", "How it was computed")]
+        found += [("logprobs", "Log-probs that are off")] if result.logprobs else []
+        found += [("method", "How it was computed")]
     return found

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from entropy_fast.report.html.heat import NAMED_CELLS, heat_map, step_name
+from entropy_fast.report.html.heat import NAMED_CELLS, heat_map, legend_of, step_name
 from entropy_fast.report.html.scales import level_of
 
 
@@ -37,7 +37,15 @@ def test_every_cell_has_its_colour(values):
     expected = [[step_name(level_of(value, largest)) for value in row] for row in values]
     assert drawn(figure).tolist() == expected
     assert {(cell.row, cell.column) for cell in figure.cells} == set(zip(*np.nonzero(np.isfinite(values)), strict=True))
-    assert len(figure.legend.marks) == 3
+    assert len(figure.legend.marks) == 5
+
+
+def test_a_mark_stands_under_the_colour_of_its_number():
+    legend = legend_of(0.8, "nats")
+    assert legend.marks == ("−0.80", "−0.20", "0", "+0.20", "+0.80")
+    middle = len(legend.steps) // 2
+    for mark, number in enumerate((-0.8, -0.2, 0.0, 0.2, 0.8)):
+        assert level_of(number, 0.8) == (mark - 2) * middle // 2
 
 
 def test_large_tables_are_small():

@@ -29,17 +29,15 @@ class OffRow:
 
 @dataclasses.dataclass(frozen=True)
 class LogprobsSection:
-    """Of a result whose rollouts have ``old_logprobs``, or not.
+    """Of a result whose rollouts have ``old_logprobs``.
 
     Attributes:
-        known: whether they have.
         rows: sequences beyond ``limit``, the farthest first; more: how many further ones there are.
         of: sequences that were looked at.
         limit: mean distance from which a sequence is named, nats a token.
         mean: of all sequences; largest: of any token.
     """
 
-    known: bool
     rows: tuple[OffRow, ...]
     more: int
     of: int
@@ -48,8 +46,8 @@ class LogprobsSection:
     largest: str
 
 
-def logprobs_section(result: DeltaH1Result) -> LogprobsSection:
-    """Of any result."""
+def logprobs_section(result: DeltaH1Result) -> LogprobsSection | None:
+    """None where the rollouts have no ``old_logprobs``."""
     rows: list[tuple[float, OffRow]] = []
     distances, largest = [], []
     one_batch = result.estimate == "same_batch"
@@ -64,15 +62,16 @@ def logprobs_section(result: DeltaH1Result) -> LogprobsSection:
             largest.append(most)
             shown = OffRow(batch, row, plain(mean), plain(most), f"{clipped:.0%}" if clipped == clipped else "")
             rows.append((mean, shown))
+    if not rows:
+        return None
     off = sorted((item for item in rows if item[0] > OFF_POLICY), key=lambda item: -item[0])
     return LogprobsSection(
-        bool(rows),
         tuple(row for _, row in off[:MOST]),
         max(0, len(off) - MOST),
         len(rows),
         plain(OFF_POLICY, 1),
-        plain(float(torch.tensor(distances, dtype=torch.float64).mean())) if rows else "",
-        plain(max(largest)) if rows else "",
+        plain(float(torch.tensor(distances, dtype=torch.float64).mean())),
+        plain(max(largest)),
     )
 
 

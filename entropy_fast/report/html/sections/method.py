@@ -83,10 +83,15 @@ def _facts(saved: SavedResult) -> list[tuple[str, str]]:
         ("Sampled", _sampling(result)),
         ("Length budget", result.diagnostics.length_budget),
     ]
+    if all(table.ratios is None for table in result.sequences.values()):
+        facts.append(
+            ("Since sampling", "no old_logprobs, so whether the policy has moved since it sampled is not seen")
+        )
     if result.diagnostics.clip_factor != 1:
         facts.append(("Gradient clipped to", f"{plain(result.diagnostics.clip_factor)} of its size"))
     if provenance is not None:
         facts.append(("Model", f"{provenance.model} ({provenance.dtype}, {provenance.device})"))
+        facts += [("Optimizer", provenance.optimizer)] if provenance.optimizer else []
     facts += [("Engine", result.engine), ("Plan", str(result.plan)), ("Reached", _coverage(result))]
     excluded = result.diagnostics.excluded
     if excluded.share:

@@ -30,7 +30,7 @@ STEP_PARTS = {
     "momentum": "older gradients, kept by the optimizer",
     "decay": "weight decay",
     "fresh": "this batch's gradient",
-    "scale": "what this gradient does to the optimizer's scale",
+    "scale": "what this gradient changes of Adam's √v̂, by which the step is divided",
 }
 
 

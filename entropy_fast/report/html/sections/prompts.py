@@ -20,6 +20,7 @@ TEXT = 220  # characters of a prompt in a row
 SHARED = 24  # a beginning that all prompts share is left out from so many characters on
 OPEN = 12  # rows that are seen at once
 MOST = 200  # rows of a table
+AT, BY_UPDATE = "at this prompt", "by its update"
 TITLES = {
     "both": "Prompts",
     "entropy": "Prompts of the entropy batch",
@@ -71,6 +72,7 @@ class PromptTable:
         title: which.
         first: rows that are seen at once; rest: others; left_out: how many more there are.
         zero: where 0 is on the axis of the bars, in percent.
+        of: what a share is; total: of all prompts together, in the columns of the shares.
         with_entropy: whether shares by entropy are known; with_update: by update; with_rewards: whether there are rewards.
     """
 
@@ -79,6 +81,8 @@ class PromptTable:
     rest: tuple[PromptRow, ...]
     left_out: int
     zero: float
+    of: str
+    total: tuple[str, str, str]
     with_entropy: bool
     with_update: bool
     with_rewards: bool
@@ -91,11 +95,13 @@ class PromptsSection:
     Attributes:
         tables: one, or one for each of two batches.
         shared: what all of them begin with, and which their texts are without; empty for nothing.
-        whole_step: whether shares are along the optimizer's whole step, where they are shares by entropy.
+        means: whether shares are the mean of those by entropy and by update.
+        whole_step: whether shares are along the optimizer's whole step, of which momentum and decay are no prompt's update.
     """
 
     tables: tuple[PromptTable, ...]
     shared: str
+    means: bool
     whole_step: bool
 
 
@@ -105,8 +111,10 @@ def prompts_section(result: DeltaH1Result, responses: Sequence[SavedResponse] | 
     tables = []
     for role in dict.fromkeys(prompt.role for prompt in result.per_prompt):
         own = [(prompt, texts[n]) for n, prompt in enumerate(result.per_prompt) if prompt.role == role]
-        tables.append(_table(TITLES[role], own))
-    return PromptsSection(tuple(tables), printable(shared, TEXT), bool(result.step_parts))
+        means = role == "both" and not result.step_parts
+        tables.append(_table(TITLES[role], own, "share" if means else BY_UPDATE if role == "update" else AT))
+    means = any(table.of == "share" for table in tables)
+    return PromptsSection(tuple(tables), printable(shared, TEXT), means, bool(result.step_parts))
 
 
 def prompt_names(result: DeltaH1Result, responses: Sequence[SavedResponse] | None) -> tuple[tuple[str, ...], str]:
@@ -146,7 +154,7 @@ def _text(prompt: PromptContribution, known: dict[tuple[Role, int], str]) -> str
     return "\n".join(texts) if texts and len(texts) == len(found) else None
 
 
-def _table(title: str, prompts: Sequence[tuple[PromptContribution, str]]) -> PromptTable:
+def _table(title: str, prompts: Sequence[tuple[PromptContribution, str]], of: str) -> PromptTable:
     ranked = sorted(prompts, key=lambda own: -abs(own[0].delta_h1))
     numbers = [x for p, _ in ranked for x in (p.delta_h1, p.as_entropy, p.as_update) if x is not None]
     axis = axis_over(numbers)
@@ -158,6 +166,8 @@ def _table(title: str, prompts: Sequence[tuple[PromptContribution, str]]) -> Pro
         rows[OPEN:] if len(rows) > OPEN + 2 else (),
         len(ranked) - len(rows),
         axis.zero,
+        of,
+        _total(whose),
         any(p.as_entropy is not None and p.as_entropy != p.delta_h1 for p in whose),
         any(p.as_update is not None and p.as_update != p.delta_h1 for p in whose),
         any(p.mean_reward is not None for p in whose),
@@ -180,6 +190,16 @@ def _row(rank: int, prompt: PromptContribution, text: str, axis: Axis) -> Prompt
 
 def _number(value: float | None, axis: Axis) -> tuple[str, Bar | None]:
     return ("", None) if value is None else (signed(value, 2), _bar(value, axis))
+
+
+def _total(prompts: Sequence[PromptContribution]) -> tuple[str, str, str]:
+    shares = signed(sum(prompt.delta_h1 for prompt in prompts))
+    return shares, _sum([prompt.as_entropy for prompt in prompts]), _sum([prompt.as_update for prompt in prompts])
+
+
+def _sum(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return signed(sum(known)) if known else ""
 
 
 def _bar(value: float, axis: Axis) -> Bar:

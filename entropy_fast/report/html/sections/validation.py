@@ -58,7 +58,9 @@ def validation_views(found: Mapping[str, Validation]) -> tuple[ValidationView, .
 def _view(name: str, found: Validation) -> ValidationView:
     with_total = any(not math.isnan(point.total) for point in found.points)
     rows = tuple(_row(point, found) for point in found.points)
-    return ValidationView(printable(name, NAME), printable(summary(found), 2000), found.unit, rows, with_total)
+    return ValidationView(
+        printable(name, NAME), printable(summary(found), 2000).replace(" %", "\u00a0%"), found.unit, rows, with_total
+    )
 
 
 def _row(point: RealisedChange, found: Validation) -> ValidationRow:

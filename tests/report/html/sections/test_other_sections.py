@@ -9,6 +9,7 @@ import pytest
 from saved_results import made_result, made_run
 
 from entropy_fast.config import EstimateOptions, RunOptions
+from entropy_fast.estimates.split import Split
 from entropy_fast.report.html.numbers import interval_text, percent, with_error
 from entropy_fast.report.html.sections.logprobs import logprobs_section
 from entropy_fast.report.html.sections.method import method_section
@@ -38,6 +39,28 @@ def test_the_verdict_and_its_numbers():
     assert found.warnings == ("a note",)
     assert len(verdict_section(direct_alone()).figures) == 2
     assert [f.label for f in verdict_section(made_result(split=None)).figures] == ["Entropy now", "In all"]
+
+
+def test_model_optimizer_and_learning_rate_stand_in_front():
+    result = made_result()
+    saved = made_run(result, optimizer="AdamW\x1b[2J").result
+    facts = ("small (float32, cpu)", "AdamW[2J", "learning rate 0.0001", "length weights dr_grpo (Dr. GRPO)")
+    assert verdict_section(saved.result, saved.provenance).facts == facts
+    assert verdict_section(result).facts == facts[2:]
+    assert verdict_section(result, made_run(result).result.provenance).facts == (facts[0], *facts[2:])
+    live = made_result(estimate_options=EstimateOptions(gradient="live", step="next"))
+    assert verdict_section(live).facts == facts[2:3]  # the loss that left the gradient is not known
+
+
+def test_what_is_not_established_has_no_colour_of_a_sign():
+    result = made_result()
+    sure, unsure, unknown = (
+        dataclasses.replace(result.split.direct, value=-1.0, std_error=error) for error in (0.1, 1.0, math.nan)
+    )
+    split = Split(result.split.total, unsure, sure, 0.0)
+    found = dataclasses.replace(result, split=split, forecast=unknown)
+    assert [row.side for row in parts_section(found).figure.rows[:2]] == ["unsure", "lowers"]
+    assert [figure.side for figure in verdict_section(found).figures] == ["", "unsure", "unsure"]
 
 
 def test_parts_have_their_intervals():
@@ -93,14 +116,17 @@ def test_sequences_whose_logprobs_are_off_by_row():
     found = logprobs_section(result)
     far = [row for row, mean in enumerate(ratios.mean_log_ratio.tolist()) if mean > 0.05]
     assert sorted(row.row for row in found.rows) == far and far
-    assert (found.known, found.of) == (True, 12)
+    assert found.of == 12
     # Rows that were left out of the estimate are counted in the rollouts' own numbers.
     empty = {"rollouts": EmptyResponseReport((0, 5), ())}
     moved = dataclasses.replace(result, diagnostics=dataclasses.replace(result.diagnostics, empty_responses=empty))
     places = [row for row in range(14) if row not in (0, 5)]
     assert [row.row for row in logprobs_section(moved).rows] == [places[row.row] for row in found.rows]
     bare = {name: dataclasses.replace(table, ratios=None) for name, table in result.sequences.items()}
-    assert not logprobs_section(dataclasses.replace(result, sequences=bare)).known
+    without = dataclasses.replace(result, sequences=bare)
+    assert logprobs_section(without) is None
+    assert "Since sampling" in dict(method_section(made_run(without).result).facts)
+    assert "Since sampling" not in dict(method_section(made_run(result).result).facts)
 
 
 def test_how_it_was_computed():

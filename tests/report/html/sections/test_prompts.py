@@ -19,6 +19,9 @@ def test_ranks_and_numbers():
     assert [row.share for row in table.first] == [signed(p.delta_h1) for p in ranked]
     assert [row.as_update for row in table.first] == [signed(p.as_update, 2) for p in ranked]
     assert [row.text for row in table.first] == [f"What is {p.group_ids[0]}?" for p in ranked]
+    assert table.of == "at this prompt"
+    assert table.total[0] == signed(result.delta_h1)
+    assert table.total[2] == signed(sum(p.as_update for p in ranked))
     assert not table.with_entropy  # along the whole step it is the share itself
     for row, prompt in zip(table.first, ranked, strict=True):
         ends = row.bar.start, row.bar.start + row.bar.width
@@ -54,10 +57,17 @@ def test_two_batches_have_a_table_each():
         for role, lost in (("entropy", "as_update"), ("update", "as_entropy"))
     )
     found = prompts_section(dataclasses.replace(result, per_prompt=(*entropy, *update)), None)
-    assert [(table.title, len(table.first)) for table in found.tables] == [
-        ("Prompts of the entropy batch", 4),
-        ("Prompts of the update batch", 4),
+    assert [(table.title, table.of, len(table.first)) for table in found.tables] == [
+        ("Prompts of the entropy batch", "at this prompt", 4),
+        ("Prompts of the update batch", "by its update", 4),
     ]
+    assert [table.total[1:].index("") for table in found.tables] == [1, 0]
+    assert not found.means
+
+
+def test_without_the_whole_step_a_share_is_the_mean_of_both():
+    found = prompts_section(made_result(4, step_parts={}), None)
+    assert found.means and found.tables[0].of == "share"
 
 
 def test_most_rows_are_folded_away_and_the_least_left_out(monkeypatch):
