@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from entropy_fast.errors import OptimizerStateError
 from entropy_fast.step import AdamState, adam_state_from_file, optimizer_from_file
+from entropy_fast.step.optimizer_file import is_adams
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch remarks that there is no process group
 
@@ -101,6 +102,22 @@ def test_moments_are_the_optimizers_by_name(tmp_path: Path, form: str, converted
     assert [note for note in found.notes if "guessed" in note] == []
 
 
+def test_whose_file_it_is(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    assert is_adams(saved(nested(model, optimizer), tmp_path), model)
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert is_adams(tmp_path / "optimizer.pt", model)
+    muon = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2])
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    muon.step()
+    torch.save(muon.state_dict(), tmp_path / "muon.pt")
+    for p in model.parameters():
+        p.requires_grad_(p.dim() == 2)
+    assert not is_adams(tmp_path / "muon.pt", model)
+    assert not is_adams(saved(nested(model, muon), tmp_path / "muon"), model)
+
+
 @pytest.mark.parametrize("named", [False, True])
 def test_an_optimizer_that_numbers_its_parameters(tmp_path: Path, named: bool) -> None:
     """``dcp.save({"optimizer": optimizer})``; numbers have become texts."""
@@ -129,12 +146,14 @@ def test_two_optimizers_in_one_folder(tmp_path: Path) -> None:
         assert all(torch.equal(live.state[p][key], value) for key, value in expected.items())
 
 
-def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
-    """Everything but the state of the trainable parameters may be overwritten."""
+@pytest.mark.parametrize("how", ["frozen", "not asked for"])
+def test_no_more_is_read_than_is_needed(tmp_path: Path, how: str) -> None:
+    """Everything but the state of the trainable parameters, or of those that are asked for, may be overwritten."""
     model, optimizer = trained()
     path = saved({"model": model.state_dict(), **nested(model, optimizer)}, tmp_path)
-    for index in (0, 2):
-        model.layers[index].requires_grad_(False)
+    if how == "frozen":
+        for index in (0, 2):
+            model.layers[index].requires_grad_(False)
     metadata = FileSystemReader(path).read_metadata()
     kept = [
         place
@@ -145,7 +164,8 @@ def test_no_more_is_read_than_is_needed(tmp_path: Path) -> None:
     assert len(others) == 6 + 4 * 3
     for place in others:
         blank(path / place.relative_path, place.offset, place.length)
-    found = adam_state_from_file(path, model)
+    only = ["layers.1.weight", "layers.1.bias"] if how == "not asked for" else None
+    found = optimizer_from_file(path, model, only).state
     assert set(found.moments) == {"layers.1.weight", "layers.1.bias"}
     live = AdamState.from_optimizer(optimizer, model)
     assert all(torch.equal(m.second_moment, live.moments[name].second_moment) for name, m in found.moments.items())
