@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropy_fast.distributed.dealing import deal
 
-__all__ = ["Form", "dealt_forms"]
+__all__ = ["Form", "all_have_some", "dealt_forms"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +80,8 @@ def dealt_forms(forms: Sequence[Form], ranks: int) -> list[Form]:
             rows = tuple(range(int(owner[place] == rank)) for rank in range(ranks))
         found.append(dataclasses.replace(form, rows=rows))
     return found
+
+
+def all_have_some(forms: Sequence[Form]) -> bool:
+    """Whether every rank keeps something."""
+    return all(any(form.elements(rank) for form in forms) for rank in range(len(forms[0].rows) if forms else 0))

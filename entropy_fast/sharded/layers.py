@@ -66,15 +66,11 @@ class LayersOnDemand:
     Args:
         rounds: of the ranks.
         layers: parameters by module; the same modules in the same order on all ranks.
-
-    Attributes:
-        numbers: of the layer that a parameter is in, by identity; of those too that are always there.
     """
 
     def __init__(self, rounds: Rounds, layers: Mapping[nn.Module, Sequence[ShardedParameter]]) -> None:
         self._rounds = rounds
         self._number = {id(module): number for number, module in enumerate(layers)}
-        self.numbers = {id(p): number for number, module in enumerate(layers) for p in module.parameters()}
         self._layers = [[_Lent.of(own) for own in parameters] for parameters in layers.values()]
         self._there: list[int] = []  # numbers of layers that are whole, the last one last
         self._entering: Callable[[int], None] = lambda number: None
@@ -84,11 +80,6 @@ class LayersOnDemand:
     def stand_ins(self) -> dict[int, nn.Parameter]:
         """What forwards see, by the identity of the sharded parameter."""
         return {id(own.sharded.tensor): own.stand_in for layer in self._layers for own in layer}
-
-    @property
-    def count(self) -> int:
-        """How many layers there are."""
-        return len(self._layers)
 
     def tell(self, entering: Callable[[int], None]) -> None:
         """Have it told, by its number, which layer is next whenever a forward or a backward comes to one."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from entropy_fast.distributed.agreement import fingerprint, refuse_others
 from entropy_fast.distributed.team import Team
 from entropy_fast.errors import ConfigError
 from entropy_fast.sharded.exchange import in_place
-from entropy_fast.sharded.forms import Form, dealt_forms
+from entropy_fast.sharded.forms import Form, all_have_some, dealt_forms
 from entropy_fast.sharded.fsdp2 import ShardedModel, fsdp2_modules
 from entropy_fast.sharded.gathering import gathered
 from entropy_fast.sharded.layers import LayersOnDemand
@@ -94,11 +94,17 @@ def as_whole(
     given = sharded_optimizer(optimizer, sharded)
     _refuse_others(team, sharded, given, estimate)
     trained = {name: p for name, p in unwrap_model(model).named_parameters() if p.requires_grad}
+    matrices = sharded.layers(trained=True)
+    forms = dealt_forms(_forms(sharded, list(matrices), trained), team.size)
+    on_demand = by_layer and team.size > 1
     # Shares of sequences and tokens need sums where the sequences are.
-    apart = by_layer and team.size > 1 and not (run.by_sequence or run.by_token) and given.in_pieces(model)
+    apart = on_demand and not (run.by_sequence or run.by_token) and given.in_pieces(model) and all_have_some(forms)
     rounds = Rounds(team)
-    layers = LayersOnDemand(rounds, sharded.layers(trained=apart) if by_layer and team.size > 1 else {})
-    parted = _parted(team, rounds, sharded, layers, trained) if apart else None
+    lent = {} if not on_demand else matrices if apart else sharded.layers(trained=False)
+    layers = LayersOnDemand(rounds, lent)
+    parted = PartedSums(team, rounds, forms, len(matrices)) if apart else None
+    if parted is not None:
+        layers.tell(parted.entering)
     stand_ins = _stand_ins(sharded, layers.stand_ins, team, live=live and parted is None)
     momentum = estimate.step != "adam_static"
     if parted is None:
@@ -113,30 +119,19 @@ def as_whole(
         yield WholeModel(model, known(model), parted)
 
 
-def _parted(
-    team: Team,
-    rounds: Rounds,
-    sharded: ShardedModel,
-    layers: LayersOnDemand,
-    trained: Mapping[str, nn.Parameter],
-) -> PartedSums | None:
-    """All trained parameters, sharded or not, dealt to the ranks; None where one would have nothing."""
+def _forms(sharded: ShardedModel, layers: Sequence[nn.Module], trained: Mapping[str, nn.Parameter]) -> list[Form]:
+    """Of all trained parameters, sharded or not."""
     computed_in = {id(own.tensor): own.computed_in for own in sharded.parameters}
-    forms = [
+    number = {id(p): number for number, module in enumerate(layers) for p in module.parameters()}
+    return [
         Form(
             name,
             p.shape,
             torch.promote_types(computed_in.get(id(p), p.dtype), torch.float32),
-            layers.numbers.get(id(p), layers.count),
+            number.get(id(p), len(layers)),
         )
         for name, p in trained.items()
     ]
-    forms = dealt_forms(forms, team.size)
-    if not all(any(form.elements(rank) for form in forms) for rank in range(team.size)):
-        return None
-    parted = PartedSums(team, rounds, forms, layers.count)
-    layers.tell(parted.entering)
-    return parted
 
 
 def _refuse_others(team: Team, sharded: ShardedModel, given: ShardedOptimizer, estimate: EstimateOptions) -> None:

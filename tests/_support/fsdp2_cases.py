@@ -51,6 +51,7 @@ class Case:
     lora: bool = True
     tied: bool | None = None
     dtype: torch.dtype = torch.float64
+    only: str = ""  # what is trained, by a part of its name
     head: bool = False  # not tied, and sharded by itself
     mixed: bool = False
     ignored: bool = False  # what is trained is not sharded
@@ -74,6 +75,8 @@ class Case:
         if self.head:
             model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach() + 0.1)
         model = add_lora(model) if self.lora else model
+        for name, parameter in model.named_parameters() if self.only else ():
+            parameter.requires_grad_(self.only in name)
         if self.checkpointing:
             enable_checkpointing(model, reentrant=self.checkpointing == "reentrant")
         return model.to(self.dtype)
@@ -251,6 +254,8 @@ CASES: dict[str, Case] = {
     ),
     "all, out of memory": Case("gpt2", lora=False, depth=4, out_of_memory=True, options=PARTS),
     "all, one not captured": Case("gpt2", lora=False, depth=3, refused=True, options=PARTS),
+    "a vector alone": Case("gpt2", lora=False, only="h.1.ln_2.bias", depth=3, options=PARTS),
+    "a vector and a matrix": Case("gpt2", lora=False, only="h.1.mlp.c_proj", depth=3, options=PARTS),
     "all, checkpointing": Case("gpt2", lora=False, depth=4, checkpointing="not reentrant", options=PARTS),
     "all, live gradient": Case(
         "gpt2",

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from entropy_fast.sharded.forms import Form, dealt_forms
+from entropy_fast.sharded.forms import Form, all_have_some, dealt_forms
 
 SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3).map(torch.Size), min_size=1, max_size=6)
 
@@ -31,6 +31,14 @@ def test_pieces_make_up_the_whole(shapes: list[torch.Size], ranks: int) -> None:
             assert not any(own.numel() for own in cut[len(chunks) :])
         else:
             assert sum(bool(own.numel()) for own in cut) == 1
+
+
+def test_whether_every_rank_has_something() -> None:
+    vector = Form("vector", torch.Size([4]), torch.float32, 0)
+    matrix = Form("matrix", torch.Size([3, 2]), torch.float32, 0)
+    assert all_have_some(dealt_forms([vector], 1)) and not all_have_some(dealt_forms([vector], 2))
+    assert all_have_some(dealt_forms([matrix], 3)) and not all_have_some(dealt_forms([matrix], 4))
+    assert not all_have_some(dealt_forms([vector, matrix], 4))
 
 
 def test_vectors_are_dealt_by_their_sizes() -> None:
