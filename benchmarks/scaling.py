@@ -142,6 +142,7 @@ class Sizes:
     in_layers: int
     elsewhere: int
     vectors: int
+    tied: int
     sharded: bool
 
 
@@ -158,7 +159,8 @@ def predicted(sizes: Sizes) -> dict[str, float]:
     if sizes.sharded:
         of_model = _of_shards(sizes)
         gradients = sizes.own if sizes.keeps else sizes.microbatches + sizes.own
-        found |= of_model | {"gradients of units": gradients * f * columns * sizes.width * sizes.elements}
+        handed_over = sizes.elements + sizes.tied
+        found |= of_model | {"gradients of units": gradients * f * columns * sizes.width * handed_over}
     else:
         found["gradient sums"] = 2 * f * columns * sizes.width * sizes.elements
     if sizes.keeps:
@@ -240,6 +242,7 @@ def sizes_of(result: DeltaH1Result, model: nn.Module, batch: Rollouts, workload:
         layers=len(layers),
         in_layers=sum(p.numel() for p in in_layers),
         elsewhere=sum(p.numel() for p in model.parameters() if id(p) not in lent),
+        tied=sum(p.numel() for p in trained if p is model.get_output_embeddings().weight),  # type: ignore[operator]
         vectors=sum(p.numel() for p in trained if p.dim() == 1),
         sharded=workload.sharded,
     )

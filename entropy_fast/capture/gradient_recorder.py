@@ -28,6 +28,7 @@ class GradientRecorder(RowRecorder):
         n_columns: C.
         storage: by name, zeroed tensors [U, *shape] for every column that gradients are added up in; tensors are made where it
             has none.
+        by_need: whether a parameter that signals have come for in some columns is there in these alone.
 
     Attributes:
         columns: for every column name to gradients ``[U, *shape]``, in fp32 or the parameter's dtype, whichever is wider.
@@ -40,12 +41,15 @@ class GradientRecorder(RowRecorder):
         n_units: int,
         n_columns: int,
         storage: Mapping[str, Sequence[Tensor]] | None = None,
+        *,
+        by_need: bool = False,
     ) -> None:
         super().__init__()
         self._given: dict[str, set[int]] = {}  # columns that signals have come for since `take`
         self._parameters = parameters
         self._n_units = n_units
         self._storage = storage or {}
+        self._by_need = by_need
         self.columns: tuple[dict[str, Tensor], ...] = tuple({} for _ in range(n_columns))
         self.touched: set[str] = set()
 
@@ -116,28 +120,27 @@ class GradientRecorder(RowRecorder):
 
     def put(self, name: str, term: Term, gradient: Tensor) -> None:
         """See `RowRecorder.put`."""
-        total = self._sums(name)[term.which][term.unit]
-        self._given.setdefault(name, set()).add(term.which)
+        total = self._sums(name, [term.which])[0][term.unit]
         total += gradient.to(total.dtype)
 
-    def _sums(self, name: str) -> list[Tensor]:
+    def _sums(self, name: str, wanted: Sequence[int]) -> list[Tensor]:
+        """Of the wanted columns."""
         self.touched.add(name)
-        if name not in self.columns[0]:
-            parameter, kept = self._parameters[name], self._storage.get(name)
-            shape = (self._n_units, *parameter.shape)
-            for place, store in enumerate(self.columns):
-                if kept is None:
-                    store[name] = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
-                else:
-                    store[name] = kept[place]
-        return [store[name] for store in self.columns]
+        self._given.setdefault(name, set()).update(wanted)
+        parameter, kept = self._parameters[name], self._storage.get(name)
+        for column, store in enumerate(self.columns):
+            if name in store or (self._by_need and column not in wanted):
+                continue
+            if kept is None:
+                shape = (self._n_units, *parameter.shape)
+                store[name] = torch.zeros(shape, dtype=self._dtype(name), device=parameter.device)
+            else:
+                store[name] = kept[column]
+        return [self.columns[column][name] for column in wanted]
 
     def _wanted_sums(self, name: str) -> list[Tensor]:
         assert self._batch is not None
-        wanted = [column for column, own in enumerate(self._batch.wanted) if own]
-        self._given.setdefault(name, set()).update(wanted)
-        sums = self._sums(name)
-        return [sums[column] for column in wanted]
+        return self._sums(name, [column for column, own in enumerate(self._batch.wanted) if own])
 
     def _scales(self, name: str, device: torch.device) -> Tensor:
         batch, dtype = self._batch, self._dtype(name)

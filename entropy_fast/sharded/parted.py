@@ -4,8 +4,9 @@ Legend: R ranks, P trained elements, U units of a group, C columns, e bytes of a
 
 Of every trained matrix a rank keeps the rows that FSDP2 has given it: their sums, the gradients of all units in them, and the
 optimizer's state; a vector is one rank's. That is P/R elements of each. A rank that goes through a group of units has, once a
-backward has left a layer, C U gradients of that layer. It hands them over before the next layer's are formed, (R - 1)/R of them
-to others. What belongs to no layer (embeddings, an output layer, a last norm) is handed over at the end of the group.
+backward has left a layer, U gradients of that layer in each column that the backward is of, C at the most. It hands them over
+before the next layer's are formed, (R - 1)/R of them to others; and so what belongs to no layer (embeddings, an output layer, a
+last norm). Of a tied embedding that is twice a backward: once as the output layer.
 """
 
 from __future__ import annotations
@@ -110,22 +111,23 @@ class PartedSums:
         self._source, self._numbers, self.handed_over = source, list(numbers), False
 
     def entering(self, layer: int) -> None:
-        """A layer is next: hand over what was left behind in others. What is in no layer may go on."""
-        if self._source is None:
-            return
-        there = {self._layer[name] for name in self._source.columns[0]} - {layer, self._rest}
-        for other in sorted(there, reverse=True):
-            self._send(other)
+        """A layer is next: hand over what was left behind elsewhere."""
+        if self._source is not None:
+            self._send_all_but(layer)
 
     def end(self) -> None:
         """The group is complete: hand over the rest."""
-        assert self._source is not None
-        for layer in sorted({self._layer[name] for name in self._source.columns[0]} - {self._rest}, reverse=True):
-            self._send(layer)
-        self._send(self._rest)
+        self._send_all_but(self._rest)
+        self._send(self._rest, complete=True)
         self._source = None
 
-    def _send(self, layer: int) -> None:
+    def _send_all_but(self, layer: int) -> None:
+        assert self._source is not None
+        there = {self._layer[name] for own in self._source.columns for name in own} - {layer}
+        for other in sorted(there, reverse=True):
+            self._send(other)
+
+    def _send(self, layer: int, *, complete: bool = False) -> None:
         assert self._source is not None
         found = {place: self._source.take(self.forms[place].name) for place in self._of_layer[layer]}
         self._outgoing = {place: own for place, own in found.items() if any(g is not None for g in own)}
@@ -135,65 +137,71 @@ class PartedSums:
                 for place, own in self._outgoing.items()
             }
         self.handed_over = True
-        n_columns = len(self._source.columns)
-        there = sum(1 << c for c in range(n_columns) if any(own[c] is not None for own in self._outgoing.values()))
-        self._rounds.ask(self._first + layer, len(self._numbers), there, n_columns)
+        self._rounds.ask(self._first + layer, len(self._numbers), len(self._source.columns), int(complete))
         self._outgoing = {}
 
     def _pass_on(self, group: dist.ProcessGroup | None, layer: int, mine: bool, asked: Tensor) -> None:
         """All ranks: gradients of one layer from those that have asked, to those that keep them."""
         places, me, ranks = self._of_layer[layer], self._team.rank, range(self._team.size)
-        elements = [sum(self.forms[place].elements(rank) for place in places) for rank in ranks]
-        parcels = [_Parcel.of(*row) for row in asked.tolist()]
-        heads = self._heads(group, places, mine, max(parcel.units for parcel in parcels))
+        parcels = self._parcels(group, places, mine, asked)
         dtype = max((self.forms[place].dtype for place in places), key=lambda d: d.itemsize, default=torch.float32)
-        flat = [self._flat(place, rank, parcels[me], dtype) for rank in ranks for place in places] if mine else []
-        received_from = [parcel.rows_and_columns * elements[me] for parcel in parcels]
+        flat = [own for rank in ranks for own in self._flat(rank, dtype)] if mine else []
+        received_from = [parcel.elements(self.forms, me) for parcel in parcels]
         received = torch.empty(sum(received_from), dtype=dtype)
         dist.all_to_all_single(
             received,
             torch.cat(flat) if flat else torch.empty(0, dtype=dtype),
             received_from,
-            [parcels[me].rows_and_columns * count for count in elements],
+            [parcels[me].elements(self.forms, rank) for rank in ranks],
             group=group,
         )
         for rank, (part, parcel) in enumerate(zip(torch.split(received, received_from), parcels, strict=True)):
             if parcel.rows:
-                numbers, known = heads[rank, : parcel.units].tolist(), heads[rank, -len(places) :].tolist()
-                there = {place for place, flag in zip(places, known, strict=False) if flag > 0}
-                found = self._read(part, places, there, parcel)
-                self._take_in(rank, numbers, found, complete=layer == self._rest)
+                self._take_in(rank, parcel.numbers, self._read(part, parcel), complete=parcel.complete)
 
-    def _heads(self, group: dist.ProcessGroup | None, places: Sequence[int], mine: bool, most: int) -> Tensor:
-        """``[ranks, most + parameters]`` numbers of the units of each rank, and which parameters signals have come for."""
+    def _parcels(
+        self, group: dist.ProcessGroup | None, places: Sequence[int], mine: bool, asked: Tensor
+    ) -> list[_Parcel]:
+        """What every rank sends: how much was in its request, and whose gradients it is all say here."""
+        most = max(1, int(asked[:, 0].max()))
         own = torch.full((most + len(places),), -1, dtype=torch.int64)
         if mine:
             own[: len(self._numbers)] = torch.tensor(self._numbers, dtype=torch.int64)
-            own[most:] = torch.tensor([int(place in self._outgoing) for place in places], dtype=torch.int64)
-        found = [torch.empty_like(own) for _ in range(self._team.size)]
-        dist.all_gather(found, own, group=group)
-        return torch.stack(found)
+            given = [self._outgoing.get(place, []) for place in places]
+            masks = [sum(1 << c for c, g in enumerate(found) if g is not None) for found in given]
+            own[most:] = torch.tensor(masks, dtype=torch.int64)
+        heads = [torch.empty_like(own) for _ in range(self._team.size)]
+        dist.all_gather(heads, own, group=group)
+        found = []
+        for head, (units, n_columns, complete, *_) in zip(heads, asked.tolist(), strict=True):
+            masks = head[most:].tolist()
+            columns = {
+                place: tuple(c for c in range(n_columns) if mask >> c & 1)
+                for place, mask in zip(places, masks, strict=True)
+                if mask > 0
+            }
+            rows = max(1, units) if units >= 0 else 0
+            found.append(_Parcel(head[: max(0, units)].tolist(), rows, columns, n_columns, complete=complete > 0))
+        return found
 
-    def _flat(self, place: int, rank: int, parcel: _Parcel, dtype: torch.dtype) -> Tensor:
-        """``[columns * rows * elements]`` for a rank of a parameter; 0 where no signal has come."""
-        form, found = self.forms[place], self._outgoing.get(place)
-        none = torch.zeros(parcel.rows * form.elements(rank), dtype=dtype)
-        own = [None if found is None else found[column] for column in parcel.columns]
-        flat = [none if g is None else form.cut_units(g, rank).to(device="cpu", dtype=dtype).reshape(-1) for g in own]
-        return torch.cat(flat) if flat else none[:0]
+    def _flat(self, rank: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """For a rank, in the order of parameters and columns."""
+        for place, found in self._outgoing.items():
+            for own in found:
+                if own is not None:
+                    yield self.forms[place].cut_units(own, rank).to(device="cpu", dtype=dtype).reshape(-1)
 
-    def _read(self, part: Tensor, places: Sequence[int], there: set[int], parcel: _Parcel) -> list[dict[str, Tensor]]:
+    def _read(self, part: Tensor, parcel: _Parcel) -> list[dict[str, Tensor]]:
         """By column and name, what this rank keeps of the parameters that signals have come for."""
         found: list[dict[str, Tensor]] = [{} for _ in range(parcel.n_columns)]
-        shapes = [self.forms[place].piece(self._team.rank) for place in places]
-        sizes = [parcel.rows * shape.numel() for shape in shapes for _ in parcel.columns]
-        pieces = iter(torch.split(part, sizes))
-        for place, shape in zip(places, shapes, strict=True):
+        start = 0
+        for place, columns in parcel.columns.items():
             form = self.forms[place]
-            for column in parcel.columns:
-                own = next(pieces)
-                if place in there and own.numel():
-                    found[column][form.name] = own.view(parcel.rows, *shape).to(form.dtype)
+            shape = form.piece(self._team.rank)
+            for column in columns if shape.numel() else ():
+                stop = start + parcel.rows * shape.numel()
+                found[column][form.name] = part[start:stop].view(parcel.rows, *shape).to(form.dtype)
+                start = stop
         return found
 
     def _take_in(self, rank: int, numbers: list[int], found: list[dict[str, Tensor]], *, complete: bool) -> None:
@@ -214,27 +222,22 @@ class _Parcel:
     """What a rank sends of a layer.
 
     Attributes:
-        units: whose gradients it is; none for a sum over them.
+        numbers: of the units whose gradients it is; none for a sum over them.
         rows: as many, or 1 for their sum; 0 where the rank sends nothing.
-        columns: that signals have come for.
+        columns: by place of a parameter those that signals have come for.
         n_columns: that there are.
+        complete: whether nothing more comes of these units.
     """
 
-    units: int
+    numbers: list[int]
     rows: int
-    columns: tuple[int, ...]
+    columns: Mapping[int, tuple[int, ...]]
     n_columns: int
+    complete: bool
 
-    @classmethod
-    def of(cls, units: int, there: int, n_columns: int) -> _Parcel:
-        """From the details of a request; negative where there was none."""
-        if units < 0:
-            return cls(0, 0, (), 0)
-        return cls(units, max(1, units), tuple(c for c in range(n_columns) if there >> c & 1), n_columns)
-
-    @property
-    def rows_and_columns(self) -> int:
-        return self.rows * len(self.columns)
+    def elements(self, forms: Sequence[Form], rank: int) -> int:
+        """That go to a rank."""
+        return sum(self.rows * len(columns) * forms[place].elements(rank) for place, columns in self.columns.items())
 
 
 def _in_all_columns(found: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

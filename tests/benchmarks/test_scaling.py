@@ -35,6 +35,7 @@ def sizes(**changed: object) -> Sizes:
         in_layers=800,
         elsewhere=200,
         vectors=10,
+        tied=50,
         sharded=False,
     )
     return dataclasses.replace(known, **changed)  # type: ignore[arg-type]
@@ -54,7 +55,7 @@ def test_sums_are_sent_twice_and_gradients_of_units_once():
 def test_of_a_sharded_model_layers_come_and_no_sums_are_added_up():
     found = predicted(sizes(sharded=True))
     assert "gradient sums" not in found
-    assert found["gradients of units"] == 3 * 4 * 1000  # f C e n P
+    assert found["gradients of units"] == 3 * 4 * 1050  # f C e n P, and tied ones twice
     # Of four layers 42 times: 4 in each of two trials and two scoring forwards, 12 in each of two microbatches, and twice more.
     assert found["layers"] == 42 * 0.5 * 4 * 800 / 4
     assert found["once"] == 0.5 * 4 * (200 + 30)

@@ -209,7 +209,7 @@ class Sweeper:
             return
 
         def begin(places: list[int]) -> GradientRecorder:
-            gradients = self._recorder(places, columns)
+            gradients = self._recorder(places, columns, by_need=True)
             parted.begin(gradients, [] if sums else [share.numbers[place] for place in places])
             return gradients
 
@@ -217,11 +217,16 @@ class Sweeper:
         self._record(request, begin, lambda _, __: parted.end(), held, arriving)
 
     def _recorder(
-        self, numbers: list[int], columns: Columns, storage: Mapping[str, Sequence[Tensor]] | None = None
+        self,
+        numbers: list[int],
+        columns: Columns,
+        storage: Mapping[str, Sequence[Tensor]] | None = None,
+        *,
+        by_need: bool = False,
     ) -> GradientRecorder:
         registry = self._context.registry
         parameters = dict(zip(registry.names, registry.tensors, strict=True))
-        return GradientRecorder(parameters, len(numbers), len(columns), storage)
+        return GradientRecorder(parameters, len(numbers), len(columns), storage, by_need=by_need)
 
     def plan(self) -> OnePassPlan:
         """How the batches were gone through, by all ranks; after all sweeps."""
