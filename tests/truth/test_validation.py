@@ -66,7 +66,7 @@ def test_what_does_not_come_true_is_said(result: DeltaH1Result) -> None:
     found = validation_of(result, changes(result, 0.0, off=0.5, total=-1.0))
     assert found.slope == pytest.approx(0.5) and found.smallest_ratio == pytest.approx(0.5)
     assert found.total_slope == pytest.approx(-1) and math.isnan(found.ten_percent_off)
-    assert "more than 10 % off from the smallest" in summary(found)
+    assert "more than 10 % off from learning rate" in summary(found) and "the smallest tried, on" in summary(found)
 
 
 def test_below_the_floor_nothing_is_said(result: DeltaH1Result) -> None:
