@@ -16,7 +16,10 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import Qwen2ForCausalLM
 from transformers.distributed import DistributedConfig
 
-BY_ACCELERATE = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}}
+BY_ACCELERATE: dict[str, Any] = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]},
+}
 
 
 class ToldToShard:

@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 from process_groups import Done, job, run_jobs
 from trl_compared import assert_one_forecast
+from trl_fsdp2 import BY_ACCELERATE
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -19,16 +20,26 @@ pytestmark = [
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "accelerate": ("accelerate", {}),
     "transformers": ("transformers", {}),
-    "adapters, reference policy": ("accelerate", {"lora": True, "beta": 0.04}),
-    "two micro-batches, rows used twice": (
+    "adapters, reference policy, checkpointing": (
         "accelerate",
-        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3, "num_iterations": 2},
+        {"lora": True, "beta": 0.04, "gradient_checkpointing": True},
+    ),
+    "two micro-batches, rows used twice, reentrant": (
+        "accelerate",
+        {
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 3,
+            "num_iterations": 2,
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
     ),
     "sequence ratios, clipped": (
         "transformers",
         {"importance_sampling_level": "sequence", "loss_type": "grpo", "max_grad_norm": 0.01},
     ),
 }
+CHECKPOINTING = {**BY_ACCELERATE["fsdp_config"], "activation_checkpointing": True}  # FSDP2's own
 ROUNDED = 2e-3  # of a gradient's direction that bf16 has rounded
 
 
@@ -43,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
         jobs[f"{name}: alone"] = job(1, "trl_ranks:run", options=alone, verify="previous")
         jobs[name] = job(2, "trl_ranks:run", options={"sharded_by": sharded_by, **options}, verify="previous")
     for name, options in (
-        ("rounded", {"bf16": True}),
+        ("rounded", {"bf16": True, "fsdp_config": CHECKPOINTING}),
         ("dropout", {"dropout": 0.1}),
         ("own generation", {"own_generation": True}),
         ("adapters on shards", {"lora": True, "sharded_by": "transformers"}),
