@@ -28,7 +28,7 @@ class StepForecast:
         calibration: of the direct part over the last steps, once realised changes are known; None until then.
         candidates: names of the updates that are compared.
         tokens: which tokens' entropy the step changes, for hooks on the forecast, while they are called; None where there is no
-            forecast.
+            forecast, and where FSDP2 shards the model: they are asked for by a rank, and would take all of them.
     """
 
     step: int

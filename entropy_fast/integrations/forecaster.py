@@ -31,6 +31,7 @@ from entropy_fast.integrations.time_budget import TimeBudget
 from entropy_fast.integrations.token_shares import TokenShares
 from entropy_fast.integrations.training_ranks import TrainingRanks, gathered_window, said_by_first
 from entropy_fast.integrations.verification import Verification, verification_of
+from entropy_fast.sharded.fsdp2 import fsdp2_modules
 from entropy_fast.truth import Calibration, EntropyLedger
 
 __all__ = ["StepForecaster"]
@@ -164,7 +165,8 @@ class StepForecaster:
                 self._ledger.forecast(step, result)
         clock.lap()
         calibration, seconds, used = self._known_by_now(clock.spent)
-        tokens = None if result is None or own is None or prompts is None else self._tokens(own, prompts)
+        apart = bool(fsdp2_modules(self.model))
+        tokens = None if result is None or own is None or prompts is None or apart else self._tokens(own, prompts)
         found = StepForecast(
             step, result, reason, failed, realised, None if realised is not None else back, seconds, used,
             calibration, tuple(self.options.candidates), tokens,

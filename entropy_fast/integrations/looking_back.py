@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from entropy_fast.columns import TokenScores
 from entropy_fast.config import EstimateOptions, RunOptions
 from entropy_fast.distributed.team import Team
 from entropy_fast.rollouts import Rollouts
+from entropy_fast.sharded.fsdp2 import fsdp2_modules, is_sharded
 from entropy_fast.truth import Scored, scored
 
 __all__ = ["KeptPolicy", "Realised", "ScoredResponses", "scores_of", "trainable_parameters"]
@@ -49,8 +51,11 @@ class Realised:
 
 
 def trainable_parameters(model: nn.Module) -> list[Tensor]:
-    """Parameters that a step may move."""
-    return [p for p in unwrap_model(model).parameters() if p.requires_grad]
+    """Parameters that a step may move; of those that FSDP2 shards what this rank has, which shares their memory."""
+    for module in fsdp2_modules(model).values():
+        module.reshard()  # a forward may have left whole ones in their place, which no step moves
+    found: list[Any] = [p for p in unwrap_model(model).parameters() if p.requires_grad]
+    return [p.detach().to_local() if is_sharded(p) else p for p in found]
 
 
 class KeptPolicy:
@@ -108,12 +113,15 @@ class KeptPolicy:
     ) -> tuple[Scored, TokenScores]:
         """Responses under the policy as it is now, and under the one that was kept."""
         parameters = trainable_parameters(self._model)
+
+        def score() -> Scored:
+            return scored(self._model, optimizer, responses, estimate=estimate, run=run, team=team)
+
         with _without_mixed_precision(self._model):
-            now = scored(self._model, optimizer, responses, estimate=estimate, run=run, team=team)
-            here = _copied(parameters)
+            now, here = score(), _copied(parameters)
             try:
                 _put(parameters, self._kept)
-                _, then = now.again()
+                then = score().scores
             finally:
                 _put(parameters, here)
         return now, then

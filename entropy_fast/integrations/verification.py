@@ -22,6 +22,7 @@ from entropy_fast.integrations.forecast_options import ForecastOptions, HeldOut,
 from entropy_fast.integrations.looking_back import KeptPolicy, Realised, ScoredResponses
 from entropy_fast.integrations.step_window import StepWindow
 from entropy_fast.rollouts import Rollouts
+from entropy_fast.sharded.fsdp2 import ShardedModel, fsdp2_modules
 
 __all__ = ["Verification", "verification_of"]
 
@@ -76,6 +77,9 @@ def verification_of(
     """
     if options.verify is None:
         return None
+    rounded = _rounded_to(model)
+    if rounded is not None:
+        return _Nothing(f"FSDP2 rounds parameters to {rounded} in every forward, which hides what a step does")
     if options.verify == "previous":
         return _NextWindow(KeptPolicy(model), max(FEWEST, prompts), estimate, run)
     assert options.held_out is not None
@@ -87,6 +91,19 @@ def verification_of(
         warnings.simplefilter("ignore", EntropyFastWarning)
         kept = ScoredResponses(model, optimizer, _selected(responses, rows), estimate=estimate, run=run, team=team)
     return _HeldOut(kept, estimate)
+
+
+def _rounded_to(model: nn.Module) -> torch.dtype | None:
+    """What FSDP2 rounds trained parameters to before anything is computed; None where it does not, or shards nothing.
+
+    Autocast is left out of forwards that measure what a step did. FSDP2's casts are not, since what they round has no other
+    form that forwards see.
+    """
+    modules = fsdp2_modules(model)
+    if not modules:
+        return None
+    trained = [own for own in ShardedModel.of(model, modules).parameters if own.tensor.requires_grad]
+    return next((own.computed_in for own in trained if own.computed_in.itemsize < own.tensor.dtype.itemsize), None)
 
 
 def _held_out(source: HeldOut, window: StepWindow, prompts: int, team: Team) -> Rollouts:

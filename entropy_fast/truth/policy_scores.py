@@ -16,6 +16,7 @@ from entropy_fast.context import ProbeContext
 from entropy_fast.distributed.team import Team
 from entropy_fast.engines.one_pass import OnePassEngine
 from entropy_fast.rollouts import Rollouts
+from entropy_fast.sharded import as_whole
 from entropy_fast.step import GivenOptimizer, read_optimizer
 from entropy_fast.truth.importance import Reweighted, reweighted
 
@@ -42,22 +43,25 @@ def scored(
         estimate: which entropy, of which policy (``entropy_weighting``, ``policy_temperature``).
         run: how it is run; ``autocast_dtype`` is left out, since rounding to 16 bits moves an entropy by more than a small
             step does.
-        team: the ranks that make the same call with replicas of one model, and score every prompt once; None for this process
-            by itself, whatever ``run.ranks`` is.
+        team: the ranks that make the same call with replicas of one model, or with one that FSDP2 shards over them, and score
+            every prompt once; None for this process by itself, whatever ``run.ranks`` is.
 
     Raises:
         RolloutsError, ModelStateError, OptimizerStateError, ConfigError: see `fast_delta_h1`.
         DistributedError: a rank of the team failed or was lost.
     """
     estimate = dataclasses.replace(estimate or EstimateOptions(), gradient="rollouts", sample=None, relative_error=None)
-    run = dataclasses.replace(run or RunOptions(), autocast_dtype=None)
+    run = dataclasses.replace(run or RunOptions(), autocast_dtype=None, ranks="own" if team is None else "all")
     run.refuse_checkpoint("what a policy says of a batch is found by forwards alone")
-    at_hand = read_optimizer(optimizer, model, any_kind=True)
-    context = dataclasses.replace(ProbeContext.of(model, at_hand, estimate, run), team=team or Team.alone())
-    check_rollouts_fit_model(rollouts, context.registry.module)
-    kind = context.registry.tensors[0].device.type
-    with one_probe_at_a_time(wait=run.when_busy == "wait"), torch.autocast(kind, enabled=False):
-        return Scored.of(context, rollouts, EntropyMeasure(estimate.of_entropy))
+    team = team or Team.alone()
+    with as_whole(model, optimizer, estimate, run, team, by_layer=True) as whole:
+        at_hand = read_optimizer(whole.optimizer, whole.model, any_kind=True)
+        context = ProbeContext.of(whole.model, at_hand, estimate, run, parted=whole.parted)
+        context = dataclasses.replace(context, team=team)
+        check_rollouts_fit_model(rollouts, context.registry.module)
+        kind = context.registry.tensors[0].device.type
+        with one_probe_at_a_time(wait=run.when_busy == "wait"), torch.autocast(kind, enabled=False):
+            return Scored.of(context, rollouts, EntropyMeasure(estimate.of_entropy))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Scored:
         return ROUNDINGS * narrowest * abs(self.level)
 
     def again(self) -> tuple[float, TokenScores]:
-        """Level and scores of the model as it is now."""
+        """Level and scores of the model as it is now; not of one that is sharded, which is whole for one `scored` alone."""
         with torch.autocast(self.context.device.type, enabled=False):
             scores = OnePassEngine(self.context).score(self.rollouts)
         raise_if_interrupted()

@@ -6,6 +6,7 @@ Responses are drawn from the policy by draws of their own row, so that however m
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import logging
 import math
@@ -20,7 +21,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_trl import tiny_model, tiny_trainer
+from torch.distributed.tensor import DTensor
 from trl import GRPOTrainer  # imported before processes are forked: it takes seconds
+from trl_fsdp2 import BY_ACCELERATE, ToldToShard, loaded_in_shards
 from trl_runs import CLOCKED, bits, random_states
 
 from entropy_fast import candidates
@@ -32,8 +35,8 @@ from entropy_fast.integrations.trl import EntropyForecastCallback
 ROWS = 12  # of a step; 6 of each of two processes, of groups of 4: one is on both
 
 
-class DrawnByRow(GRPOTrainer):
-    """Every response has a generator of its own, whichever process makes it."""
+class DrawnByRow(ToldToShard, GRPOTrainer):
+    """Every response has a generator of its own, whichever process makes it; all processes do as many forwards."""
 
     @torch.no_grad()
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
@@ -42,9 +45,10 @@ class DrawnByRow(GRPOTrainer):
         for number, ids in enumerate(prompt_ids, first):
             generator = torch.Generator().manual_seed(1000 * self.state.global_step + number)
             row = list(ids)
-            while len(row) < len(ids) + self.max_completion_length and row[-1] != 1:
+            for _ in range(self.max_completion_length):
                 logits = self.model(input_ids=torch.tensor([row])).logits[0, -1].double() / self.temperature
-                row.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+                if row[-1] != 1:
+                    row.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
             completions.append(row[len(ids) :])
         return completions, None
 
@@ -62,10 +66,22 @@ def as_launched(rank: int) -> Iterator[None]:
     yield
 
 
-def trainer_of(folder: Path, **options: Any) -> Any:
+class DrawnByTrl(ToldToShard, GRPOTrainer):
+    """Responses are TRL's own."""
+
+
+def trainer_of(
+    folder: Path, sharded_by: str | None = None, dropout: float = 0.0, own_generation: bool = False, **options: Any
+) -> Any:
+    """With a model that nobody shards, accelerate or transformers."""
     rows = ROWS // dist.get_world_size()
     settings = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": rows, "max_steps": 4, "seed": 3}
-    return tiny_trainer(folder, model=tiny_model(), kind=DrawnByRow, **settings | options)
+    model = tiny_model(dropout=dropout)
+    if sharded_by == "transformers":
+        model = loaded_in_shards(model, folder)
+    kind = DrawnByTrl if own_generation else DrawnByRow
+    told = BY_ACCELERATE if sharded_by == "accelerate" else {}
+    return tiny_trainer(folder, model=model, kind=kind, **settings | copy.deepcopy(told) | options)
 
 
 def trained(folder: Path, options: dict[str, Any], **callback: Any) -> tuple[Any, list[StepForecast], list[str]]:
@@ -81,7 +97,8 @@ def trained(folder: Path, options: dict[str, Any], **callback: Any) -> tuple[Any
 def digest(trainer: Any) -> str:
     found = hashlib.sha256()
     for parameter in trainer.model.parameters():
-        found.update(bytes(bits(parameter).tolist()))
+        whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        found.update(bytes(bits(whole).tolist()))
     return found.hexdigest()
 
 
@@ -116,6 +133,8 @@ def run(rank: int, options: dict[str, Any], verify: str, bundle: bool = False) -
             "logs": logs_of(trainer),
             "forecasts": said(seen, StepForecast.metrics),
             "prompts": [[list(own.group_ids) for own in f.result.per_prompt] for f in seen if f.result is not None],
+            "reasons": [own.reason for own in seen],
+            "realised reasons": [own.realised_reason for own in seen],
             "agreement": [None if own is None else [own.cosine, own.scale, own.prompts, own.of] for own in live],
             "warnings": caught,
             "ledger there": extra["ledger"].exists(),
@@ -123,10 +142,10 @@ def run(rank: int, options: dict[str, Any], verify: str, bundle: bool = False) -
         }
 
 
-def failing(rank: int, at: str) -> dict[str, Any]:
+def failing(rank: int, at: str, sharded_by: str | None = None) -> dict[str, Any]:
     """One rank fails at its second forecast, or in looking back on its first."""
     with as_launched(rank), tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        plain = trainer_of(Path(folder))
+        plain = trainer_of(Path(folder), sharded_by)
         plain.train()
         calls: list[int] = []
 
@@ -140,7 +159,7 @@ def failing(rank: int, at: str) -> dict[str, Any]:
             return call
 
         patch.setattr(at, fail_once(_named(at)))
-        trainer, seen, caught = trained(Path(folder), {})
+        trainer, seen, caught = trained(Path(folder), {"sharded_by": sharded_by})
         return {
             "same weights": digest(plain) == digest(trainer),
             "forecasts": said(seen, StepForecast.metrics),
@@ -149,19 +168,40 @@ def failing(rank: int, at: str) -> dict[str, Any]:
         }
 
 
-def stopping(rank: int) -> dict[str, Any]:
+def stopping(rank: int, sharded_by: str | None = None) -> dict[str, Any]:
     """A hook that wants to stop, on one rank alone."""
+
+    tokens: list[bool] = []
 
     class Stop:
         wants_stop = False
 
         def __call__(self, forecast: StepForecast) -> None:
+            tokens.append(forecast.tokens is not None)
             self.wants_stop = rank == 1 and forecast.step == 1
 
     with as_launched(rank), tempfile.TemporaryDirectory() as folder:
         floor = EntropyFloor(3.3, within=50, stop=False)
-        trainer, seen, _ = trained(Path(folder), {}, hooks=[Stop(), floor])
-        return {"steps": trainer.state.global_step, "forecast": len(seen)}
+        trainer, seen, _ = trained(Path(folder), {"sharded_by": sharded_by}, hooks=[Stop(), floor])
+        return {"steps": trainer.state.global_step, "forecast": len(seen), "tokens": tokens}
+
+
+def shards(rank: int) -> dict[str, Any]:
+    """What this rank has of a model, by who shards it."""
+    found = {}
+    for sharded_by in ("accelerate", "transformers"):
+        with as_launched(rank), tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_of(Path(folder), sharded_by, max_steps=1)
+            trainer.train()
+        parameters = list(trainer.model.parameters())
+        own = [p.to_local() for p in parameters if isinstance(p, DTensor)]
+        found[sharded_by] = {
+            "parameters": len(parameters),
+            "sharded": len(own),
+            "elements": sum(p.numel() for p in parameters),
+            "elements here": sum(p.numel() for p in own),
+        }
+    return found
 
 
 def _named(path: str) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from entropy_fast.errors import ConfigError
 from entropy_fast.integrations.looking_back import KeptPolicy
 from entropy_fast.integrations.loops import forecast_step
 from entropy_fast.integrations.step_window import StepWindow
+from entropy_fast.truth import policy_scores
 
 SHAPE = Shape(sizes=(4, 4, 4, 4, 4), budget=3)
 OPTIONS = EstimateOptions(weighting="sequence", baseline="responses")
@@ -131,11 +132,12 @@ def test_parameters_come_back_also_after_an_exception(monkeypatch: pytest.Monkey
     optimizer.step()
     moved = [p.detach().clone() for p in model.parameters()]
 
-    def broken(*_: Any) -> None:
-        assert not all(torch.equal(p, own) for p, own in zip(model.parameters(), moved, strict=True))
+    def broken_with_the_old_policy(*args: Any, **options: Any) -> Any:
+        if all(torch.equal(p, own) for p, own in zip(model.parameters(), moved, strict=True)):
+            return policy_scores.scored(*args, **options)
         raise RuntimeError("while the old policy is in place")
 
-    monkeypatch.setattr("entropy_fast.truth.policy_scores.Scored.again", broken)
+    monkeypatch.setattr("entropy_fast.integrations.looking_back.scored", broken_with_the_old_policy)
     with pytest.raises(RuntimeError, match="in place"):
         kept.change_since(optimizer, batch, estimate=OPTIONS, run=RunOptions())
     assert all(torch.equal(p, own) for p, own in zip(model.parameters(), moved, strict=True))

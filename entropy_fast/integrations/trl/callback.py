@@ -22,7 +22,7 @@ from entropy_fast.integrations.trl.batches import NUMBERS, window_of
 from entropy_fast.integrations.trl.held_out import HeldOutResponses
 from entropy_fast.integrations.trl.hooks import TrainerHooks
 from entropy_fast.integrations.trl.same_policy import check_same_policy
-from entropy_fast.integrations.trl.setting import autocast_of, refuse_setting, sampling_of
+from entropy_fast.integrations.trl.setting import autocast_of, refuse_setting, sampling_of, sharded_by_fsdp2
 from entropy_fast.run_folder.bundle import write_bundle
 
 __all__ = ["EntropyForecastCallback", "EntropyForecastMixin"]
@@ -42,8 +42,8 @@ class EntropyForecastCallback(TrainerCallback):
     training goes on as it would without.
 
     Args:
-        trainer: a ``trl.GRPOTrainer`` (tried with TRL 1.16), in one process or in several with DistributedDataParallel, which
-            then make every forecast together, of all their rows. All of them have a callback with the same options.
+        trainer: a ``trl.GRPOTrainer`` (tried with TRL 1.16), in one process or in several with DistributedDataParallel or
+            FSDP2, which then make every forecast together, of all their rows. All of them have one with the same options.
         functionals: what else is forecast: ``reward`` and ``length``.
         bundle: folder that steps are kept in, one folder each, for `entropy-fast probe FOLDER`; None keeps none.
         bundle_every: keep one step in so many: the first of them that is forecast.
@@ -57,7 +57,7 @@ class EntropyForecastCallback(TrainerCallback):
 
     Raises:
         ConfigError: the trainer cannot be listened to, or trains in a way whose steps cannot be forecast.
-        ModelStateError: its model is sharded.
+        ModelStateError: its model is sharded otherwise than by FSDP2.
     """
 
     def __init__(
@@ -70,6 +70,12 @@ class EntropyForecastCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         refuse_setting(trainer)
+        sharded = sharded_by_fsdp2(trainer)
+        if sharded and bundle is not None:
+            raise ConfigError(
+                "bundle: FSDP2 shards the model, so that no process has the whole of a step to write down.",
+                fix="leave bundle out, or train in one process or with DistributedDataParallel.",
+            )
         unknown = [name for name in functionals if name not in NUMBERS]
         if unknown:
             raise ConfigError(f"functionals: {unknown[0]!r} is not known.", fix=f"use some of {', '.join(NUMBERS)}.")
@@ -78,7 +84,7 @@ class EntropyForecastCallback(TrainerCallback):
             trainer.optimizer,  # None until the training begins
             _options(trainer, forecast_options(options)),
             keep=None if bundle is None else self._keep,
-            ranks=TrainingRanks(trainer.accelerator.num_processes > 1, _seconds(options.get("run"))),
+            ranks=TrainingRanks(sharded or trainer.accelerator.num_processes > 1, _seconds(options.get("run"))),
         )
         self._bundle = None if bundle is None else Path(bundle)
         if isinstance(bundle_every, bool) or not isinstance(bundle_every, int) or bundle_every < 1:
@@ -141,6 +147,12 @@ class EntropyForecastCallback(TrainerCallback):
             )
         trainer, forecaster = self._trainer, self.forecaster
         window = window_of(trainer, hooks.window, self._functionals, hooks.clipped)
+        if window.scores is None and sharded_by_fsdp2(trainer):
+            raise ConfigError(
+                "FSDP2 shards the model, and dropout (or a loss without entropies) hides whether the trainer's policy is the "
+                "model's own, which one process alone cannot score.",
+                fix="train without dropout to have forecasts.",
+            )
         if window.scores is None and not self._same_policy:
             self._same_policy = check_same_policy(
                 trainer, hooks.window, window.rollouts, estimate=forecaster.estimate, run=forecaster.run
@@ -212,6 +224,11 @@ def _options(trainer: Any, given: ForecastOptions) -> ForecastOptions:
     """With what the trainer says where nothing was said."""
     held_out = given.held_out
     if given.verify == "held_out" and held_out is None:
+        if sharded_by_fsdp2(trainer):
+            raise ConfigError(
+                "verify='held_out': FSDP2 shards the model, and processes that sample responses of their own do not keep step.",
+                fix="use verify='previous', or pass held_out, a function that returns the same responses on all of them.",
+            )
         held_out = HeldOutResponses(trainer)
     return dataclasses.replace(
         given,

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from entropy_fast.checks.sharding import refuse_sharded
 from entropy_fast.errors import ConfigError
+from entropy_fast.sharded.fsdp2 import fsdp2_modules
 
-__all__ = ["Sampling", "autocast_of", "refuse_setting", "sampling_of", "scaler_of"]
+__all__ = ["Sampling", "autocast_of", "refuse_setting", "sampling_of", "scaler_of", "sharded_by_fsdp2"]
 
 # Generation options that leave alone from what every token is drawn, whichever engine generates.
 _HARMLESS = frozenset({
@@ -26,8 +27,8 @@ _OF_THE_CONFIG = (
 )  # fmt: skip
 _TOP_K_OF_TRANSFORMERS = 50
 _WITHOUT = (
-    "train without it, in one process or with DistributedDataParallel, to have forecasts; or probe consolidated checkpoints "
-    "with `entropy-fast probe`."
+    "train without it, in one process, with DistributedDataParallel or with FSDP2, to have forecasts; or probe consolidated "
+    "checkpoints with `entropy-fast probe`."
 )
 
 
@@ -56,8 +57,8 @@ def refuse_setting(trainer: Any) -> None:
     """Raise for ways of training whose steps cannot be forecast.
 
     Raises:
-        ConfigError: it is no trainer, trains with DeepSpeed, FSDP, a fused loss, or in several processes by other means than
-            DistributedDataParallel.
+        ConfigError: it is no trainer, trains with DeepSpeed, FSDP1, a fused loss, or in several processes by other means than
+            DistributedDataParallel and FSDP2.
         ModelStateError: its model is sharded by other means.
     """
     accelerator = getattr(trainer, "accelerator", None)
@@ -66,16 +67,17 @@ def refuse_setting(trainer: Any) -> None:
             f"a {type(trainer).__name__} is no trainer.", fix="pass the GRPOTrainer that the callback is added to."
         )
     kind = str(getattr(accelerator, "distributed_type", ""))
+    by_accelerate = bool(getattr(accelerator, "is_fsdp2", False))
     for name, said, what in (
         (
             "is_deepspeed_enabled",
             "DEEPSPEED",
             "DeepSpeed steps inside the backward, so that no gradient stands before its step",
         ),
-        ("is_fsdp_enabled", "FSDP", "FSDP keeps every rank's shard of a parameter alone"),
+        ("is_fsdp_enabled", "FSDP", "FSDP1 keeps parameters as flattened shards"),
         ("is_megatron_lm_enabled", "MEGATRON_LM", "Megatron-LM splits parameters over ranks"),
     ):
-        if getattr(trainer, name, False) or kind.endswith(said):
+        if (getattr(trainer, name, False) or kind.endswith(said)) and not (said == "FSDP" and by_accelerate):
             raise ConfigError(f"EntropyForecastCallback: {what}.", fix=_WITHOUT)
     fused = next((name for name, held in vars(trainer).items() if _of_liger(held)), None)
     if fused is not None:
@@ -84,20 +86,28 @@ def refuse_setting(trainer: Any) -> None:
             "makes gradients in its forward, and log-probs with a graph are nowhere to be listened to.",
             fix="train with use_liger_kernel=False (its loss; TRL 1.16 takes Liger's layers alone, which may stay).",
         )
-    if accelerator.num_processes > 1 and not kind.rpartition(".")[2].startswith("MULTI_"):
+    if accelerator.num_processes > 1 and not (by_accelerate or kind.rpartition(".")[2].startswith("MULTI_")):
         raise ConfigError(
-            f"EntropyForecastCallback: {accelerator.num_processes} processes by {kind}, which is not DistributedDataParallel.",
+            f"EntropyForecastCallback: {accelerator.num_processes} processes by {kind}, which is neither "
+            "DistributedDataParallel nor FSDP2.",
             fix=_WITHOUT,
         )
+    own = fsdp2_modules(trainer.model)
     for model in (trainer.model, getattr(trainer, "model_wrapped", None)):
-        if model is not None:
+        if model is not None and not (own and fsdp2_modules(model)):
             refuse_sharded(model)
+
+
+def sharded_by_fsdp2(trainer: Any) -> bool:
+    """Whether FSDP2 shards the trainer's model: now, or by accelerate once the training begins."""
+    return bool(getattr(trainer.accelerator, "is_fsdp2", False)) or bool(fsdp2_modules(trainer.model))
 
 
 def autocast_of(trainer: Any) -> Literal["bfloat16", "float16"] | None:
     """What the trainer's forwards really run in: accelerate leaves fp16 out on a CPU without a word."""
     accelerator = trainer.accelerator
-    if not accelerator.native_amp:
+    # accelerate gives FSDP2's own casts in place of autocast to what it shards.
+    if not accelerator.native_amp or getattr(accelerator, "is_fsdp2", False):
         return None
     return "float16" if accelerator.mixed_precision == "fp16" else "bfloat16"
 

@@ -18,7 +18,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from entropy_fast.errors import ConfigError, EntropyFastError, ModelStateError
 from entropy_fast.integrations.trl import EntropyForecastCallback
-from entropy_fast.integrations.trl.setting import Sampling, autocast_of, sampling_of, scaler_of
+from entropy_fast.integrations.trl.setting import (
+    Sampling,
+    autocast_of,
+    refuse_setting,
+    sampling_of,
+    scaler_of,
+    sharded_by_fsdp2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +52,9 @@ def one_process(tmp_path: Path) -> Iterator[None]:
     ("name", "value", "message"),
     [
         ("is_deepspeed_enabled", True, "DeepSpeed steps inside the backward"),
-        ("is_fsdp_enabled", True, "FSDP keeps every rank's shard"),
+        ("is_fsdp_enabled", True, "FSDP1 keeps parameters as flattened shards"),
         ("accelerator.distributed_type", "DistributedType.DEEPSPEED", "DeepSpeed steps inside the backward"),
-        ("accelerator.distributed_type", "DistributedType.FSDP", "FSDP keeps every rank's shard"),
+        ("accelerator.distributed_type", "DistributedType.FSDP", "FSDP1 keeps parameters as flattened shards"),
         ("accelerator.distributed_type", "DistributedType.MEGATRON_LM", "Megatron-LM splits"),
         ("accelerator.num_processes", 2, "2 processes"),
     ],
@@ -70,25 +77,51 @@ def test_accelerates_names_are_those_that_are_looked_for() -> None:
     assert {str(kind).rpartition(".")[2] for kind in DistributedType} >= {"DEEPSPEED", "FSDP", "MEGATRON_LM"}
 
 
-@pytest.mark.parametrize(
-    ("wrap", "message"),
-    [
-        (lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (1,))), "is a DTensor, sharded by FSDP2"),
-        (
-            lambda model: FullyShardedDataParallel(model, device_id=torch.device("cpu")),
-            "FullyShardedDataParallel: FSDP1",
-        ),
-    ],
-    ids=["FSDP2", "FSDP1"],
-)
 @pytest.mark.parametrize("where", ["model", "model_wrapped"])
-def test_sharded_models_are_refused_by_their_type_wherever_the_trainer_has_them(
-    one_process: None, trainer: Any, wrap: Any, where: str, message: str
-) -> None:
-    setattr(trainer, where, wrap(tiny_model()))
-    with pytest.raises(ModelStateError, match=message) as caught:
+def test_fsdp1_is_refused_by_its_type_wherever_the_trainer_has_it(one_process: None, trainer: Any, where: str) -> None:
+    setattr(trainer, where, FullyShardedDataParallel(tiny_model(), device_id=torch.device("cpu")))
+    with pytest.raises(ModelStateError, match="FullyShardedDataParallel: FSDP1") as caught:
         EntropyForecastCallback(trainer)
     assert "full_state_dict=True" in caught.value.fix
+
+
+def test_of_fsdp2_only_what_needs_all_ranks_at_a_time_that_they_choose_is_refused(
+    one_process: None, trainer: Any, tmp_path: Path
+) -> None:
+    assert not sharded_by_fsdp2(trainer)
+    trainer.model = fully_shard(tiny_model(), mesh=init_device_mesh("cpu", (1,)))
+    assert sharded_by_fsdp2(trainer)
+    assert EntropyForecastCallback(trainer).forecaster.ranks.together
+    with pytest.raises(ConfigError, match="bundle: FSDP2 shards the model"):
+        EntropyForecastCallback(trainer, bundle=tmp_path)
+    with pytest.raises(ConfigError, match="verify='held_out': FSDP2 shards the model"):
+        EntropyForecastCallback(trainer, verify="held_out")
+    # A function of one's own is the same on all ranks.
+    EntropyForecastCallback(trainer, verify="held_out", held_out=lambda window, prompts: window.rollouts)
+
+
+def test_a_wrapper_that_shards_what_the_trainer_has_whole_is_refused(one_process: None, trainer: Any) -> None:
+    trainer.model_wrapped = fully_shard(tiny_model(), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ModelStateError, match="is a DTensor, sharded by FSDP2"):
+        EntropyForecastCallback(trainer)
+
+
+def test_accelerates_fsdp2_is_taken_before_it_has_sharded_anything(trainer: Any) -> None:
+    trainer.is_fsdp_enabled = True
+    own = {
+        "distributed_type": "DistributedType.FSDP",
+        "num_processes": 2,
+        "native_amp": True,
+        "mixed_precision": "bf16",
+    }
+    trainer.accelerator = SimpleNamespace(is_fsdp2=True, **own)
+    refuse_setting(trainer)
+    assert sharded_by_fsdp2(trainer)
+    assert autocast_of(trainer) is None  # it casts instead
+    trainer.accelerator.is_fsdp2 = False
+    with pytest.raises(ConfigError, match="FSDP1 keeps"):
+        refuse_setting(trainer)
+    assert autocast_of(trainer) == "bfloat16"
 
 
 def test_a_deepspeed_engine_is_refused_by_its_type(trainer: Any) -> None:
