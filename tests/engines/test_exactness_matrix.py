@@ -41,7 +41,6 @@ DRAWS = 2
 # Every name once by default, and the setting that most people train in.
 JUDGED_BY_DEFAULT = {
     ("lora", "plain", "bf16 autocast"),
-    ("nf4 lora", "checkpointing", "fp32"),
     ("full, tied", "reentrant checkpointing", "fp32"),
 }
 JUDGED = [
