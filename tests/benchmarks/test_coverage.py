@@ -196,6 +196,7 @@ def test_coverage_in_a_world_of_normal_rows(monkeypatch: pytest.MonkeyPatch) -> 
     assert math.isclose(this["methods"]["student"]["half_width"], half, rel_tol=0.05)
 
 
+@pytest.mark.exhaustive
 def test_the_transformer_is_one(transformer: Any) -> None:
     """Every response to every prompt, run through the network on its own with an ordinary causal mask."""
     policy = transformer.policy
@@ -217,6 +218,7 @@ def test_the_transformer_is_one(transformer: Any) -> None:
     torch.testing.assert_close(probability.sum(1), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
+@pytest.mark.exhaustive
 def test_gradients_of_the_transformer(transformer: Any) -> None:
     policy = transformer.policy
     theta = policy.theta.clone().requires_grad_()
@@ -235,6 +237,7 @@ def test_gradients_of_the_transformer(transformer: Any) -> None:
         torch.testing.assert_close((up - down) / 2e-6, gradients @ direction, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.exhaustive
 def test_how_the_transformer_was_trained(transformer: Any) -> None:
     from benchmarks import small_transformer
 
@@ -257,6 +260,7 @@ def test_how_the_transformer_was_trained(transformer: Any) -> None:
     assert torch.equal(changed, torch.nn.functional.one_hot(rare, 85).bool())
 
 
+@pytest.mark.exhaustive
 def test_the_transformers_batches_are_what_the_package_makes_of_them(transformer: Any) -> None:
     from benchmarks import coverage
 

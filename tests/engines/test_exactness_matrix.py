@@ -39,10 +39,7 @@ EXACT = combinations(FAMILIES, ADAPTERS, CHECKPOINTING, tuple(BATCHES), paired=(
 PRECISIONS = {"fp32": None, "bf16 autocast": torch.bfloat16}
 DRAWS = 2
 # Every name once by default, and the setting that most people train in.
-JUDGED_BY_DEFAULT = {
-    ("lora", "plain", "bf16 autocast"),
-    ("full, tied", "reentrant checkpointing", "fp32"),
-}
+JUDGED_BY_DEFAULT = {("lora", "plain", "bf16 autocast")}
 JUDGED = [
     pytest.param(*names, marks=[] if names in JUDGED_BY_DEFAULT else [pytest.mark.exhaustive])
     for names in itertools.product(ADAPTERS, CHECKPOINTING, PRECISIONS)
