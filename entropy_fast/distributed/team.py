@@ -62,6 +62,7 @@ class Team:
         self.size = 1 if store is None else dist.get_world_size()
         self._store, self._phase = store, "the beginning"
         self._between: Callable[[], object] | None = None
+        self._meetings = 0  # that this rank has come to; they have the same numbers on all ranks
 
     @classmethod
     def alone(cls) -> Team:
@@ -174,8 +175,15 @@ class Team:
         except BaseException as error:
             self._fail(error)
 
-    def leave(self) -> None:
-        """Give the groups back. Operations of others that wait for this rank end."""
+    def leave(self, *, at_once: bool = False) -> None:
+        """Give the groups back. Operations of others that wait for this rank end.
+
+        Args:
+            at_once: whether others may still be in one. Otherwise ranks wait a moment for one another: who has come through a
+                meeting must not end it for the first rank, which is through when its answers have arrived.
+        """
+        if self.group is not None and not at_once:
+            self._let_through()
         for group in (self.group, self._elsewhere):
             if group is not None:
                 with contextlib.suppress(RuntimeError, ValueError):
@@ -186,7 +194,8 @@ class Team:
     def _look(self) -> None:
         """Wait for all ranks, and raise where one has failed."""
         self._barrier(self.seconds)
-        if self._has("failed"):
+        # Not at a later meeting, which others may have come to already.
+        if self._has(f"failed/{self._meetings}"):
             raise self._of_words(self._words())
 
     def _operate(self, operation: Callable[[dist.ProcessGroup | None], object], device: torch.device | None) -> None:
@@ -207,7 +216,7 @@ class Team:
         text = "interrupted by a signal" if signal else (str(error) or type(error).__name__)
         said = json.dumps([self._phase, type(error).__name__, text[:_LONGEST_TEXT]])
         self._in_store(lambda store: store.set(f"error/{self.rank}", said))
-        self._in_store(lambda store: store.set("failed", "1"))
+        self._in_store(lambda store: store.set(f"failed/{self._meetings + 1}", "1"))
         self._barrier(min(self.seconds, _AFTER_SIGNAL) if signal else self.seconds)
         words = self._words()
         found = self._of_words(words)
@@ -216,6 +225,7 @@ class Team:
         raise found from error
 
     def _barrier(self, seconds: float) -> None:
+        self._meetings += 1
         # The first rank waits for each of the others and names who is missed; its own lateness comes on top for them.
         patience = datetime.timedelta(seconds=seconds if self.rank == 0 else 2 * seconds + _GRACE)
         try:
@@ -232,7 +242,7 @@ class Team:
         self._in_store(lambda store: store.set(f"alive/{self.rank}", "1"))
         # Who waits for this rank in an operation that can no longer end is let go, once nothing here holds the group.
         traceback.clear_frames(cause.__traceback__)
-        self.leave()
+        self.leave(at_once=True)
         until = time.monotonic() + _GRACE
         missing: list[int] = []
         while time.monotonic() < until:
@@ -287,6 +297,16 @@ class Team:
             until = time.monotonic() + (_GRACE if self.rank == 0 else 0.0)
             while time.monotonic() < until and not self._has(*keys):
                 time.sleep(0.01)
+
+    def _let_through(self) -> None:
+        """Until all ranks are about to leave, or have left; or after a moment, where one never will."""
+        with contextlib.suppress(DistributedError):
+            self._in_store(lambda store: store.set(f"through/{self.rank}", "1"))
+            until = time.monotonic() + _GRACE
+            while time.monotonic() < until and not all(
+                self._has(f"through/{rank}") or self._has(f"alive/{rank}") for rank in range(self.size)
+            ):
+                time.sleep(0.002)
 
     def _has(self, *keys: str) -> bool:
         return self._in_store(lambda store: store.check(list(keys)))

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from entropy_fast import Rollouts
 from entropy_fast.distributed import Team, gather_rows
+from entropy_fast.distributed.team import joined
 from entropy_fast.estimates.result import DeltaH1Result
 
 LEFT_OUT = ("plan", "run_options", "estimate_options")
@@ -229,8 +230,32 @@ def not_there(rank: int, seconds: float) -> dict[str, Any]:
         return attempt(run)
 
 
+def looking_late(rank: int) -> dict[str, Any]:
+    """The first rank fails right after a meeting, and the second looks only then who has failed at that meeting."""
+    reached: list[str] = []
+    has = Team._has
+
+    def slow(team: Team, *keys: str) -> bool:
+        if keys[0].startswith("failed"):
+            time.sleep(1.0)
+        return has(team, *keys)
+
+    def together(_: str) -> None:
+        with joined("all", 30.0) as team:
+            team.meet()
+            reached.append("first")
+            if rank == 0:
+                raise ValueError("made up")
+            team.meet()
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(Team, "_has", slow)
+        return attempt(together) | {"reached": reached}
+
+
 MODES: dict[str, Callable[..., dict[str, Any]]] = {
-    own.__name__: own for own in (together, raising, ending, other_data, spread_rows, not_there)
+    own.__name__: own for own in (together, raising, ending, other_data, spread_rows, not_there, looking_late)
 }
 
 

@@ -41,6 +41,7 @@ def quick(tmp_path_factory) -> dict[str, Done]:
         "kill": job(3, "ending", name="score_function", phase="influence kernel", failing=2, how="kill", seconds=LONG),
         "other data": job(2, "other_data"),
         "rows": job(3, "spread_rows"),
+        "looking late": job(2, "looking_late"),
         "layers": job(3, "fsdp2_ranks:sharded", names=[LAYERS]),
     }
     return dict(zip(jobs, run_jobs(tmp_path_factory.mktemp("jobs"), list(jobs.values())), strict=True))
@@ -53,6 +54,12 @@ def test_ranks_together_find_what_one_process_does(quick, name):
 
 def test_ranks_take_part_in_what_others_need_until_all_have_come(quick):
     assert_one_process(quick["layers"], LAYERS)
+
+
+def test_who_fails_at_the_next_meeting_has_not_failed_at_this_one(quick):
+    for found in quick["looking late"].ranks:
+        assert found["reached"] == ["first"]
+        assert found["error"] == "DistributedError" and found["ranks"] == [0]
 
 
 @pytest.mark.exhaustive
